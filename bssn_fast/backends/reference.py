@@ -1,0 +1,74 @@
+"""The reference as a backend: any device, one layer after another, plain torch operations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bssn_fast import layout, reference
+
+DEVICES: tuple[str, ...] = ()
+
+
+def why_unavailable() -> str | None:
+    return None
+
+
+def _snapshot_views(
+    snapshot: Tensor, weights: list[Tensor], dims: list[int], two_sided: list[bool]
+) -> list[tuple[Tensor, ...]]:
+    shapes = tuple(tuple(w.shape) for w in weights)
+    offsets, _ = layout.snapshot_offsets(shapes, tuple(dims), tuple(two_sided))
+    return [
+        tuple(
+            snapshot[start : start + size]
+            for start, size in zip(starts, layout.vector_sizes(w.shape, dim, both), strict=True)
+        )
+        for w, dim, both, starts in zip(weights, dims, two_sided, offsets, strict=True)
+    ]
+
+
+@torch.no_grad()
+def forward(
+    weights: list[Tensor],
+    vectors: list[Tensor],
+    dims: list[int],
+    two_sided: list[bool],
+    scale: float,
+    eps: float,
+    n_power_iterations: int,
+    normalized: list[Tensor],
+    snapshot: Tensor,
+    sigma: Tensor,
+) -> None:
+    rest = iter(vectors)
+    snapshots = _snapshot_views(snapshot, weights, dims, two_sided)
+    for j, (weight, dim, both) in enumerate(zip(weights, dims, two_sided, strict=True)):
+        stored = tuple(next(rest) for _ in range(4 if both else 2))
+        result, new, sigma_j = reference.normalize(
+            weight, stored, dim, scale=scale, eps=eps, n_power_iterations=n_power_iterations
+        )
+        normalized[j].copy_(result)
+        sigma[j].copy_(sigma_j)
+        for persistent, kept, x in zip(stored, snapshots[j], new, strict=True):
+            persistent.copy_(x)
+            kept.copy_(x)
+
+
+@torch.no_grad()
+def backward(
+    grads: list[Tensor],
+    weights: list[Tensor],
+    layers: list[int],
+    dims: list[int],
+    two_sided: list[bool],
+    scale: float,
+    snapshot: Tensor,
+    sigma: Tensor,
+    grad_weights: list[Tensor],
+) -> None:
+    snapshots = _snapshot_views(snapshot, weights, dims, two_sided)
+    for grad, grad_weight, j in zip(grads, grad_weights, layers, strict=True):
+        grad_weight.copy_(
+            reference.normalize_backward(grad, weights[j], snapshots[j], sigma[j], dims[j], scale)
+        )

@@ -1,0 +1,68 @@
+"""The two operations, as torch ops: one schema and one fake kernel each, for all layers of a call.
+
+Both write into tensors that the caller has allocated, so that their fake kernels have nothing to do. All weights of
+a call share device and dtype. Autograd lies outside, in `functional`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bssn_fast import backends
+
+_library = torch.library.Library("bssn_fast", "DEF")
+
+_library.define(
+    "normalize(Tensor[] weights, Tensor(a!)[] vectors, int[] dims, bool[] two_sided, float scale, float eps, "
+    "int n_power_iterations, Tensor(b!)[] normalized, Tensor(c!) snapshot, Tensor(d!) sigma, str backend) -> ()"
+)
+_library.define(
+    "normalize_backward(Tensor[] grads, Tensor[] weights, int[] layers, int[] dims, bool[] two_sided, float scale, "
+    "Tensor snapshot, Tensor sigma, Tensor(a!)[] grad_weights, str backend) -> ()"
+)
+
+
+def _normalize(
+    weights: list[Tensor],
+    vectors: list[Tensor],
+    dims: list[int],
+    two_sided: list[bool],
+    scale: float,
+    eps: float,
+    n_power_iterations: int,
+    normalized: list[Tensor],
+    snapshot: Tensor,
+    sigma: Tensor,
+    backend: str,
+) -> None:
+    """Normalise n weights. `backends` documents the arguments."""
+    backends.get(backend, sigma.device).forward(
+        weights, vectors, dims, two_sided, scale, eps, n_power_iterations, normalized, snapshot, sigma
+    )
+
+
+def _normalize_backward(
+    grads: list[Tensor],
+    weights: list[Tensor],
+    layers: list[int],
+    dims: list[int],
+    two_sided: list[bool],
+    scale: float,
+    snapshot: Tensor,
+    sigma: Tensor,
+    grad_weights: list[Tensor],
+    backend: str,
+) -> None:
+    """Gradients of the weights of some of n layers. `backends` documents the arguments."""
+    backends.get(backend, sigma.device).backward(
+        grads, weights, layers, dims, two_sided, scale, snapshot, sigma, grad_weights
+    )
+
+
+for _name, _kernel in (("normalize", _normalize), ("normalize_backward", _normalize_backward)):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bssn_fast::{_name}", lambda *args: None, lib=_library)
+
+normalize = torch.ops.bssn_fast.normalize.default
+normalize_backward = torch.ops.bssn_fast.normalize_backward.default

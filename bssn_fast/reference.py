@@ -1,0 +1,94 @@
+"""The definition: bidirectional scaled spectral normalisation of one weight in plain torch, for any dtype and device.
+
+Every backend is tested against this file in float64. W[o, i, k] is the weight with its output channel o, input
+channel i and kernel position k; the output side unfolds it to c_out x (c_in k), the input side to c_in x (c_out k).
+
+Source: Lin, Sekar, Fanti, "Why Spectral Normalization Stabilizes GANs: Analysis and Improvements", NeurIPS 2021,
+sections 4 and 5; the order of the output side's updates is that of torch.nn.utils.parametrizations.spectral_norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bssn_fast.layout import compute_dtype
+
+Vectors = tuple[Tensor, ...]
+"""(u_out, v_out) of one direction, or (u_out, v_out, u_in, v_in) of both."""
+
+
+def unfold(weight: Tensor, dim: int) -> Tensor:
+    """Return the matrix with dimension `dim` (0 or 1) as its rows, and all others, in order, as its columns."""
+    return weight.transpose(0, dim).flatten(1)
+
+
+def unit(x: Tensor, eps: float) -> Tensor:
+    """Return x / max(|x|, eps)."""
+    return x / torch.linalg.vector_norm(x).clamp_min(eps)
+
+
+def usable(*vectors: Tensor) -> Tensor:
+    """Whether all vectors are finite and none is zero, as a boolean scalar tensor."""
+    norms = torch.stack([torch.linalg.vector_norm(x) for x in vectors])
+    return (torch.isfinite(norms) & (norms > 0)).all()
+
+
+def power_iteration(weight: Tensor, vectors: Vectors, dim: int, eps: float) -> Vectors:
+    """Return the vectors after one power iteration; those of a zero or non-finite weight stay as they were."""
+    matrix = unfold(weight, dim)
+    u_out = unit(matrix @ vectors[1], eps)
+    v_out = unit(matrix.mT @ u_out, eps)
+    new = [torch.where(usable(u_out, v_out), x, old) for x, old in zip((u_out, v_out), vectors, strict=False)]
+    if len(vectors) == 4:
+        matrix = unfold(weight, 1 - dim)
+        v_in = unit(matrix.mT @ vectors[2], eps)
+        u_in = unit(matrix @ v_in, eps)
+        new += [torch.where(usable(u_in, v_in), x, old) for x, old in zip((u_in, v_in), vectors[2:], strict=True)]
+    return tuple(new)
+
+
+def spectral_norm(weight: Tensor, vectors: Vectors, dim: int) -> Tensor:
+    """Return sigma = u W v of one direction, or the mean of both; NaN for a weight that is not finite."""
+    sigma = vectors[0] @ unfold(weight, dim) @ vectors[1]
+    if len(vectors) == 4:
+        sigma = (sigma + vectors[2] @ unfold(weight, 1 - dim) @ vectors[3]) / 2
+    return torch.where(torch.isfinite(sigma), sigma, torch.nan)
+
+
+def multiplier(sigma: Tensor, scale: float) -> Tensor:
+    """Return scale / sigma, and 0 where sigma is 0: a zero weight stays zero."""
+    return torch.where(sigma == 0, 0, scale / sigma)
+
+
+def normalize(
+    weight: Tensor, vectors: Vectors, dim: int, *, scale: float, eps: float, n_power_iterations: int
+) -> tuple[Tensor, Vectors, Tensor]:
+    """Return (normalised weight, updated vectors, sigma); zero iterations use the given vectors (evaluation)."""
+    w = weight.to(compute_dtype(weight.dtype))
+    with torch.no_grad():
+        for _ in range(n_power_iterations):
+            vectors = power_iteration(w, vectors, dim, eps)
+    sigma = spectral_norm(w, vectors, dim)
+    return (w * multiplier(sigma, scale)).to(weight.dtype), vectors, sigma
+
+
+def gradient_of_sigma(vectors: Vectors, shape: Sequence[int], dim: int) -> Tensor:
+    """Return S = d sigma / d W in the weight's own shape."""
+
+    def outer(u: Tensor, v: Tensor, d: int) -> Tensor:
+        rows_first = [shape[d], shape[1 - d], *shape[2:]]
+        return torch.outer(u, v).view(rows_first).transpose(0, d)
+
+    out_side = outer(vectors[0], vectors[1], dim)
+    return out_side if len(vectors) == 2 else (out_side + outer(vectors[2], vectors[3], 1 - dim)) / 2
+
+
+def normalize_backward(grad: Tensor, weight: Tensor, vectors: Vectors, sigma: Tensor, dim: int, scale: float) -> Tensor:
+    """Return dL/dW from grad = dL/d(normalised weight), with u and v held constant as in torch."""
+    w, g = weight.to(compute_dtype(weight.dtype)), grad.to(compute_dtype(weight.dtype))
+    direction = gradient_of_sigma(vectors, weight.shape, dim)
+    ratio = torch.where(sigma == 0, 0, (g * w).sum() / sigma)
+    return (multiplier(sigma, scale) * (g - ratio * direction)).to(weight.dtype)
