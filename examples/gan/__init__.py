@@ -1,0 +1,1 @@
+"""The parts of train_gan.py: data, networks, training state, metrics and the report."""

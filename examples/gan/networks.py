@@ -1,0 +1,101 @@
+"""A small class-conditional convolutional GAN, and the choice of the discriminator's normalisation."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+import bssn_fast
+
+NORMS = ("none", "torch-sn", "sn", "ssn", "bsn", "bssn")
+SCALED_NORMS = ("ssn", "bssn")
+
+
+def levels(size: int) -> int:
+    """Return how often a size x size image is halved until it is 4 x 4; raises ValueError if that is impossible."""
+    n = size.bit_length() - 3
+    if n < 1 or size != 4 << n:
+        raise ValueError(f"the image size must be 8, 16, 32, ...; got {size}")
+    return n
+
+
+class Generator(nn.Module):
+    """Noise [n, noise_dim] and labels [n] -> images [n, channels, size, size] in (-1, 1)."""
+
+    def __init__(self, channels: int, size: int, n_classes: int, noise_dim: int, width: int) -> None:
+        super().__init__()
+        n = levels(size)
+        widths = [width * 2 ** min(n - i, 2) for i in range(n + 1)]
+        self.noise_dim = noise_dim
+        self.embedding = nn.Embedding(n_classes, noise_dim)
+        self.stem = nn.Sequential(nn.Linear(2 * noise_dim, widths[0] * 16), nn.Unflatten(1, (widths[0], 4, 4)))
+        blocks = []
+        for before, after in pairwise(widths):
+            blocks += [nn.BatchNorm2d(before), nn.ReLU(), nn.ConvTranspose2d(before, after, 4, 2, 1)]
+        self.blocks = nn.Sequential(*blocks)
+        self.to_image = nn.Sequential(
+            nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 3, padding=1), nn.Tanh()
+        )
+
+    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
+        x = torch.cat([noise, self.embedding(labels)], dim=1)
+        return self.to_image(self.blocks(self.stem(x)))
+
+
+class Discriminator(nn.Module):
+    """Images [n, channels, size, size] and labels [n] -> scores [n], by projection on the label's embedding.
+
+    Miyato and Koyama, "cGANs with Projection Discriminator", ICLR 2018.
+    """
+
+    def __init__(self, channels: int, size: int, n_classes: int, width: int) -> None:
+        super().__init__()
+        n = levels(size)
+        widths = [width * 2 ** min(i, 2) for i in range(n + 1)]
+        blocks = [nn.Conv2d(channels, width, 3, padding=1), nn.LeakyReLU(0.1)]
+        for before, after in pairwise(widths):
+            blocks += [nn.Conv2d(before, after, 4, 2, 1), nn.LeakyReLU(0.1)]
+            blocks += [nn.Conv2d(after, after, 3, padding=1), nn.LeakyReLU(0.1)]
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(widths[-1], 1)
+        self.embedding = nn.Embedding(n_classes, widths[-1])
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        features = self.blocks(images).sum(dim=(2, 3))
+        return self.head(features).squeeze(1) + (features * self.embedding(labels)).sum(dim=1)
+
+
+def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that carry a weight to normalise, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))}
+
+
+def normalize(discriminator: nn.Module, norm: str, scale: float) -> None:
+    """Normalise all weights in place: by bssn_fast, by torch's own spectral_norm ("torch-sn") or not at all."""
+    if norm == "torch-sn":
+        for layer in weight_layers(discriminator).values():
+            spectral_norm(layer)
+    elif norm != "none":
+        bssn_fast.apply(discriminator, norm, scale=scale if norm in SCALED_NORMS else None)
+
+
+def raw_weight(layer: nn.Module) -> Tensor:
+    """Return the parameter behind a layer's weight, normalised or not."""
+    return layer.parametrizations.weight.original if hasattr(layer, "parametrizations") else layer.weight
+
+
+@torch.no_grad()
+def sigmas(discriminator: nn.Module, norm: str) -> dict[str, float]:
+    """Return sigma by layer: what bssn_fast divides by, and the exact spectral norm where it is not in use."""
+    if norm in ("none", "torch-sn"):
+        layers = weight_layers(discriminator).items()
+        return {name: torch.linalg.matrix_norm(raw_weight(m).flatten(1), 2).item() for name, m in layers}
+    return {name: value.item() for name, value in bssn_fast.sigma(discriminator).items()}
+
+
+def gradient_norms(discriminator: nn.Module) -> dict[str, float]:
+    """Return the Euclidean norm of the gradient of each layer's weight."""
+    return {name: raw_weight(m).grad.norm().item() for name, m in weight_layers(discriminator).items()}
