@@ -1,0 +1,71 @@
+# make train   the example: a small GAN on handwritten digits, with BSSN in its discriminator; options by ARGS="..."
+# make test    lint, types and all tests
+# make bench   speed on this machine's CPU
+# make gpu     correctness and speed on this machine's GPU, with the Python and torch that it already has
+# make asan    the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make format  lay out Python and C++
+# All but gpu use .venv, which they create if need be, with the package installed in it for editing.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+ENV_STAMP := $(VENV)/.made-from-pyproject
+BUILD_STAMP := $(VENV)/.built-from-csrc
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+ASAN_DIR := build/asan
+
+.PHONY: train test lint bench gpu asan format env build clean
+.DELETE_ON_ERROR:
+
+train: build
+	$(BIN)/python examples/train_gan.py $(ARGS)
+
+test: export BSSN_FAST_STRICT = 1
+test: build lint
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: build
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
+lint: build
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CSRC)
+
+# A whole copy of the package with instrumented kernels, put before the installed one. The sanitizer's runtime has to be
+# there before Python, and libstdc++ with it, or it does not see exceptions. Python itself never frees all its memory.
+asan: build
+	rm -rf $(ASAN_DIR)
+	CXX=$(CXX) BSSN_FAST_SANITIZE=1 BSSN_FAST_STRICT=1 $(BIN)/python setup.py -q build --build-lib $(ASAN_DIR)
+	PYTHONPATH=$(ASAN_DIR) PYTHONSAFEPATH=1 BSSN_FAST_BACKEND=cpu \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	$(BIN)/pytest -p no:cacheprovider tests/backends/test_cpu.py $(ARGS)
+
+env: $(ENV_STAMP)
+
+build: $(BUILD_STAMP)
+
+$(ENV_STAMP): pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@
+
+$(BUILD_STAMP): $(ENV_STAMP) $(CSRC)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info bssn_fast/_build_info.py bssn_fast/_C.*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

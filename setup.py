@@ -1,0 +1,267 @@
+"""Builds the kernels: one extension module, bssn_fast._C, that includes nothing of torch. All else is in pyproject.toml.
+
+What cannot be built is left out, and the package works without it. One printed line says what was built and why not the
+rest; `bssn_fast/_build_info.py` keeps it for `python -m bssn_fast`. Environment variables:
+
+    CXX, CXXFLAGS, LDFLAGS   the C++ compiler (default: the first of c++, g++, clang++) and additions to its flags
+    CUDA_HOME                where CUDA is, if nvcc is not on PATH
+    BSSN_FAST_CUDA=0         leave the CUDA kernels out
+    BSSN_FAST_CUDA_ARCHS     the architectures to compile for, e.g. "90" or "90;100"
+    BSSN_FAST_STRICT=1       for development: warnings are errors, and code that does not compile ends the build
+    BSSN_FAST_SANITIZE=1     for development: AddressSanitizer and UndefinedBehaviorSanitizer, no CUDA
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+STRICT = os.environ.get("BSSN_FAST_STRICT") == "1"
+SANITIZE = os.environ.get("BSSN_FAST_SANITIZE") == "1"
+IS_X86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
+
+BASELINE = "portable"
+ISA_FLAGS = {BASELINE: []}
+if IS_X86:
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    ISA_FLAGS["avx512"] = [
+        *ISA_FLAGS["avx2"],
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
+    ]
+CUDA_ARCHS = ("75", "80", "86", "89", "90", "100", "120")
+
+
+class NotBuiltError(Exception):
+    """A part has to be left out; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """nvcc, what the C++ compiler needs to work with it, and the architectures to compile for."""
+
+    nvcc: str
+    include_flags: list[str]
+    library_flags: list[str]
+    archs: list[str]
+
+    def arch_flags(self) -> list[str]:
+        """Return nvcc's flags for machine code of every architecture and PTX of the newest, for those to come."""
+        flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
+        return [*flags, f"-gencode=arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}"]
+
+
+@dataclass
+class Outcome:
+    """What was built, by backend, and why not the rest."""
+
+    built: dict[str, list[str]] = field(default_factory=dict)
+    not_built: dict[str, str] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        parts = [f"built for {name}: {', '.join(variants)}" for name, variants in self.built.items()]
+        parts += [f"not built for {name}: {reason}" for name, reason in self.not_built.items()]
+        if "cpu" not in self.built:
+            parts.append("the reference backend runs everything on the CPU")
+        return f"bssn_fast: {'; '.join(parts)}"
+
+    def as_module(self) -> str:
+        return (
+            '"""Written by setup.py: what this installation was built with."""\n\n'
+            f"SUMMARY: str = {self.summary()!r}\n"
+            f"NOT_BUILT: dict[str, str] = {self.not_built!r}\n"
+        )
+
+
+def find_compiler() -> str:
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for command in candidates:
+        if shutil.which(shlex.split(command)[0]):
+            return command
+    raise NotBuiltError(
+        f"no C++ compiler ({' or '.join(candidates)}) was found; install one or set CXX, then reinstall"
+    )
+
+
+def find_cuda() -> Cuda:
+    if os.environ.get("BSSN_FAST_CUDA") == "0" or SANITIZE:
+        raise NotBuiltError("switched off by BSSN_FAST_CUDA=0" if not SANITIZE else "no CUDA in a sanitizer build")
+    if not list(CSRC.glob("cuda/*.cu")):
+        raise NotBuiltError("there are no CUDA sources")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    if nvcc is None:
+        raise NotBuiltError("nvcc was not found; install the CUDA toolkit or set CUDA_HOME, then reinstall")
+    return Cuda(nvcc, *cuda_paths(nvcc), cuda_archs(nvcc))
+
+
+def cuda_paths(nvcc: str) -> tuple[list[str], list[str]]:
+    """Return nvcc's own flags for headers and libraries: its location tells little, as it may be a wrapper script."""
+    report = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+    found = dict(re.findall(r"^#\$ (INCLUDES|LIBRARIES)=(.*)$", report.stderr, flags=re.MULTILINE))
+    if len(found) != 2:
+        raise NotBuiltError(f"{nvcc} does not tell where its headers and libraries are")
+    return shlex.split(found["INCLUDES"]), shlex.split(found["LIBRARIES"])
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """Return the architectures asked for, or those of CUDA_ARCHS that this nvcc knows; the newest last."""
+    asked = re.findall(r"\d+[a-z]?", os.environ.get("BSSN_FAST_CUDA_ARCHS", "").replace(".", ""))
+    if asked:
+        return sorted(asked, key=lambda arch: int(arch.rstrip("abcdef")))
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known.split()]
+    if not archs:
+        raise NotBuiltError(f"{nvcc} knows none of the architectures {', '.join(CUDA_ARCHS)}")
+    return archs
+
+
+def common_flags() -> list[str]:
+    flags = ["-O1", "-g", "-fno-omit-frame-pointer"] if SANITIZE else ["-O3"]
+    flags += ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread"]
+    if SANITIZE:
+        flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    if STRICT:
+        flags += ["-Wall", "-Wextra", "-Werror"]
+    if IS_X86:
+        flags.append("-DBSSN_ISA_LIST_X86=1")
+    return flags
+
+
+def link_flags(cuda: Cuda | None) -> list[str]:
+    is_mac = sys.platform == "darwin"
+    flags = ["-bundle", "-undefined", "dynamic_lookup"] if is_mac else ["-shared"]
+    flags.append("-pthread")
+    if SANITIZE:
+        flags.append("-fsanitize=address,undefined")
+    if cuda:
+        flags += [*cuda.library_flags, "-lcudart_static", "-ldl", "-lrt"]
+    return flags + shlex.split(os.environ.get("LDFLAGS", ""))
+
+
+def write_ninja(path: Path, build_dir: Path, module: Path, cxx: str, cuda: Cuda | None) -> None:
+    """Write the build file of `module`; without `cuda` the sources under csrc/cuda are left out."""
+    import pybind11
+    from ninja.ninja_syntax import Writer
+
+    flags = common_flags()
+    user_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+    # Only the bindings see the headers of Python and pybind11: in an isolated build these lie in a new temporary
+    # folder every time, and with it on their command line all kernels would be compiled again.
+    binding_flags = [f"-I{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
+    cuda_flags = ["-DBSSN_WITH_CUDA=1", *cuda.include_flags] if cuda else []
+
+    with path.open("w") as file:
+        ninja = Writer(file)
+        ninja.variable("ninja_required_version", "1.5")
+        ninja.variable("builddir", str(build_dir))
+        ninja.rule("cxx", f"{cxx} $flags -MMD -MF $out.d -c $in -o $out", "C++ $out", "$out.d", deps="gcc")
+        ninja.rule("link", f"{cxx} $in -o $out $flags", "link $out")
+        if cuda:
+            ninja.rule("nvcc", f"{cuda.nvcc} $flags -MD -MF $out.d -c $in -o $out", "CUDA $out", "$out.d", deps="gcc")
+
+        objects = []
+
+        def compile_one(rule: str, source: Path, *extra: list[str], suffix: str = "") -> None:
+            out = str(build_dir / source.relative_to(CSRC).with_suffix("")) + f"{suffix}.o"
+            command = [word for group in extra for word in group]
+            ninja.build(out, rule, str(source), variables={"flags": shlex.join(command)})
+            objects.append(out)
+
+        # The order matters: of an inline function that several objects contain the linker keeps the first copy, which
+        # must be one that every machine can run. So the baseline comes first and the widest vectors last.
+        kernels = CSRC / "cpu" / "kernels.cpp"
+        for source in sorted({*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")} - {kernels}):
+            extra = [*binding_flags, *cuda_flags] if source.parent == CSRC else []
+            compile_one("cxx", source, flags, extra, user_flags)
+        for source in sorted(CSRC.glob("cuda/*.cpp")) if cuda else []:
+            compile_one("cxx", source, flags, binding_flags, cuda_flags, user_flags)
+        for source in sorted(CSRC.glob("cuda/*.cu")) if cuda else []:
+            host = [f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden")]
+            compile_one("nvcc", source, ["-O3", "-std=c++17", *host, *nvcc_host_compiler(cxx), *cuda.arch_flags()])
+        for isa, isa_flags in ISA_FLAGS.items():
+            compile_one("cxx", kernels, flags, user_flags, isa_flags, [f"-DBSSN_ISA={isa}"], suffix=f"_{isa}")
+        ninja.build(str(module), "link", objects, variables={"flags": shlex.join(link_flags(cuda))})
+        ninja.default(str(module))
+
+
+def nvcc_host_compiler(cxx: str) -> list[str]:
+    """Return the flag that makes nvcc use the same C++ compiler, unless that is more than a name ("ccache g++")."""
+    return [f"-ccbin={cxx}"] if len(shlex.split(cxx)) == 1 else []
+
+
+def compile_module(cxx: str, cuda: Cuda | None) -> Path:
+    """Bring the module up to date and return its path."""
+    build_dir = Path("build") / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}{'-asan' * SANITIZE}"
+    build_dir.mkdir(parents=True, exist_ok=True)
+    module = build_dir / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    build_file = build_dir / "build.ninja"
+    write_ninja(build_file, build_dir, module, cxx, cuda)
+    if subprocess.run([sys.executable, "-m", "ninja", "-f", str(build_file)]).returncode:
+        if STRICT:
+            raise SystemExit("bssn_fast: the build failed, see above")
+        raise NotBuiltError(
+            f"{'nvcc or the C++ compiler' if cuda else 'the C++ compiler'} failed; reinstall with "
+            "'pip install -v' to see its messages"
+        )
+    return module
+
+
+def compile_what_can_be() -> tuple[Path | None, Outcome]:
+    """Return the module with as many backends as possible, or None, and what was built."""
+    outcome = Outcome()
+    try:
+        cxx = find_compiler()
+        try:
+            cuda = find_cuda()
+            module = compile_module(cxx, cuda)
+            outcome.built = {"cpu": list(ISA_FLAGS), "cuda": [f"sm_{arch}" for arch in cuda.archs]}
+        except NotBuiltError as reason:
+            outcome.not_built["cuda"] = str(reason)
+            module = compile_module(cxx, None)
+            outcome.built = {"cpu": list(ISA_FLAGS)}
+    except NotBuiltError as reason:
+        outcome.not_built = {"cpu": str(reason), "cuda": "it needs the C++ compiler too"}
+        return None, outcome
+    return module, outcome
+
+
+class BuildKernels(build_ext):
+    """Compiles through ninja and leaves out, rather than fails on, what cannot be built."""
+
+    def build_extension(self, ext: Extension) -> None:
+        module, outcome = compile_what_can_be()
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        if module:
+            shutil.copy2(module, target)
+        (target.parent / "_build_info.py").write_text(outcome.as_module())
+        print(outcome.summary(), flush=True)
+
+    def copy_extensions_to_source(self) -> None:
+        """Bring an editable build's results into the source tree, or remove those of an earlier one."""
+        for ext in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
+            in_source = Path(ext.name.replace(".", os.sep)).parent
+            shutil.copy2(built.parent / "_build_info.py", in_source)
+            (in_source / built.name).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
+
+sources = sorted(str(path) for path in CSRC.rglob("*.c*") if path.suffix in (".cpp", ".cu"))
+setup(
+    # Optional: the module may be missing from the result. The kernels' sources are listed for the source distribution.
+    ext_modules=[Extension("bssn_fast._C", sources, optional=True)],
+    cmdclass={"build_ext": BuildKernels},
+)
