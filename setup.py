@@ -1,4 +1,4 @@
-"""Builds the kernels: one extension module, bssn_fast._C, that includes nothing of torch. All else is in pyproject.toml.
+"""Builds the kernels: one extension module, bssn_fast._C, without anything of torch. The rest is in pyproject.toml.
 
 What cannot be built is left out, and the package works without it. One printed line says what was built and why not the
 rest; `bssn_fast/_build_info.py` keeps it for `python -m bssn_fast`. Environment variables:

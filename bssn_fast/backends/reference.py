@@ -69,6 +69,4 @@ def backward(
 ) -> None:
     snapshots = _snapshot_views(snapshot, weights, dims, two_sided)
     for grad, grad_weight, j in zip(grads, grad_weights, layers, strict=True):
-        grad_weight.copy_(
-            reference.normalize_backward(grad, weights[j], snapshots[j], sigma[j], dims[j], scale)
-        )
+        grad_weight.copy_(reference.normalize_backward(grad, weights[j], snapshots[j], sigma[j], dims[j], scale))
