@@ -1,0 +1,41 @@
+// The extension module bssn_fast._C. Addresses and sizes are plain integers and nothing of torch is included, so that one
+// build serves every version of torch. All checks of tensors are made in Python before.
+#include <pybind11/pybind11.h>
+
+#include "cpu/cpu.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+
+#ifdef BSSN_WITH_CUDA
+void register_cuda(py::module_& module);
+#endif
+
+PYBIND11_MODULE(_C, module) {
+  using bssn::DType;
+  using bssn::Layer;
+  module.attr("LAYER_FIELDS") = sizeof(Layer) / sizeof(int64_t);
+  module.def(
+      "cpu_forward",
+      [](uintptr_t layers, int64_t n, int64_t weight_type, int64_t output_type, double scale, double eps,
+         int64_t iterations, int threads) {
+        py::gil_scoped_release release;
+        return bssn::cpu::forward(reinterpret_cast<const Layer*>(layers), n, DType(weight_type), DType(output_type),
+                                  scale, eps, iterations, threads);
+      },
+      "Normalise the n layers of a table; returns an error code.");
+  module.def(
+      "cpu_backward",
+      [](uintptr_t layers, int64_t n, int64_t weight_type, int64_t grad_type, double scale, int threads) {
+        py::gil_scoped_release release;
+        return bssn::cpu::backward(reinterpret_cast<const Layer*>(layers), n, DType(weight_type), DType(grad_type),
+                                   scale, threads);
+      },
+      "Gradients of the weights of the n layers of a table; returns an error code.");
+  module.def("cpu_set_openmp", &bssn::cpu::set_openmp, "Give the address of GOMP_parallel, or 0.");
+  module.def("cpu_instruction_set", &bssn::cpu::instruction_set, "Name of the instruction set in use.");
+  module.def("cpu_set_instruction_set", &bssn::cpu::set_instruction_set, "Choose one; false if it is not to be had.");
+#ifdef BSSN_WITH_CUDA
+  register_cuda(module);
+#endif
+}

@@ -1,0 +1,175 @@
+// Gradients of the weights, for all layers of a call, with u and v held constant:
+//
+//   dW = (c / sigma) (G - (<G, W> / sigma) S),   S = u_out v_out^T   or   (u_out v_out^T + u_in v_in^T) / 2,
+//
+// G = dL/d(normalised weight). First <G, W>, then row by row dW: G and W are read once, G once more.
+#include <new>
+#include <vector>
+
+#include "cpu.h"
+#include "rows.h"
+#include "schedule.h"
+
+namespace bssn::cpu {
+namespace {
+
+template <class T>
+class Backward {
+ public:
+  Backward(const Layer* layers, int64_t n, DType weight_type, DType grad_type, double scale, int threads,
+           Workspace& workspace)
+      : layers_(layers), weight_type_(weight_type), grad_type_(grad_type), scale_(scale), states_(n), workers_(threads) {
+    int64_t bytes = 0, columns = 0, kernel = 1, total = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      const Layer& layer = layers[j];
+      bytes += Workspace::bytes<double>(chunk_count(layer));
+      columns = std::max(columns, layer.columns());
+      kernel = std::max(kernel, layer.kernel);
+      total += layer.size();
+    }
+    stream_ = exceeds_last_level_cache(total * (2 * element_size(weight_type) + element_size(grad_type)));
+    const int64_t buffer = std::max(columns, kConversion);
+    const int64_t worker_bytes = 2 * Workspace::bytes<T>(columns) + Workspace::bytes<T>(period_elements(kernel)) +
+                                 Workspace::bytes<T>(kernel) + 2 * RowBuffer<T>::bytes(buffer);
+    workspace.reserve(bytes + threads * worker_bytes);
+    for (int64_t j = 0; j < n; ++j) states_[j].inner = workspace.take<double>(chunk_count(layers[j]));
+    for (Worker& worker : workers_) {
+      worker.u = workspace.take<T>(columns);
+      worker.v = workspace.take<T>(columns);
+      worker.scratch = workspace.take<T>(period_elements(kernel));
+      worker.b = workspace.take<T>(kernel);
+      worker.in.take(workspace, buffer);
+      worker.out.take(workspace, buffer);
+    }
+  }
+
+  static constexpr int64_t kPhases = 2;
+
+  template <class Add>
+  void tiles(int64_t j, int64_t phase, Add add) const {
+    const Layer& layer = layers_[j];
+    if (phase == 0) {
+      add_tiles(layer.size(), kTileElements, add);
+    } else {
+      add_tiles(layer.c_out, tile_rows(layer, sizeof(T)), add);
+    }
+  }
+
+  void tile(const Ticket& ticket, int worker) {
+    if (ticket.phase == 0) {
+      add_inner(ticket, workers_[worker]);
+    } else {
+      write_rows_of_gradient(ticket, workers_[worker]);
+    }
+  }
+
+  void finish(int64_t j, int64_t phase, int) {
+    if (phase != 0) return;
+    State& state = states_[j];
+    const double sigma = double(*static_cast<const T*>(layers_[j].sigma));
+    double inner = 0;
+    for (int64_t chunk = 0; chunk < chunk_count(layers_[j]); ++chunk) inner += state.inner[chunk];
+    state.factor = sigma == 0 ? 0 : scale_ / sigma;
+    state.ratio = sigma == 0 ? 0 : inner / sigma;
+  }
+
+ private:
+  static constexpr int64_t kConversion = 4096;  // elements converted at a time
+
+  struct State {
+    double* inner;         // <G, W> of each chunk
+    double factor, ratio;  // c / sigma, <G, W> / sigma
+  };
+  struct Worker {
+    T *u, *v, *scratch, *b;
+    RowBuffer<T> in, out;
+  };
+
+  static int64_t chunk_count(const Layer& layer) { return (layer.size() + kTileElements - 1) / kTileElements; }
+
+  // n numbers of a tensor from element x on, in place if they are of the compute type.
+  static const T* read(const void* base, DType type, int64_t x, int64_t n, T* room) {
+    const std::byte* source = static_cast<const std::byte*>(base) + x * element_size(type);
+    if (type == kDType<T>) return reinterpret_cast<const T*>(source);
+    kernels<T>().load(source, type, n, room);
+    return room;
+  }
+
+  // G has the strides of W, so that both are lines of numbers in the same order.
+  void add_inner(const Ticket& ticket, Worker& worker) {
+    const Layer& layer = layers_[ticket.layer];
+    double sum = 0;
+    for (int64_t x = ticket.begin; x < ticket.end; x += kConversion) {
+      const int64_t n = std::min(kConversion, ticket.end - x);
+      const T* g = read(layer.grad, grad_type_, x, n, worker.in.numbers);
+      const T* w = read(layer.weight, weight_type_, x, n, worker.out.numbers);
+      sum += kernels<T>().inner(g, w, n);
+    }
+    states_[ticket.layer].inner[ticket.tile] = sum;
+  }
+
+  void write_rows_of_gradient(const Ticket& ticket, Worker& worker) {
+    const Layer& layer = layers_[ticket.layer];
+    const State& state = states_[ticket.layer];
+    const int64_t n = layer.columns();
+    const T* v = in_row_order(layer, layer.vectors[1], worker.v);
+    const T* u = over_columns(layer, layer.vectors[2], worker.u);
+    const T* u_out = static_cast<const T*>(layer.vectors[0]);
+    const T* v_in = static_cast<const T*>(layer.vectors[3]);
+    const double share = state.factor * state.ratio * (layer.two_sided() ? 0.5 : 1);
+    const bool in_place = direct<T>(layer, weight_type_);
+    const int64_t block = block_rows(layer);
+    for (int64_t row = ticket.begin; row < ticket.end; row += block) {
+      const int64_t count = std::min(block, ticket.end - row);
+      const T* grads[kMaxBlockRows];
+      read_rows(layer, layer.grad, grad_type_, row, count, worker.in, grads);
+      T* out = in_place ? static_cast<T*>(layer.output) + row * n : worker.out.numbers;
+      for (int64_t j = 0; j < count; ++j) {
+        if (u != nullptr) {
+          for (int64_t k = 0; k < layer.kernel; ++k) {
+            worker.b[k] = T(share * double(v_in[(row + j) * layer.kernel + k]));
+          }
+        }
+        kernels<T>().grad_row(grads[j], T(state.factor), T(share * double(u_out[row + j])), v, worker.b, u, n,
+                              layer.kernel, kernel_major(layer), stream_ && in_place, worker.scratch, out + j * n);
+      }
+      if (!in_place) write_rows(layer, worker.out, row, count, weight_type_, layer.output);
+    }
+    if (stream_ && in_place) kernels<T>().finish_streaming();
+  }
+
+  const Layer* layers_;
+  DType weight_type_, grad_type_;
+  double scale_;
+  bool stream_ = false;
+  std::vector<State> states_;
+  std::vector<Worker> workers_;
+};
+
+template <class T>
+void run(const Layer* layers, int64_t n, DType weight_type, DType grad_type, double scale, int threads) {
+  static thread_local Workspace workspace;
+  int64_t bytes = 0;
+  for (int64_t j = 0; j < n; ++j) bytes += layers[j].size() * element_size(weight_type);
+  threads = useful_threads(threads, bytes);
+  Backward<T> work(layers, n, weight_type, grad_type, scale, threads, workspace);
+  Schedule schedule(n, work.kPhases, [&](int64_t j, int64_t phase, auto add) { work.tiles(j, phase, add); });
+  schedule.run(work, threads);
+}
+
+}  // namespace
+
+int backward(const Layer* layers, int64_t n, DType weight_type, DType grad_type, double scale, int threads) {
+  try {
+    if (weight_type == DType::f64) {
+      run<double>(layers, n, weight_type, grad_type, scale, threads);
+    } else {
+      run<float>(layers, n, weight_type, grad_type, scale, threads);
+    }
+    return ok;
+  } catch (const std::bad_alloc&) {
+    return out_of_memory;
+  }
+}
+
+}  // namespace bssn::cpu

@@ -1,0 +1,24 @@
+// The CPU backend's entry points: integers in, error codes out, nothing thrown.
+#pragma once
+
+#include "../layer.h"
+
+namespace bssn::cpu {
+
+enum Error : int { ok = 0, out_of_memory = 1 };
+
+// Normalises n layers. The compute type T is double if weight_type is f64, else float: vectors, snapshots and sigma are
+// of that type. iterations = 0 evaluates with the vectors as they are. The result does not depend on `threads`.
+int forward(const Layer* layers, int64_t n, DType weight_type, DType output_type, double scale, double eps,
+            int64_t iterations, int threads);
+
+// Gradients of the weights of n layers; layer.vectors and layer.sigma are those that the forward wrote.
+int backward(const Layer* layers, int64_t n, DType weight_type, DType grad_type, double scale, int threads);
+
+// Best instruction set of this processor among those built, or the one chosen by set_instruction_set.
+const char* instruction_set();
+
+// Chooses "portable", "avx2" or "avx512"; false if this build or processor does not have it. Used by the tests.
+bool set_instruction_set(const char* name);
+
+}  // namespace bssn::cpu

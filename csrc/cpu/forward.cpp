@@ -1,0 +1,307 @@
+// Power iteration of both directions in one read of W, then the scaled write, for all layers of a call.
+//
+//   output side:  s = W v_out,  u_out = normalize(s),  t = W^T s,  v_out = normalize(t),  sigma_out = |t| / |s|
+//   input side:   q = W^T u_in, v_in = normalize(q),   r = W q,    u_in = normalize(r),   sigma_in = |r| / |q|
+//
+// s[o] and q[o, :] need only the row W[o, :, :], and while that row is in the cache it adds s[o] W[o] to t and
+// q[o, k] W[o] to r, the latter kept as one number for each column until the end.
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "cpu.h"
+#include "rows.h"
+#include "schedule.h"
+
+namespace bssn::cpu {
+namespace {
+
+template <class T>
+double norm(const T* x, int64_t n) {
+  double sums[4] = {};
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4) {
+    for (int l = 0; l < 4; ++l) sums[l] += double(x[j + l]) * double(x[j + l]);
+  }
+  for (; j < n; ++j) sums[0] += double(x[j]) * double(x[j]);
+  return std::sqrt((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+template <class T>
+double inner(const T* a, const T* b, int64_t n) {
+  double sum = 0;
+  for (int64_t j = 0; j < n; ++j) sum += double(a[j]) * double(b[j]);
+  return sum;
+}
+
+// What one direction's iteration multiplies its two raw vectors with, and its sigma.
+struct Direction {
+  bool usable;
+  double first_factor, second_factor, sigma;
+
+  // first, second: |s|, |t| or |q|, |r|. With u = s / max(|s|, eps) and v = W^T u / max(|W^T u|, eps),
+  // sigma = u W v = |W^T u|^2 / max(|W^T u|, eps), and |W^T u| = |t| / max(|s|, eps).
+  Direction(double first, double second, double eps) {
+    const bool finite = std::isfinite(first) && std::isfinite(second);
+    usable = finite && first > 0 && second > 0;
+    first_factor = 1 / std::max(first, eps);
+    const double length = second * first_factor;
+    second_factor = first_factor / std::max(length, eps);
+    sigma = usable ? length * length / std::max(length, eps)
+                   : (finite ? 0 : std::numeric_limits<double>::quiet_NaN());
+  }
+};
+
+template <class T>
+void write_scaled(const T* x, int64_t n, double factor, T* out) {
+  for (int64_t j = 0; j < n; ++j) out[j] = T(double(x[j]) * factor);
+}
+
+template <class T>
+class Forward {
+ public:
+  Forward(const Layer* layers, int64_t n, DType weight_type, DType output_type, double scale, double eps,
+          int64_t iterations, int threads, Workspace& workspace)
+      : layers_(layers),
+        weight_type_(weight_type),
+        output_type_(output_type),
+        scale_(scale),
+        eps_(eps),
+        iterations_(iterations),
+        states_(n),
+        workers_(threads) {
+    int64_t bytes = 0, columns = 0, kernel = 1, total = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      const Layer& layer = layers[j];
+      bytes += state_bytes(layer);
+      columns = std::max(columns, layer.columns());
+      kernel = std::max(kernel, layer.kernel);
+      total += layer.size();
+    }
+    stream_ = exceeds_last_level_cache(total * (element_size(weight_type) + element_size(output_type)));
+    const int64_t scratch = kMaxBlockRows * period_elements(kernel);
+    const int64_t worker_bytes = 2 * Workspace::bytes<T>(columns) + Workspace::bytes<T>(scratch) +
+                                 RowBuffer<T>::bytes(std::max(columns, kConversion));
+    workspace.reserve(bytes + threads * worker_bytes);
+    for (int64_t j = 0; j < n; ++j) take_state(workspace, layers[j], states_[j]);
+    for (Worker& worker : workers_) {
+      worker.u = workspace.take<T>(columns);
+      worker.v = workspace.take<T>(columns);
+      worker.scratch = workspace.take<T>(scratch);
+      worker.rows.take(workspace, std::max(columns, kConversion));
+    }
+  }
+
+  int64_t phases() const { return std::max<int64_t>(iterations_, 1) + 1; }
+
+  template <class Add>
+  void tiles(int64_t j, int64_t phase, Add add) const {
+    const Layer& layer = layers_[j];
+    if (phase + 1 < phases()) {
+      add_tiles(layer.c_out, tile_rows(layer, sizeof(T)), add);
+    } else {
+      // Last tile first: what the power iteration read last is the likeliest to be in the cache still.
+      const int64_t count = (layer.size() + kTileElements - 1) / kTileElements;
+      for (int64_t tile = count - 1; tile >= 0; --tile) {
+        add(tile * kTileElements, std::min((tile + 1) * kTileElements, layer.size()));
+      }
+    }
+  }
+
+  void tile(const Ticket& ticket, int worker) {
+    if (ticket.phase + 1 < phases()) {
+      read_weight(ticket, workers_[worker]);
+    } else {
+      write_output(ticket, workers_[worker]);
+    }
+  }
+
+  void finish(int64_t j, int64_t phase, int) {
+    if (phase + 1 == phases()) return;
+    const Layer& layer = layers_[j];
+    State& state = states_[j];
+    const double sigma = iterations_ == 0 ? evaluate(layer, state) : update_vectors(layer, state);
+    if (phase + 2 < phases()) return;
+    for (int i = 0; i < 4; ++i) {
+      if (layer.snapshot[i] != nullptr) std::memcpy(layer.snapshot[i], layer.vectors[i], vector_size(layer, i) * sizeof(T));
+    }
+    *static_cast<T*>(layer.sigma) = T(sigma);
+    state.factor = T(sigma) == 0 ? T(0) : T(scale_ / sigma);
+  }
+
+ private:
+  static constexpr int64_t kConversion = 4096;  // elements converted at a time
+
+  struct State {
+    T *s, *q;   // [c_out], [c_out, kernel]
+    T *t, *r;   // [tiles, columns]: each tile's sums
+    T* r_sum;   // [c_in]
+    T factor;   // scale / sigma
+  };
+  struct Worker {
+    T *u, *v, *scratch;
+    RowBuffer<T> rows;
+  };
+
+  static int64_t state_bytes(const Layer& layer) {
+    const int64_t sums = Workspace::bytes<T>(tile_count(layer, sizeof(T)) * layer.columns());
+    const int64_t one_side = Workspace::bytes<T>(layer.c_out) + sums;
+    if (!layer.two_sided()) return one_side;
+    return one_side + Workspace::bytes<T>(layer.c_out * layer.kernel) + sums + Workspace::bytes<T>(layer.c_in);
+  }
+  static void take_state(Workspace& workspace, const Layer& layer, State& state) {
+    const int64_t sums = tile_count(layer, sizeof(T)) * layer.columns();
+    state = {};
+    state.s = workspace.take<T>(layer.c_out);
+    state.t = workspace.take<T>(sums);
+    if (layer.two_sided()) {
+      state.q = workspace.take<T>(layer.c_out * layer.kernel);
+      state.r = workspace.take<T>(sums);
+      state.r_sum = workspace.take<T>(layer.c_in);
+    }
+  }
+
+  static int64_t vector_size(const Layer& layer, int i) {
+    const int64_t sizes[4] = {layer.c_out, layer.columns(), layer.c_in, layer.c_out * layer.kernel};
+    return sizes[i];
+  }
+
+  void read_weight(const Ticket& ticket, Worker& worker) {
+    const Layer& layer = layers_[ticket.layer];
+    const State& state = states_[ticket.layer];
+    const int64_t n = layer.columns();
+    const T* v = in_row_order(layer, layer.vectors[1], worker.v);
+    const T* u = over_columns(layer, layer.vectors[2], worker.u);
+    T* t = state.t + ticket.tile * n;
+    T* r = layer.two_sided() ? state.r + ticket.tile * n : nullptr;
+    if (iterations_ > 0) {
+      std::fill_n(t, n, T(0));
+      if (r != nullptr) std::fill_n(r, n, T(0));
+    }
+    const int64_t block = block_rows(layer);
+    for (int64_t row = ticket.begin; row < ticket.end; row += block) {
+      const int64_t count = std::min(block, ticket.end - row);
+      const T* rows[kMaxBlockRows];
+      read_rows(layer, layer.weight, weight_type_, row, count, worker.rows, rows);
+      T* q = layer.two_sided() ? state.q + row * layer.kernel : nullptr;
+      for (int64_t j = 0; j < count; ++j) {
+        kernels<T>().dot(rows[j], v, u, n, layer.kernel, kernel_major(layer), worker.scratch, state.s + row + j,
+                         q == nullptr ? nullptr : q + j * layer.kernel);
+      }
+      if (iterations_ > 0) {
+        kernels<T>().add_rows(rows, count, state.s + row, q, n, layer.kernel, kernel_major(layer), worker.scratch, t, r);
+      }
+    }
+  }
+
+  // Adds the tiles' sums in their order, into the first.
+  static void add_up(T* sums, int64_t tiles, int64_t n) {
+    for (int64_t tile = 1; tile < tiles; ++tile) {
+      const T* other = sums + tile * n;
+      for (int64_t x = 0; x < n; ++x) sums[x] += other[x];
+    }
+  }
+
+  double update_vectors(const Layer& layer, State& state) const {
+    const int64_t n = layer.columns(), tiles = tile_count(layer, sizeof(T));
+    add_up(state.t, tiles, n);
+    const Direction out_side(norm(state.s, layer.c_out), norm(state.t, n), eps_);
+    if (out_side.usable) {
+      write_scaled(state.s, layer.c_out, out_side.first_factor, static_cast<T*>(layer.vectors[0]));
+      T* v_out = static_cast<T*>(layer.vectors[1]);
+      if (kernel_major(layer)) {
+        for (int64_t k = 0; k < layer.kernel; ++k) {
+          for (int64_t i = 0; i < layer.c_in; ++i) {
+            v_out[i * layer.kernel + k] = T(double(state.t[k * layer.c_in + i]) * out_side.second_factor);
+          }
+        }
+      } else {
+        write_scaled(state.t, n, out_side.second_factor, v_out);
+      }
+    }
+    if (!layer.two_sided()) return out_side.sigma;
+
+    add_up(state.r, tiles, n);
+    std::fill_n(state.r_sum, layer.c_in, T(0));
+    for (int64_t i = 0; i < layer.c_in; ++i) {
+      for (int64_t k = 0; k < layer.kernel; ++k) {
+        state.r_sum[i] += state.r[kernel_major(layer) ? k * layer.c_in + i : i * layer.kernel + k];
+      }
+    }
+    const int64_t q_size = layer.c_out * layer.kernel;
+    const Direction in_side(norm(state.q, q_size), norm(state.r_sum, layer.c_in), eps_);
+    if (in_side.usable) {
+      write_scaled(state.r_sum, layer.c_in, in_side.second_factor, static_cast<T*>(layer.vectors[2]));
+      write_scaled(state.q, q_size, in_side.first_factor, static_cast<T*>(layer.vectors[3]));
+    }
+    return (out_side.sigma + in_side.sigma) / 2;
+  }
+
+  // sigma = u W v with the stored vectors: u_out . s and v_in . q.
+  static double evaluate(const Layer& layer, const State& state) {
+    double sigma = inner(static_cast<const T*>(layer.vectors[0]), state.s, layer.c_out);
+    if (layer.two_sided()) {
+      const T* v_in = static_cast<const T*>(layer.vectors[3]);
+      sigma = (sigma + inner(v_in, state.q, layer.c_out * layer.kernel)) / 2;
+    }
+    return std::isfinite(sigma) ? sigma : std::numeric_limits<double>::quiet_NaN();
+  }
+
+  // The weight and its normalised copy have the same strides and no gaps, so that this is one line of numbers.
+  void write_output(const Ticket& ticket, Worker& worker) {
+    const Layer& layer = layers_[ticket.layer];
+    const T factor = states_[ticket.layer].factor;
+    const std::byte* in = static_cast<const std::byte*>(layer.weight);
+    std::byte* out = static_cast<std::byte*>(layer.output);
+    if (weight_type_ == kDType<T> && output_type_ == kDType<T>) {
+      kernels<T>().scale(reinterpret_cast<const T*>(in) + ticket.begin, factor, ticket.end - ticket.begin, stream_,
+                         reinterpret_cast<T*>(out) + ticket.begin);
+      if (stream_) kernels<T>().finish_streaming();
+      return;
+    }
+    for (int64_t x = ticket.begin; x < ticket.end; x += kConversion) {
+      const int64_t n = std::min(kConversion, ticket.end - x);
+      kernels<T>().load(in + x * element_size(weight_type_), weight_type_, n, worker.rows.numbers);
+      kernels<T>().scale(worker.rows.numbers, factor, n, false, worker.rows.numbers);
+      kernels<T>().store(worker.rows.numbers, n, output_type_, out + x * element_size(output_type_));
+    }
+  }
+
+  const Layer* layers_;
+  DType weight_type_, output_type_;
+  double scale_, eps_;
+  int64_t iterations_;
+  bool stream_ = false;
+  std::vector<State> states_;
+  std::vector<Worker> workers_;
+};
+
+template <class T>
+void run(const Layer* layers, int64_t n, DType weight_type, DType output_type, double scale, double eps,
+         int64_t iterations, int threads) {
+  static thread_local Workspace workspace;
+  int64_t bytes = 0;
+  for (int64_t j = 0; j < n; ++j) bytes += layers[j].size() * element_size(weight_type);
+  threads = useful_threads(threads, bytes);
+  Forward<T> work(layers, n, weight_type, output_type, scale, eps, iterations, threads, workspace);
+  Schedule schedule(n, work.phases(), [&](int64_t j, int64_t phase, auto add) { work.tiles(j, phase, add); });
+  schedule.run(work, threads);
+}
+
+}  // namespace
+
+int forward(const Layer* layers, int64_t n, DType weight_type, DType output_type, double scale, double eps,
+            int64_t iterations, int threads) {
+  try {
+    if (weight_type == DType::f64) {
+      run<double>(layers, n, weight_type, output_type, scale, eps, iterations, threads);
+    } else {
+      run<float>(layers, n, weight_type, output_type, scale, eps, iterations, threads);
+    }
+    return ok;
+  } catch (const std::bad_alloc&) {
+    return out_of_memory;
+  }
+}
+
+}  // namespace bssn::cpu

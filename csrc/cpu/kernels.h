@@ -1,0 +1,55 @@
+// The inner loops over rows of W. They are compiled once for each instruction set; the caller takes the best table of
+// functions that the processor supports. A row is W[o, :, :], of n = c_in * k columns x in memory order: x = i * k_size + k
+// ("channel major") or x = k * c_in + i ("kernel major").
+#pragma once
+
+#include "../layer.h"
+
+namespace bssn::cpu {
+
+template <class T>
+struct Kernels {
+  // s = sum_x w[x] v[x]; if q is given, also q[k] = sum_{x of kernel position k} w[x] u[x].
+  // u is expanded to one value a column for channel-major rows and is u_in itself for kernel-major ones.
+  // scratch: period_elements(kernel) values.
+  void (*dot)(const T* w, const T* v, const T* u, int64_t n, int64_t kernel, bool kernel_major, T* scratch, T* s, T* q);
+
+  // t[x] += sum_row s[row] w[row][x]; if r is given, also r[x] += sum_row q[row * kernel + k(x)] w[row][x].
+  // scratch: rows * period_elements(kernel) values.
+  void (*add_rows)(const T* const* w, int64_t rows, const T* s, const T* q, int64_t n, int64_t kernel,
+                   bool kernel_major, T* scratch, T* t, T* r);
+
+  // out[x] = factor * w[x]; `stream` writes past the caches.
+  void (*scale)(const T* w, T factor, int64_t n, bool stream, T* out);
+
+  // sum_x a[x] b[x]
+  double (*inner)(const T* a, const T* b, int64_t n);
+
+  // out[x] = factor * g[x] - a * v[x] - b[k(x)] * u[x], the last term only if u is given; b has k values and
+  // u is as in dot. scratch: period_elements(kernel) values.
+  void (*grad_row)(const T* g, T factor, T a, const T* v, const T* b, const T* u, int64_t n, int64_t kernel,
+                   bool kernel_major, bool stream, T* scratch, T* out);
+
+  // Conversion of n contiguous numbers from and to a storage type.
+  void (*load)(const void* source, DType type, int64_t n, T* out);
+  void (*store)(const T* source, int64_t n, DType type, void* out);
+
+  // Streaming stores are weakly ordered: to call before another thread is told that they were made.
+  void (*finish_streaming)();
+};
+
+// Values that one period of kernel positions takes, whatever the vector width.
+constexpr int64_t period_elements(int64_t kernel) { return (kernel > 9 ? kernel : 9) * 16; }
+
+// One table for each instruction set this build has; defined in kernels.cpp.
+#define BSSN_DECLARE_KERNELS(isa)      \
+  namespace isa {                      \
+  const Kernels<float>& kernels_f32(); \
+  const Kernels<double>& kernels_f64(); \
+  }
+BSSN_DECLARE_KERNELS(portable)
+BSSN_DECLARE_KERNELS(avx2)
+BSSN_DECLARE_KERNELS(avx512)
+#undef BSSN_DECLARE_KERNELS
+
+}  // namespace bssn::cpu

@@ -1,0 +1,80 @@
+// What the processor can do: instruction sets and cache size.
+#include <cstring>
+
+#ifdef __linux__
+#include <unistd.h>
+#endif
+
+#include "cpu.h"
+#include "rows.h"
+
+namespace bssn::cpu {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  bool (*supported)();
+  const Kernels<float>& (*f32)();
+  const Kernels<double>& (*f64)();
+};
+
+const InstructionSet kSets[] = {
+#ifdef BSSN_ISA_LIST_X86
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+     },
+     avx512::kernels_f32, avx512::kernels_f64},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::kernels_f32,
+     avx2::kernels_f64},
+#endif
+    {"portable", [] { return true; }, portable::kernels_f32, portable::kernels_f64},
+};
+
+const InstructionSet* best() {
+  for (const InstructionSet& set : kSets) {
+    if (set.supported()) return &set;
+  }
+  return nullptr;  // unreachable: the portable one is always supported
+}
+
+const InstructionSet* in_use = best();
+
+int64_t last_level_cache() {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  const int64_t size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (size > 0) return size;
+#endif
+  return int64_t(32) << 20;
+}
+
+}  // namespace
+
+template <>
+const Kernels<float>& kernels<float>() {
+  return in_use->f32();
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return in_use->f64();
+}
+
+const char* instruction_set() { return in_use->name; }
+
+bool set_instruction_set(const char* name) {
+  for (const InstructionSet& set : kSets) {
+    if (std::strcmp(set.name, name) == 0 && set.supported()) {
+      in_use = &set;
+      return true;
+    }
+  }
+  return false;
+}
+
+bool exceeds_last_level_cache(int64_t bytes) {
+  static const int64_t size = last_level_cache();
+  return bytes > size;
+}
+
+}  // namespace bssn::cpu
