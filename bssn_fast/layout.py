@@ -12,6 +12,7 @@ from functools import lru_cache
 from math import prod
 
 import torch
+from torch import Tensor
 
 VECTOR_ALIGNMENT = 4
 """Every vector of a snapshot starts at a multiple of this many elements: 16 bytes in fp32."""
@@ -52,3 +53,61 @@ def snapshot_offsets(
             end += -(-size // VECTOR_ALIGNMENT) * VECTOR_ALIGNMENT
         offsets.append(tuple(starts))
     return tuple(offsets), end
+
+
+class Batch:
+    """The geometry of the weights of one call, and where their normalised copies lie in one flat buffer.
+
+    Valid for weights of exactly these shapes and strides, one device and one dtype.
+    """
+
+    ALIGNMENT = 32
+    """Every weight starts at a multiple of this many elements: at least 64 bytes, a cache line, for every dtype."""
+
+    def __init__(self, weights: Sequence[Tensor], dims: Sequence[int], two_sided: Sequence[bool]) -> None:
+        self.shapes = tuple(tuple(w.shape) for w in weights)
+        self.strides = tuple(w.stride() for w in weights)
+        self.dims = list(dims)
+        self.two_sided = list(two_sided)
+        self.snapshot_offsets, self.snapshot_size = snapshot_offsets(self.shapes, tuple(dims), tuple(two_sided))
+        self.starts, self.size = [], 0
+        for shape in self.shapes:
+            self.starts.append(self.size)
+            self.size += -(-prod(shape) // self.ALIGNMENT) * self.ALIGNMENT
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Return one view of a flat buffer [size] for each weight, with its shape and strides."""
+        return [
+            flat.as_strided(shape, stride, start)
+            for shape, stride, start in zip(self.shapes, self.strides, self.starts, strict=True)
+        ]
+
+    def snapshot_views(self, snapshot: Tensor) -> list[tuple[Tensor, ...]]:
+        """Return the vectors of each layer as views of a snapshot."""
+        return [
+            tuple(
+                snapshot[start : start + size]
+                for start, size in zip(starts, vector_sizes(shape, dim, both), strict=True)
+            )
+            for shape, dim, both, starts in zip(
+                self.shapes, self.dims, self.two_sided, self.snapshot_offsets, strict=True
+            )
+        ]
+
+
+def same_strides(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have equal strides wherever a stride matters."""
+    if a.stride() == b.stride():
+        return True
+    return all(size == 1 or s == t for size, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, each once, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True

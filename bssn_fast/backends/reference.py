@@ -5,27 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bssn_fast import layout, reference
+from bssn_fast import reference
+from bssn_fast.layout import Batch
 
 DEVICES: tuple[str, ...] = ()
 
 
 def why_unavailable() -> str | None:
     return None
-
-
-def _snapshot_views(
-    snapshot: Tensor, weights: list[Tensor], dims: list[int], two_sided: list[bool]
-) -> list[tuple[Tensor, ...]]:
-    shapes = tuple(tuple(w.shape) for w in weights)
-    offsets, _ = layout.snapshot_offsets(shapes, tuple(dims), tuple(two_sided))
-    return [
-        tuple(
-            snapshot[start : start + size]
-            for start, size in zip(starts, layout.vector_sizes(w.shape, dim, both), strict=True)
-        )
-        for w, dim, both, starts in zip(weights, dims, two_sided, offsets, strict=True)
-    ]
 
 
 @torch.no_grad()
@@ -42,7 +29,7 @@ def forward(
     sigma: Tensor,
 ) -> None:
     rest = iter(vectors)
-    snapshots = _snapshot_views(snapshot, weights, dims, two_sided)
+    snapshots = Batch(weights, dims, two_sided).snapshot_views(snapshot)
     for j, (weight, dim, both) in enumerate(zip(weights, dims, two_sided, strict=True)):
         stored = tuple(next(rest) for _ in range(4 if both else 2))
         result, new, sigma_j = reference.normalize(
@@ -67,6 +54,6 @@ def backward(
     sigma: Tensor,
     grad_weights: list[Tensor],
 ) -> None:
-    snapshots = _snapshot_views(snapshot, weights, dims, two_sided)
+    snapshots = Batch(weights, dims, two_sided).snapshot_views(snapshot)
     for grad, grad_weight, j in zip(grads, grad_weights, layers, strict=True):
         grad_weight.copy_(reference.normalize_backward(grad, weights[j], snapshots[j], sigma[j], dims[j], scale))

@@ -1,0 +1,273 @@
+"""Differentiable normalisation of many weights in one call, without modules."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bssn_fast import ops, reference
+from bssn_fast.buffers import Pool
+from bssn_fast.layout import Batch, compute_dtype, is_dense, same_strides, vector_sizes
+
+WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Values:
+    """What one call computed: normalised weights without a graph, a copy of the vectors used, sigma [n]."""
+
+    normalized: list[Tensor]
+    snapshot: Tensor
+    sigma: Tensor
+
+
+class Normalizer:
+    """Normalises weights of one geometry, device and dtype again and again.
+
+    `vectors` are flat: each layer's u_out, v_out and, where two_sided, u_in, v_in; contiguous, in the compute dtype.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        dims: Sequence[int],
+        two_sided: Sequence[bool],
+        *,
+        scale: float,
+        eps: float,
+        backend: str = "",
+    ) -> None:
+        self.batch = Batch([w if is_dense(w) else w.contiguous() for w in weights], dims, two_sided)
+        self.dense = all(is_dense(w) for w in weights)
+        self.scale, self.eps, self.backend = scale, eps, backend
+        self._outputs = Pool(self.batch.size)
+        self._grads = Pool(self.batch.size)
+
+    def compute(
+        self, weights: Sequence[Tensor], vectors: Sequence[Tensor], n_power_iterations: int, dtype: torch.dtype
+    ) -> Values:
+        """Run the operation, outside autograd; zero iterations leave the vectors alone."""
+        batch, first = self.batch, weights[0]
+        working = compute_dtype(first.dtype)
+        # One allocation for both; sigma first, so that each part starts at 16 bytes.
+        room = -(-len(weights) // 4) * 4
+        memory = torch.empty(room + batch.snapshot_size, dtype=working, device=first.device)
+        sigma, snapshot = memory[: len(weights)], memory[room:]
+        normalized = self._outputs.take(dtype, first.device, batch.views)
+        with torch.no_grad():
+            ops.normalize(
+                weights if self.dense else [w.contiguous() if not is_dense(w) else w for w in weights],
+                vectors,
+                batch.dims,
+                batch.two_sided,
+                self.scale,
+                self.eps,
+                n_power_iterations,
+                normalized,
+                snapshot,
+                sigma,
+                self.backend,
+            )
+        return Values(normalized, snapshot, sigma)
+
+    def attach(self, values: Values, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Return the normalised weights with a graph that leads to the weights, if one is wanted."""
+        if not torch.is_grad_enabled() or not any(w.requires_grad for w in weights):
+            return values.normalized
+        with _past_saved_tensor_hooks():
+            return list(_Attach.apply(self, values, *weights))
+
+    def gradients(
+        self, values: Values, weights: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Return dL/dW where grads, dL/d(normalised weight), are given."""
+        batch = self.batch
+        if not self.dense:
+            weights = [w if is_dense(w) else w.contiguous() for w in weights]
+        layers = [j for j, g in enumerate(grads) if g is not None]
+        if not layers:
+            return [None] * len(weights)
+        given = [_with_strides(grads[j], weights[j]) for j in layers]
+        if len(layers) == len(weights):
+            results = self._grads.take(weights[0].dtype, weights[0].device, batch.views)
+        else:
+            results = [torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device)
+                       for w in (weights[j] for j in layers)]
+        ops.normalize_backward(
+            given, weights, layers, batch.dims, batch.two_sided, self.scale, values.snapshot, values.sigma, results,
+            self.backend,
+        )
+        found: list[Tensor | None] = [None] * len(weights)
+        for j, result in zip(layers, results, strict=True):
+            found[j] = result
+        return found
+
+    def differentiable_gradients(
+        self, values: Values, weights: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The same in torch operations, for gradients of gradients: sigma = <S, W> is a function of W."""
+        found: list[Tensor | None] = []
+        for w, g, vectors, dim in zip(
+            weights, grads, self.batch.snapshot_views(values.snapshot), self.batch.dims, strict=True
+        ):
+            if g is None:
+                found.append(None)
+                continue
+            sigma = reference.spectral_norm(w.to(values.sigma.dtype), vectors, dim)
+            found.append(reference.normalize_backward(g, w, vectors, sigma, dim, self.scale))
+        return found
+
+
+def _with_strides(grad: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient laid out in memory as its weight is."""
+    if same_strides(grad, weight):
+        return grad
+    return torch.empty_strided(weight.shape, weight.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
+
+
+def _past_saved_tensor_hooks() -> contextlib.AbstractContextManager[None]:
+    """Keep hooks for saved tensors away from the weights.
+
+    They are parameters: there is nothing to offload. And torch.utils.checkpoint counts what is saved in the forward and
+    again in the recomputation, where a model call's normalisation is not repeated.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+class _Attach(torch.autograd.Function):
+    """Autograd's view of the operation, whose values have been computed before."""
+
+    @staticmethod
+    def forward(normalizer: Normalizer, values: Values, *weights: Tensor) -> tuple[Tensor, ...]:
+        return tuple(w.detach() for w in values.normalized)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.normalizer, values, *weights = inputs
+        ctx.values = Values([], values.snapshot, values.sigma)
+        ctx.save_for_backward(*weights)
+        ctx.set_materialize_grads(False)
+        frozen = [out for out, w in zip(output, weights, strict=True) if not w.requires_grad]
+        if frozen:
+            ctx.mark_non_differentiable(*frozen)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)]
+        differentiate = ctx.normalizer.gradients
+        if torch.is_grad_enabled():
+            differentiate = ctx.normalizer.differentiable_gradients
+        return None, None, *differentiate(ctx.values, ctx.saved_tensors, wanted)
+
+
+def check_weight(weight: Tensor, dim: int, name: str) -> None:
+    """Raise ValueError or TypeError, naming the layer and the remedy, for a weight that cannot be normalised."""
+    if isinstance(weight, torch.nn.parameter.UninitializedTensorMixin):
+        raise ValueError(f"{name}: the weight is not initialised yet; run one forward of the lazy module first")
+    if weight.is_meta:
+        raise ValueError(f"{name}: the weight is on the meta device; materialise the model first (`to_empty`, then load)")
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise TypeError(
+            f"{name}: weights of {weight.dtype} cannot be normalised; "
+            "convert the layer to float32, float64, bfloat16 or float16, or leave it out"
+        )
+    if weight.layout != torch.strided:
+        raise TypeError(f"{name}: the weight is {weight.layout}; convert it with `to_dense()` or leave the layer out")
+    if weight.ndim < 2:
+        raise ValueError(f"{name}: a weight of {weight.ndim} dimension(s) has no spectral norm; leave the layer out")
+    if weight.numel() == 0:
+        raise ValueError(f"{name}: the weight of shape {tuple(weight.shape)} is empty; leave the layer out")
+    if dim not in (0, 1):
+        raise ValueError(f"{name}: the output dimension must be 0 or 1, not {dim}")
+
+
+def check_settings(scale: float, eps: float, n_power_iterations: int, *, fewest: int = 0) -> None:
+    """Raise ValueError for settings out of range."""
+    if not (0 < scale < float("inf")):
+        raise ValueError(f"scale must be a positive finite number, not {scale}")
+    if not (0 < eps < float("inf")):
+        raise ValueError(f"eps must be a positive finite number, not {eps}; the default is 1e-12")
+    if isinstance(n_power_iterations, bool) or not isinstance(n_power_iterations, int) or n_power_iterations < fewest:
+        raise ValueError(f"n_power_iterations must be a whole number of at least {fewest}, not {n_power_iterations!r}")
+
+
+def normalize(
+    weights: Sequence[Tensor],
+    vectors: Sequence[Sequence[Tensor]],
+    *,
+    dims: int | Sequence[int] = 0,
+    scale: float = 1.0,
+    eps: float = 1e-12,
+    n_power_iterations: int = 1,
+    dtype: torch.dtype | None = None,
+    backend: str = "",
+) -> tuple[list[Tensor], Tensor]:
+    """Divide weights by their spectral norms, all in one call, and multiply by `scale`.
+
+    Args:
+        weights: n >= 1 tensors of one device and one dtype (float32, float64, bfloat16, float16) of shape
+            [c_out, c_in, *kernel], or [c_in, c_out, *kernel] where the layer's dim is 1.
+        vectors: for each weight (u_out [c_out], v_out [c_in k]) for one direction, or (u_out, v_out, u_in [c_in],
+            v_in [c_out k]) for the mean of both; contiguous, float64 for float64 weights, else float32. Updated in
+            place, if `n_power_iterations` is not 0.
+        dims: the output dimension, 0 or 1, of all weights or of each.
+        scale: the constant c.
+        eps: smallest length that a vector is divided by.
+        n_power_iterations: power iterations before sigma is taken; 0 evaluates with the vectors as they are.
+        dtype: of the results; the weights' by default.
+        backend: "reference", "cpu", "triton" or "cuda"; empty for the default of the device.
+
+    Returns:
+        The normalised weights, differentiable any number of times with u and v held constant, and sigma [n].
+
+    A zero weight gives zeros and sigma 0; one with infinities or NaN gives NaN. Neither changes its vectors.
+
+    Raises ValueError or TypeError for arguments that do not fit, before any vector has changed.
+    """
+    weights, vectors = list(weights), [tuple(v) for v in vectors]
+    dims = [dims] * len(weights) if isinstance(dims, int) else list(dims)
+    check_settings(scale, eps, n_power_iterations)
+    if not weights:
+        raise ValueError("there are no weights to normalise")
+    if not len(weights) == len(vectors) == len(dims):
+        raise ValueError(f"{len(weights)} weights, {len(vectors)} tuples of vectors and {len(dims)} dims do not match")
+    for j, (weight, group, dim) in enumerate(zip(weights, vectors, dims, strict=True)):
+        check_weight(weight, dim, f"weights[{j}]")
+        _check_vectors(weights[0], weight, group, dim, j)
+    dtype = dtype or weights[0].dtype
+    if dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"results of {dtype} are not supported; choose float32, float64, bfloat16 or float16")
+    two_sided = [len(group) == 4 for group in vectors]
+    normalizer = Normalizer(weights, dims, two_sided, scale=float(scale), eps=float(eps), backend=backend)
+    values = normalizer.compute(weights, [v for group in vectors for v in group], n_power_iterations, dtype)
+    return normalizer.attach(values, weights), values.sigma
+
+
+def _check_vectors(first: Tensor, weight: Tensor, group: tuple[Tensor, ...], dim: int, j: int) -> None:
+    if weight.dtype != first.dtype or weight.device != first.device:
+        raise TypeError(
+            f"weights[{j}] is {weight.dtype} on {weight.device}, weights[0] {first.dtype} on {first.device}; "
+            "normalise each kind in a call of its own"
+        )
+    if len(group) not in (2, 4):
+        raise ValueError(f"vectors[{j}] has {len(group)} vectors; give (u_out, v_out) or (u_out, v_out, u_in, v_in)")
+    sizes = vector_sizes(weight.shape, dim, len(group) == 4)
+    for vector, size in zip(group, sizes, strict=True):
+        if tuple(vector.shape) != (size,):
+            raise ValueError(
+                f"vectors[{j}] has a vector of shape {tuple(vector.shape)} where ({size},) belongs to "
+                f"a weight of shape {tuple(weight.shape)} and dim {dim}"
+            )
+        if vector.dtype != compute_dtype(weight.dtype) or vector.device != weight.device:
+            raise TypeError(
+                f"vectors[{j}] is {vector.dtype} on {vector.device}; a weight of {weight.dtype} on {weight.device} "
+                f"needs {compute_dtype(weight.dtype)} on {weight.device}"
+            )
+        if not vector.is_contiguous() or vector.requires_grad:
+            raise ValueError(f"vectors[{j}] must be contiguous tensors that require no gradient")
