@@ -15,6 +15,9 @@ ENV_STAMP := $(VENV)/.made-from-pyproject
 BUILD_STAMP := $(VENV)/.built-from-csrc
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 ASAN_DIR := build/asan
+WITH_ASAN = PYTHONPATH=$(ASAN_DIR) PYTHONSAFEPATH=1 BSSN_FAST_BACKEND=cpu \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
 .PHONY: train test lint bench gpu asan format env build clean
 .DELETE_ON_ERROR:
@@ -48,10 +51,8 @@ format: env
 asan: build
 	rm -rf $(ASAN_DIR)
 	CXX=$(CXX) BSSN_FAST_SANITIZE=1 BSSN_FAST_STRICT=1 $(BIN)/python setup.py -q build --build-lib $(ASAN_DIR)
-	PYTHONPATH=$(ASAN_DIR) PYTHONSAFEPATH=1 BSSN_FAST_BACKEND=cpu \
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	$(BIN)/pytest -p no:cacheprovider tests/backends/test_cpu.py $(ARGS)
+	$(WITH_ASAN) $(BIN)/python -c "import bssn_fast._C as m; assert 'asan' in m.__file__, m.__file__"
+	$(WITH_ASAN) $(BIN)/pytest -p no:cacheprovider --capture=sys tests/backends/test_cpu.py $(ARGS)
 
 env: $(ENV_STAMP)
 
