@@ -209,7 +209,8 @@ def compile_module(cxx: str, cuda: Cuda | None) -> Path:
     write_ninja(build_file, build_dir, module, cxx, cuda)
     if subprocess.run([sys.executable, "-m", "ninja", "-f", str(build_file)]).returncode:
         if STRICT:
-            raise SystemExit("bssn_fast: the build failed, see above")
+            hint = "; BSSN_FAST_CUDA=0 leaves CUDA out" if cuda else ""
+            raise SystemExit(f"bssn_fast: the build failed, see above{hint}")
         raise NotBuiltError(
             f"{'nvcc or the C++ compiler' if cuda else 'the C++ compiler'} failed; reinstall with "
             "'pip install -v' to see its messages"
