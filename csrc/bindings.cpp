@@ -1,5 +1,5 @@
-// The extension module bssn_fast._C. Addresses and sizes are plain integers and nothing of torch is included, so that one
-// build serves every version of torch. All checks of tensors are made in Python before.
+// The extension module bssn_fast._C. Addresses and sizes are plain integers and nothing of torch is included, so that
+// one build serves every version of torch. All checks of tensors are made in Python before.
 #include <pybind11/pybind11.h>
 
 #include "cpu/cpu.h"

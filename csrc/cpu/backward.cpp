@@ -18,7 +18,12 @@ class Backward {
  public:
   Backward(const Layer* layers, int64_t n, DType weight_type, DType grad_type, double scale, int threads,
            Workspace& workspace)
-      : layers_(layers), weight_type_(weight_type), grad_type_(grad_type), scale_(scale), states_(n), workers_(threads) {
+      : layers_(layers),
+        weight_type_(weight_type),
+        grad_type_(grad_type),
+        scale_(scale),
+        states_(n),
+        workers_(threads) {
     int64_t bytes = 0, columns = 0, kernel = 1, total = 0;
     for (int64_t j = 0; j < n; ++j) {
       const Layer& layer = layers[j];

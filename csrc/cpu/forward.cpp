@@ -47,8 +47,7 @@ struct Direction {
     first_factor = 1 / std::max(first, eps);
     const double length = second * first_factor;
     second_factor = first_factor / std::max(length, eps);
-    sigma = usable ? length * length / std::max(length, eps)
-                   : (finite ? 0 : std::numeric_limits<double>::quiet_NaN());
+    sigma = usable ? length * length / std::max(length, eps) : (finite ? 0 : std::numeric_limits<double>::quiet_NaN());
   }
 };
 
@@ -123,7 +122,8 @@ class Forward {
     const double sigma = iterations_ == 0 ? evaluate(layer, state) : update_vectors(layer, state);
     if (phase + 2 < phases()) return;
     for (int i = 0; i < 4; ++i) {
-      if (layer.snapshot[i] != nullptr) std::memcpy(layer.snapshot[i], layer.vectors[i], vector_size(layer, i) * sizeof(T));
+      if (layer.snapshot[i] != nullptr)
+        std::memcpy(layer.snapshot[i], layer.vectors[i], vector_size(layer, i) * sizeof(T));
     }
     *static_cast<T*>(layer.sigma) = T(sigma);
     state.factor = T(sigma) == 0 ? T(0) : T(scale_ / sigma);
@@ -133,10 +133,10 @@ class Forward {
   static constexpr int64_t kConversion = 4096;  // elements converted at a time
 
   struct State {
-    T *s, *q;   // [c_out], [c_out, kernel]
-    T *t, *r;   // [tiles, columns]: each tile's sums
-    T* r_sum;   // [c_in]
-    T factor;   // scale / sigma
+    T *s, *q;  // [c_out], [c_out, kernel]
+    T *t, *r;  // [tiles, columns]: each tile's sums
+    T* r_sum;  // [c_in]
+    T factor;  // scale / sigma
   };
   struct Worker {
     T *u, *v, *scratch;
@@ -189,7 +189,8 @@ class Forward {
                          q == nullptr ? nullptr : q + j * layer.kernel);
       }
       if (iterations_ > 0) {
-        kernels<T>().add_rows(rows, count, state.s + row, q, n, layer.kernel, kernel_major(layer), worker.scratch, t, r);
+        kernels<T>().add_rows(rows, count, state.s + row, q, n, layer.kernel, kernel_major(layer), worker.scratch, t,
+                              r);
       }
     }
   }

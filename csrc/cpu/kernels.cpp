@@ -219,8 +219,8 @@ void add_scaled(const T* const* w, const T* s, int64_t begin, int64_t end, T* t)
 }
 
 template <class T, int R>
-void add_both(const T* const* w, const T* s, const T* q, int64_t n, int64_t kernel, bool kernel_major, T* scratch,
-              T* t, T* r) {
+void add_both(const T* const* w, const T* s, const T* q, int64_t n, int64_t kernel, bool kernel_major, T* scratch, T* t,
+              T* r) {
   if (kernel_major) {
     const int64_t channels = n / kernel;
     for (int64_t k = 0; k < kernel; ++k) {
@@ -320,9 +320,7 @@ void grad_row(const T* g, T factor, T a, const T* v, const T* b, const T* u, int
     for (int64_t k = 0; k < kernel; ++k) {
       const int64_t first = k * channels;
       const T b_k = b[k];
-      const auto single = [=](int64_t x) {
-        out[first + x] = factor * g[first + x] - a * v[first + x] - b_k * u[x];
-      };
+      const auto single = [=](int64_t x) { out[first + x] = factor * g[first + x] - a * v[first + x] - b_k * u[x]; };
       for_columns(out, channels, false, single, [=](int64_t x) {
         store_vec<T>(out + first + x,
                      factor * load_vec(g + first + x) - a * load_vec(v + first + x) - b_k * load_vec(u + x));
@@ -342,8 +340,7 @@ void grad_row(const T* g, T factor, T a, const T* v, const T* b, const T* u, int
     int64_t x = shift;
     while (x + kLanes<T> <= n) {
       for (int64_t p = 0; p < period && x + kLanes<T> <= n; p += kLanes<T>, x += kLanes<T>) {
-        const Vec<T> value =
-            factor * load_vec(g + x) - a * load_vec(v + x) - load_vec(scratch + p) * load_vec(u + x);
+        const Vec<T> value = factor * load_vec(g + x) - a * load_vec(v + x) - load_vec(scratch + p) * load_vec(u + x);
         if (stream) {
           stream_vec(out + x, value);
         } else {
@@ -432,8 +429,8 @@ void store(const T* source, int64_t n, DType type, void* out) {
 }
 
 template <class T>
-constexpr Kernels<T> kTable = {dot<T>, add_rows<T>, scale<T>, inner<T>, grad_row<T>, load<T>, store<T>,
-                                  finish_streaming};
+constexpr Kernels<T> kTable = {dot<T>,      add_rows<T>, scale<T>, inner<T>,
+                               grad_row<T>, load<T>,     store<T>, finish_streaming};
 
 }  // namespace
 

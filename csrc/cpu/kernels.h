@@ -1,6 +1,6 @@
 // The inner loops over rows of W. They are compiled once for each instruction set; the caller takes the best table of
-// functions that the processor supports. A row is W[o, :, :], of n = c_in * k columns x in memory order: x = i * k_size + k
-// ("channel major") or x = k * c_in + i ("kernel major").
+// functions that the processor supports. A row is W[o, :, :], of n = c_in * k columns x in memory order:
+// x = i * k_size + k ("channel major") or x = k * c_in + i ("kernel major").
 #pragma once
 
 #include "../layer.h"
@@ -42,9 +42,9 @@ struct Kernels {
 constexpr int64_t period_elements(int64_t kernel) { return (kernel > 9 ? kernel : 9) * 16; }
 
 // One table for each instruction set this build has; defined in kernels.cpp.
-#define BSSN_DECLARE_KERNELS(isa)      \
-  namespace isa {                      \
-  const Kernels<float>& kernels_f32(); \
+#define BSSN_DECLARE_KERNELS(isa)       \
+  namespace isa {                       \
+  const Kernels<float>& kernels_f32();  \
   const Kernels<double>& kernels_f64(); \
   }
 BSSN_DECLARE_KERNELS(portable)

@@ -17,19 +17,17 @@ const Kernels<T>& kernels();  // of the instruction set in use
 template <class T>
 constexpr DType kDType = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
-inline int64_t element_size(DType type) {
-  return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2;
-}
+inline int64_t element_size(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
 
 inline bool kernel_major(const Layer& layer) { return layer.order == Order::kernel_major; }
 
-// Rows worked on together: while they are in the second-level cache, each of them is read twice. A strided layout gathers
-// more of them, for the neighbouring output channels in its cache lines.
+// Rows worked on together: while they are in the second-level cache, each of them is read twice. A strided layout
+// gathers more of them, for the neighbouring output channels in its cache lines.
 inline int64_t block_rows(const Layer& layer) { return layer.order == Order::strided ? 8 : 4; }
 constexpr int64_t kMaxBlockRows = 8;
 
-// Tiles do not depend on the number of threads: nor do, then, the results. Each tile of rows adds its share of t and r to
-// sums of its own, which costs two rows of traffic: not below 64 rows.
+// Tiles do not depend on the number of threads: nor do, then, the results. Each tile of rows adds its share of t and r
+// to sums of its own, which costs two rows of traffic: not below 64 rows.
 constexpr int64_t kTileBytes = 256 * 1024;
 inline int64_t tile_rows(const Layer& layer, int64_t size_of_number) {
   const int64_t rows = kTileBytes / std::max<int64_t>(1, layer.columns() * size_of_number);

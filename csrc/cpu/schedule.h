@@ -35,9 +35,8 @@ class Schedule {
         const int64_t layer = step - phase;
         if (layer < 0 || layer >= layers) continue;
         int64_t count = 0;
-        tiles(layer, phase, [&](int64_t begin, int64_t end) {
-          tickets_.push_back({layer, phase, count++, begin, end});
-        });
+        tiles(layer, phase,
+              [&](int64_t begin, int64_t end) { tickets_.push_back({layer, phase, count++, begin, end}); });
         counts_[layer * phases + phase] = count;
       }
     }
