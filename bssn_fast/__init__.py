@@ -1,3 +1,7 @@
-"""Bidirectional scaled spectral normalisation of all layers of a PyTorch model in one launch."""
+"""Spectral normalisation of all of a model's weights at once: SN, SSN, BSN and BSSN."""
 
-__version__ = "0.1.0"
+from bssn_fast.backends import BackendUnavailableError
+from bssn_fast.functional import normalize
+from bssn_fast.model import apply, cached, remove, sigma, summary
+
+__all__ = ["BackendUnavailableError", "apply", "cached", "normalize", "remove", "sigma", "summary"]

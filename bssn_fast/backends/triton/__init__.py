@@ -1,0 +1,59 @@
+"""Triton: all layers in one launch, forward and backward, on NVIDIA and AMD GPUs (`backends` documents the contract).
+
+BSSN_FAST_TRITON_LAUNCH=single runs all phases in one launch, in which tiles wait for those they build on;
+BSSN_FAST_TRITON_LAUNCH=phases starts one launch per phase. Default: single on NVIDIA GPUs; phases on AMD, where
+waiting within a launch is untested. With TRITON_INTERPRET=1, CPU tensors are served too, slowly, for tests.
+
+Layers that the kernels do not address (kernel dimensions that do not form one stride, more than 2048 kernel positions
+in two directions, no elements) are computed by the reference.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from torch import Tensor
+
+DEVICES: tuple[str, ...] = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+def why_unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; it comes with torch for CUDA and ROCm, or: pip install triton"
+    return None
+
+
+def forward(
+    weights: list[Tensor],
+    vectors: list[Tensor],
+    dims: list[int],
+    two_sided: list[bool],
+    scale: float,
+    eps: float,
+    n_power_iterations: int,
+    normalized: list[Tensor],
+    snapshot: Tensor,
+    sigma: Tensor,
+) -> None:
+    from bssn_fast.backends.triton import launch
+
+    launch.forward(
+        weights, vectors, dims, two_sided, scale, eps, n_power_iterations, normalized, snapshot, sigma
+    )
+
+
+def backward(
+    grads: list[Tensor],
+    weights: list[Tensor],
+    layers: list[int],
+    dims: list[int],
+    two_sided: list[bool],
+    scale: float,
+    snapshot: Tensor,
+    sigma: Tensor,
+    grad_weights: list[Tensor],
+) -> None:
+    from bssn_fast.backends.triton import launch
+
+    launch.backward(grads, weights, layers, dims, two_sided, scale, snapshot, sigma, grad_weights)

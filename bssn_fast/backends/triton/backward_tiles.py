@@ -1,0 +1,108 @@
+"""The tiles of the backward pass: dW = scale/sigma (G - <G, W>/sigma S), S = u_out v_out, or the mean of both sides.
+
+inner     this tile's share of <G, W>
+gradient  dW
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bssn_fast.backends.triton import fields as f
+from bssn_fast.backends.triton.tiles import field, place, pointer, sum_of
+
+
+@triton.jit
+def inner_tile(
+    row,
+    tile,
+    grad_address,
+    stats,
+    ALIGNED: tl.constexpr,
+    W_TYPE: tl.constexpr,
+    G_TYPE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """FLAT_PER_TILE products; the gradient has its weight's strides, so both are flat memory here."""
+    weight = pointer(tl.load(row + f.WEIGHT), W_TYPE, ALIGNED)
+    grad = pointer(grad_address, G_TYPE, ALIGNED)
+    size = tl.load(row + f.FLAT_PER_TILE)
+    numel = tl.load(row + f.NUMEL)
+    first = tile * size
+    total = tl.zeros([f.FLAT_BLOCK], ACC)
+    for start in range(first, tl.minimum(first + size, numel), f.FLAT_BLOCK):
+        o = start + tl.arange(0, f.FLAT_BLOCK)
+        if start + f.FLAT_BLOCK <= numel:  # without a mask, so that loads are wide
+            total += tl.load(grad + o).to(ACC) * tl.load(weight + o).to(ACC)
+        else:
+            m = o < numel
+            total += tl.load(grad + o, mask=m, other=0).to(ACC) * tl.load(weight + o, mask=m, other=0).to(ACC)
+    tl.store(stats + tl.load(row + f.STATS) + tile, tl.sum(total.to(tl.float64), axis=0))
+
+
+@triton.jit
+def gradient_tile(
+    row,
+    tile,
+    grad_address,
+    out_address,
+    stats,
+    snapshot,
+    sigma,
+    scale,
+    SHAPES: tl.constexpr,
+    SHAPE: tl.constexpr,
+    W_TYPE: tl.constexpr,
+    G_TYPE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dW of ROWS_PER_TILE rows."""
+    V: tl.constexpr = SHAPES[SHAPE][0]
+    TWO: tl.constexpr = SHAPES[SHAPE][2]
+    O: tl.constexpr = SHAPES[SHAPE][3]  # noqa: E741
+    G: tl.constexpr = SHAPES[SHAPE][4]
+    VECTORS: tl.constexpr = V > 1
+
+    k_size = field(row, f.K)
+    groups = field(row, f.GROUPS)
+    row_stride = tl.load(row + f.ROW_STRIDE)
+    group_stride = tl.load(row + f.GROUP_STRIDE)
+    grad = pointer(grad_address, G_TYPE, VECTORS)
+    out = pointer(out_address, W_TYPE, VECTORS)
+    snapshot = tl.multiple_of(snapshot, 16) if VECTORS else snapshot
+    u_out = snapshot + tl.load(row + f.SNAPSHOT)
+    v_out = snapshot + tl.multiple_of(tl.load(row + f.SNAPSHOT + 1), 4)
+    u_in = snapshot + tl.load(row + f.SNAPSHOT + 2)
+    v_in = snapshot + tl.load(row + f.SNAPSHOT + 3)
+
+    inner = sum_of(stats + tl.load(row + f.STATS), field(row, f.N_FLAT_TILES)).to(ACC)
+    multiplier = tl.where(sigma == 0, 0, scale.to(ACC) / sigma)
+    ratio = tl.where(sigma == 0, 0, inner / sigma)
+    if TWO:
+        ratio = ratio / 2
+
+    d, k, position, j_offset, m_j = place(row, SHAPES, SHAPE)
+    rows_per_tile = field(row, f.ROWS_PER_TILE)
+    first = tile * rows_per_tile
+    last = tl.minimum(first + rows_per_tile, field(row, f.C_OUT))
+    for o_start in range(first, last, O):
+        o = o_start + tl.arange(0, O)
+        m_o = o < last
+        p_o = o.to(tl.int64) * row_stride * V
+        b_u_out = tl.load(u_out + o, mask=m_o, other=0)
+        if TWO:
+            b_v_in = tl.load(v_in + (o * k_size)[:, None] + k[None, :], mask=m_o[:, None] & m_j[None, :], other=0)
+        for g_start in range(0, groups, G):
+            g = g_start + tl.arange(0, G)
+            m_gj = (g < groups)[:, None] & m_j[None, :]
+            m = m_o[:, None, None] & m_gj[None, :, :]
+            w_offset = (g.to(tl.int64) * group_stride * V)[:, None] + j_offset[None, :]
+            offset = p_o[:, None, None] + w_offset[None, :, :]  # [O, G, J]
+            b_v_out = tl.load(v_out + (g * (k_size * V))[:, None] + position[None, :], mask=m_gj, other=0)
+            direction = b_u_out[:, None, None] * b_v_out[None, :, :]
+            if TWO:
+                b_u_in = tl.load(u_in + (g * V)[:, None] + d[None, :], mask=m_gj, other=0)
+                direction += b_u_in[None, :, :] * b_v_in[:, None, :]
+            b_grad = tl.load(grad + offset, mask=m, other=0, eviction_policy="evict_first").to(ACC)
+            tl.store(out + offset, (multiplier * (b_grad - ratio * direction)).to(W_TYPE), mask=m)

@@ -1,0 +1,75 @@
+"""The device table: what one row says about a layer and about a segment of tiles.
+
+Rows hold 64-bit integers: sizes, strides, offsets into our own buffers, and the addresses that stay the same from call
+to call. Addresses that change with every call (outputs, gradients) are kernel arguments instead.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+# A weight is addressed in vectors of V elements along its contiguous dimension: strides below count vectors.
+# "Group" means V neighbouring input channels, K kernel positions each: the K V elements that a row of a tile holds.
+WEIGHT = tl.constexpr(0)  # address
+SHAPE = tl.constexpr(1)  # index into the kernel's tuple of tile shapes
+TWO_SIDED = tl.constexpr(2)
+C_OUT = tl.constexpr(3)
+GROUPS = tl.constexpr(4)
+K = tl.constexpr(5)
+ROW_STRIDE = tl.constexpr(6)
+GROUP_STRIDE = tl.constexpr(7)
+K_STRIDE = tl.constexpr(8)
+NUMEL = tl.constexpr(9)
+ROWS_PER_TILE = tl.constexpr(10)
+FLAT_PER_TILE = tl.constexpr(11)
+N_ROW_TILES = tl.constexpr(12)
+N_FLAT_TILES = tl.constexpr(13)
+N_OUT_COLUMN_TILES = tl.constexpr(14)
+N_IN_COLUMN_TILES = tl.constexpr(15)
+FOLD = tl.constexpr(16)  # offset in scratch, [c_out, K V]: q before the sum over a group's channels
+SLOTS = tl.constexpr(17)  # offset in scratch, [row tiles, |v_out| + |u_in|]: each tile's part of t and r
+STATS = tl.constexpr(18)  # offset in stats
+# Four entries each, in the order u_out, v_out, u_in, v_in.
+STORED = tl.constexpr(19)  # address of the persistent vector
+SOURCE = tl.constexpr(23)  # offset in scratch of the vector before normalisation: s, t, r, q
+SNAPSHOT = tl.constexpr(27)  # offset in the snapshot
+SIZE = tl.constexpr(31)
+INDEX = tl.constexpr(35)  # of the layer in `sigma`
+LAYER_FIELDS = tl.constexpr(36)
+
+START = tl.constexpr(0)  # number of the segment's first tile
+KIND = tl.constexpr(1)
+LAYER = tl.constexpr(2)
+WAIT_COUNTER = tl.constexpr(3)
+WAIT_COUNT = tl.constexpr(4)  # tiles that must have finished before this segment may run; 0: none
+DONE_COUNTER = tl.constexpr(5)
+SEGMENT_FIELDS = tl.constexpr(6)
+
+# Kinds of tiles. Forward: rows, columns, then vectors and scaling. Backward: inner product, then gradient.
+ROWS = tl.constexpr(0)
+COLUMNS = tl.constexpr(1)
+VECTORS = tl.constexpr(2)
+SCALING = tl.constexpr(3)
+INNER = tl.constexpr(4)
+GRADIENT = tl.constexpr(5)
+
+# stats of a layer: [4, row tiles] |s|^2, u_out.s, |q|^2, v_in.q per row tile; their 4 totals; |t|^2 and |r|^2 per
+# column tile. In the backward pass: <G, W> per flat tile.
+FLAT_BLOCK = tl.constexpr(4096)  # elements of one step over a weight as flat memory
+COLUMN_BLOCK = tl.constexpr(256)
+SLOT_BLOCK = tl.constexpr(16)  # slots added at a time
+VECTOR_BLOCK = tl.constexpr(1024)
+SUM_BLOCK = tl.constexpr(128)  # partial sums added at a time
+
+FIRST_COUNTER = tl.constexpr(16)
+"""Counter 0 numbers the tiles and has its own 128 bytes; two counters per layer follow from here."""
+
+BIAS = tl.constexpr(2**62)
+
+
+def encode(number: int) -> int:
+    """Return a number of 0 to 2^60 as an argument of a kernel: odd and 64 bits wide whatever it is.
+
+    Triton compiles a kernel anew for arguments that are 1, divisible by 16 or short, also within a tuple.
+    """
+    return BIAS.value + 2 * number + 1

@@ -1,0 +1,262 @@
+"""The tiles of the forward pass; the maths is that of reference.py, in the names of the package's documentation.
+
+    rows     s[o] = sum_ik W[o,i,k] v_out[i,k]      q[o,k] = sum_i W[o,i,k] u_in[i]      (one read of W)
+             and this tile's rows' share of t[i,k] = sum_o W[o,i,k] s[o] and r[i] = sum_ok W[o,i,k] q[o,k]
+    columns  t and r: the row tiles' shares added in their order
+    vectors  u_out = s/|s|, v_out = t/|t|, v_in = q/|q|, u_in = r/|r|, to the persistent vectors and the snapshot
+    scaling  W scale/sigma, sigma_out = |t|/|s| and sigma_in = |r|/|q|
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bssn_fast.backends.triton import fields as f
+from bssn_fast.backends.triton.tiles import block_sum, field, place, pointer, sum_of
+
+
+@triton.jit
+def rows_tile(
+    row,
+    tile,
+    scratch,
+    stats,
+    SHAPES: tl.constexpr,
+    SHAPE: tl.constexpr,
+    ITERATE: tl.constexpr,
+    W_TYPE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """s, q and the shares of t and r of ROWS_PER_TILE rows; without ITERATE only the products with the stored vectors.
+
+    SHAPES[SHAPE] = (V, kernel positions innermost, two-sided, rows, groups, positions) of the register tile.
+    """
+    V: tl.constexpr = SHAPES[SHAPE][0]
+    TWO: tl.constexpr = SHAPES[SHAPE][2]
+    O: tl.constexpr = SHAPES[SHAPE][3]  # noqa: E741
+    G: tl.constexpr = SHAPES[SHAPE][4]
+    J: tl.constexpr = SHAPES[SHAPE][5]
+    VECTORS: tl.constexpr = V > 1
+
+    k_size = field(row, f.K)
+    groups = field(row, f.GROUPS)
+    row_stride = tl.load(row + f.ROW_STRIDE)
+    group_stride = tl.load(row + f.GROUP_STRIDE)
+    weight = pointer(tl.load(row + f.WEIGHT), W_TYPE, VECTORS)
+    u_out = pointer(tl.load(row + f.STORED), ACC, VECTORS)
+    v_out = pointer(tl.load(row + f.STORED + 1), ACC, VECTORS)
+    u_in = pointer(tl.load(row + f.STORED + 2), ACC, VECTORS)
+    v_in = pointer(tl.load(row + f.STORED + 3), ACC, VECTORS)
+    s_all = scratch + tl.load(row + f.SOURCE)
+    q_all = scratch + tl.load(row + f.SOURCE + 3)
+    fold = scratch + tl.load(row + f.FOLD)
+    n_out_columns = tl.load(row + f.SIZE + 1)
+    slot_offset = tl.load(row + f.SLOTS) + tile * (n_out_columns + tl.load(row + f.SIZE + 2))
+    slot = scratch + (tl.multiple_of(slot_offset, 4) if V % 4 == 0 else slot_offset)
+
+    d, k, position, j_offset, m_j = place(row, SHAPES, SHAPE)
+    rows_per_tile = field(row, f.ROWS_PER_TILE)
+    first = tile * rows_per_tile
+    last = tl.minimum(first + rows_per_tile, field(row, f.C_OUT))
+    o_o = tl.arange(0, O)
+    o_g = tl.arange(0, G)
+    ss = tl.zeros([O], tl.float64)
+    us = tl.zeros([O], tl.float64)
+    qq = tl.zeros([O, J], tl.float64)
+    vq = tl.zeros([O, J], tl.float64)
+
+    for o_start in range(first, last, O):
+        o = o_start + o_o
+        m_o = o < last
+        p_o = weight + o.to(tl.int64) * row_stride * V
+        b_s = tl.zeros([O, G, J], ACC)
+        b_q = tl.zeros([O, G, J], ACC)
+        for g_start in range(0, groups, G):
+            g = g_start + o_g
+            m_gj = (g < groups)[:, None] & m_j[None, :]
+            m = m_o[:, None, None] & m_gj[None, :, :]
+            w_offset = (g.to(tl.int64) * group_stride * V)[:, None] + j_offset[None, :]
+            w = tl.load(p_o[:, None, None] + w_offset[None, :, :], mask=m, other=0).to(ACC)  # [O, G, J]
+            v = tl.load(v_out + (g * (k_size * V))[:, None] + position[None, :], mask=m_gj, other=0)
+            b_s += w * v[None, :, :]
+            if TWO:
+                u = tl.load(u_in + (g * V)[:, None] + d[None, :], mask=m_gj, other=0)
+                b_q += w * u[None, :, :]
+        s = tl.sum(tl.sum(b_s, axis=2), axis=1)  # [O]
+        tl.store(s_all + o, s, mask=m_o)
+        ss += s.to(tl.float64) * s
+        us += s.to(tl.float64) * tl.load(u_out + o, mask=m_o, other=0)
+        if TWO:
+            q = tl.sum(b_q, axis=1)  # [O, J]
+            m_oj = m_o[:, None] & m_j[None, :]
+            if V > 1:  # a group's V channels have separate sums so far
+                p_fold = fold + (o * (k_size * V))[:, None]
+                tl.store(p_fold + position[None, :], q, mask=m_oj)
+                tl.debug_barrier()
+                q = tl.zeros([O, J], ACC)
+                for channel in tl.static_range(V):
+                    q += tl.load(p_fold + channel * k_size + k[None, :], mask=m_oj, other=0)
+            once = m_oj & (d == 0)[None, :]
+            o_q = (o * k_size)[:, None] + k[None, :]
+            tl.store(q_all + o_q, q, mask=once)
+            q_once = tl.where(once, q, 0).to(tl.float64)
+            qq += q_once * q_once
+            vq += q_once * tl.load(v_in + o_q, mask=once, other=0)
+
+        if ITERATE:
+            for g_start in range(0, groups, G):
+                g = g_start + o_g
+                m_g = g < groups
+                m_gj = m_g[:, None] & m_j[None, :]
+                m = m_o[:, None, None] & m_gj[None, :, :]
+                w_offset = (g.to(tl.int64) * group_stride * V)[:, None] + j_offset[None, :]
+                w = tl.load(p_o[:, None, None] + w_offset[None, :, :], mask=m, other=0).to(ACC)
+                p_t = slot + (g * (k_size * V))[:, None] + position[None, :]
+                t = tl.load(p_t, mask=m_gj & (o_start > first), other=0)
+                tl.store(p_t, t + tl.sum(w * s[:, None, None], axis=0), mask=m_gj)
+                if TWO:
+                    wq = tl.sum(w * q[:, None, :], axis=0)  # [G, J]
+                    for channel in tl.static_range(V):
+                        p_r = slot + n_out_columns + g * V + channel
+                        r = tl.load(p_r, mask=m_g & (o_start > first), other=0)
+                        tl.store(p_r, r + tl.sum(tl.where((d == channel)[None, :], wq, 0), axis=1), mask=m_g)
+            tl.debug_barrier()  # the next rows add to the slot, perhaps from other threads
+
+    n_row_tiles = field(row, f.N_ROW_TILES)
+    stat = stats + tl.load(row + f.STATS) + tile
+    tl.store(stat, tl.sum(ss, axis=0))
+    tl.store(stat + n_row_tiles, tl.sum(us, axis=0))
+    tl.store(stat + 2 * n_row_tiles, block_sum(qq))
+    tl.store(stat + 3 * n_row_tiles, block_sum(vq))
+
+
+@triton.jit
+def columns_tile(row, tile, scratch, stats, ITERATE: tl.constexpr, ACC: tl.constexpr):
+    """COLUMN_BLOCK entries of t, or of r in the tiles after those, and their sum of squares."""
+    n_row_tiles = field(row, f.N_ROW_TILES)
+    stat = stats + tl.load(row + f.STATS)
+    totals = stat + 4 * n_row_tiles
+    if tile == 0:
+        for n in tl.static_range(4):
+            tl.store(totals + n, sum_of(stat + n * n_row_tiles, n_row_tiles))
+    if ITERATE:
+        n_out_tiles = field(row, f.N_OUT_COLUMN_TILES)
+        n_out_columns = tl.load(row + f.SIZE + 1)
+        n_in_columns = tl.load(row + f.SIZE + 2)
+        is_in = tile >= n_out_tiles
+        size = tl.where(is_in, n_in_columns, n_out_columns)
+        column = (tile - tl.where(is_in, n_out_tiles, 0)) * f.COLUMN_BLOCK + tl.arange(0, f.COLUMN_BLOCK)
+        m_column = column < size
+        slots = scratch + tl.load(row + f.SLOTS) + tl.where(is_in, n_out_columns, 0)
+        o_slot = tl.arange(0, f.SLOT_BLOCK)
+        parts = tl.zeros([f.SLOT_BLOCK, f.COLUMN_BLOCK], ACC)
+        for start in range(0, n_row_tiles, f.SLOT_BLOCK):
+            slot = start + o_slot
+            p = slots + (slot * (n_out_columns + n_in_columns))[:, None] + column[None, :]
+            parts += tl.load(p, mask=(slot < n_row_tiles)[:, None] & m_column[None, :], other=0)
+        x = tl.sum(parts, axis=0)
+        tl.store(scratch + tl.load(row + f.SOURCE + tl.where(is_in, 2, 1)) + column, x, mask=m_column)
+        tl.store(totals + 4 + tile, block_sum(x.to(tl.float64) * x))
+
+
+@triton.jit
+def side(first_square, stored_sigma, second_square, eps, ITERATE: tl.constexpr):
+    """(sigma, are the new vectors usable, factor of the first product, of the second) of one direction.
+
+    With the first product s = W v and the second t = transpose(W) s: u = s / max(|s|, eps), and v is
+    t / max(|s|, eps) divided by its norm. Unusable vectors give way to the stored ones, for which sigma is u.s.
+    """
+    first_norm = tl.maximum(tl.sqrt(first_square), eps)
+    second = tl.sqrt(second_square) / first_norm
+    second_norm = tl.maximum(second, eps)
+    infinity = float("inf")
+    usable = (first_square > 0) & (first_square < infinity) & (second_square > 0) & (second_square < infinity)
+    usable = usable & ITERATE
+    sigma = tl.where(usable, second * second / second_norm, stored_sigma)
+    return sigma, usable, 1 / first_norm, 1 / (first_norm * second_norm)
+
+
+@triton.jit
+def both_sides(row, stats, eps, ITERATE: tl.constexpr):
+    """sigma of the layer in fp64, and `side` of the output and of the input direction."""
+    totals = stats + tl.load(row + f.STATS) + 4 * field(row, f.N_ROW_TILES)
+    n_out_tiles = field(row, f.N_OUT_COLUMN_TILES)
+    tt = 0.0
+    rr = 0.0
+    if ITERATE:
+        tt = sum_of(totals + 4, n_out_tiles)
+        rr = sum_of(totals + 4 + n_out_tiles, field(row, f.N_IN_COLUMN_TILES))
+    out_sigma, out_usable, u_out_factor, v_out_factor = side(
+        tl.load(totals), tl.load(totals + 1), tt, eps, ITERATE
+    )
+    in_sigma, in_usable, v_in_factor, u_in_factor = side(
+        tl.load(totals + 2), tl.load(totals + 3), rr, eps, ITERATE
+    )
+    sigma = tl.where(field(row, f.TWO_SIDED) != 0, (out_sigma + in_sigma) / 2, out_sigma)
+    sigma = tl.where(tl.abs(sigma) < float("inf"), sigma, float("nan"))
+    return sigma, out_usable, u_out_factor, v_out_factor, in_usable, u_in_factor, v_in_factor
+
+
+@triton.jit
+def one_vector(row, N: tl.constexpr, tile, scratch, snapshot, usable, factor, ITERATE: tl.constexpr, ACC: tl.constexpr):
+    """VECTOR_BLOCK entries of vector N: new ones where usable, else the stored ones."""
+    o = tile * f.VECTOR_BLOCK + tl.arange(0, f.VECTOR_BLOCK)
+    m = o < tl.load(row + f.SIZE + N)
+    stored = tl.load(row + f.STORED + N).to(tl.pointer_type(ACC))
+    x = tl.load(stored + o, mask=m, other=0)
+    if ITERATE:
+        new = tl.load(scratch + tl.load(row + f.SOURCE + N) + o, mask=m, other=0).to(tl.float64) * factor
+        x = tl.where(usable, new.to(ACC), x)
+        tl.store(stored + o, x, mask=m)
+    tl.store(snapshot + tl.load(row + f.SNAPSHOT + N) + o, x, mask=m)
+
+
+@triton.jit
+def vectors_tile(
+    row, tile, scratch, stats, snapshot, sigmas, eps, ITERATE: tl.constexpr, ACC: tl.constexpr
+):
+    """VECTOR_BLOCK entries of each of the layer's vectors, and sigma."""
+    sigma, out_usable, u_out_factor, v_out_factor, in_usable, u_in_factor, v_in_factor = both_sides(
+        row, stats, eps, ITERATE
+    )
+    if tile == 0:
+        tl.store(sigmas + field(row, f.INDEX), sigma.to(ACC))
+    one_vector(row, 0, tile, scratch, snapshot, out_usable, u_out_factor, ITERATE, ACC)
+    one_vector(row, 1, tile, scratch, snapshot, out_usable, v_out_factor, ITERATE, ACC)
+    if field(row, f.TWO_SIDED) != 0:
+        one_vector(row, 2, tile, scratch, snapshot, in_usable, u_in_factor, ITERATE, ACC)
+        one_vector(row, 3, tile, scratch, snapshot, in_usable, v_in_factor, ITERATE, ACC)
+
+
+@triton.jit
+def scaling_tile(
+    row,
+    tile,
+    out_address,
+    stats,
+    scale,
+    eps,
+    ALIGNED: tl.constexpr,
+    ITERATE: tl.constexpr,
+    W_TYPE: tl.constexpr,
+    OUT_TYPE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """FLAT_PER_TILE elements of the normalised weight, which has its weight's strides: both are flat memory here."""
+    sigma = both_sides(row, stats, eps, ITERATE)[0].to(ACC)
+    multiplier = tl.where(sigma == 0, 0, scale.to(ACC) / sigma).to(ACC)
+    weight = pointer(tl.load(row + f.WEIGHT), W_TYPE, ALIGNED)
+    out = pointer(out_address, OUT_TYPE, ALIGNED)
+    size = tl.load(row + f.FLAT_PER_TILE)
+    numel = tl.load(row + f.NUMEL)
+    first = tile * size
+    for start in range(first, tl.minimum(first + size, numel), f.FLAT_BLOCK):
+        o = start + tl.arange(0, f.FLAT_BLOCK)
+        if start + f.FLAT_BLOCK <= numel:  # without a mask, so that loads are wide
+            w = tl.load(weight + o, eviction_policy="evict_first")
+            tl.store(out + o, (w.to(ACC) * multiplier).to(OUT_TYPE))
+        else:
+            m = o < numel
+            w = tl.load(weight + o, mask=m, other=0)
+            tl.store(out + o, (w.to(ACC) * multiplier).to(OUT_TYPE), mask=m)

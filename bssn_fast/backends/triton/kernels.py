@@ -1,0 +1,113 @@
+"""The kernels: each program takes one tile and runs it. All layers of a call, whatever their shapes, share a launch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bssn_fast.backends.triton import fields as f
+from bssn_fast.backends.triton.backward_tiles import gradient_tile, inner_tile
+from bssn_fast.backends.triton.forward_tiles import columns_tile, rows_tile, scaling_tile, vectors_tile
+from bssn_fast.backends.triton.tiles import announce, choose, decode, field, float_of, take_tile
+
+
+@triton.jit(do_not_specialize=["scale_bits", "eps_bits", "first_tile"])
+def forward_kernel(
+    layers,
+    segments,
+    counters,
+    scratch,
+    stats,
+    snapshot,
+    sigmas,
+    outs,
+    scale_bits: tl.int64,
+    eps_bits: tl.int64,
+    first_tile: tl.int64,
+    SHAPES: tl.constexpr,
+    N_SEGMENTS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    ITERATE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    W_TYPE: tl.constexpr,
+    OUT_TYPE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One tile of the forward pass.
+
+    layers, segments: rows of the table. counters: int64. scratch: ACC. stats: fp64. snapshot, sigmas: ACC.
+    outs: encoded addresses of the normalised weights. SHAPES: the tile shapes that occur. SINGLE: all phases in this launch.
+    """
+    tile, segment = take_tile(segments, counters, first_tile, SINGLE, N_SEGMENTS)
+    kind = field(segment, f.KIND)
+    layer = field(segment, f.LAYER)
+    row = layers + layer * f.LAYER_FIELDS
+    eps = float_of(eps_bits)
+    if kind == f.ROWS:
+        shape = field(row, f.SHAPE)
+        for n in tl.static_range(len(SHAPES)):
+            if shape == n:
+                rows_tile(row, tile, scratch, stats, SHAPES, n, ITERATE, W_TYPE, ACC)
+    elif kind == f.COLUMNS:
+        columns_tile(row, tile, scratch, stats, ITERATE, ACC)
+    elif kind == f.VECTORS:
+        vectors_tile(row, tile, scratch, stats, snapshot, sigmas, eps, ITERATE, ACC)
+    else:
+        out = choose(outs, layer)
+        scaling_tile(row, tile, out, stats, float_of(scale_bits), eps, ALIGNED, ITERATE, W_TYPE, OUT_TYPE, ACC)
+    if SINGLE:
+        done = tl.load(segment + f.DONE_COUNTER)
+        if done > 0:
+            announce(counters + done)
+
+
+@triton.jit(do_not_specialize=["scale_bits", "first_tile"])
+def backward_kernel(
+    layers,
+    segments,
+    counters,
+    scratch,
+    stats,
+    snapshot,
+    sigmas,
+    grads,
+    grad_weights,
+    scale_bits: tl.int64,
+    first_tile: tl.int64,
+    SHAPES: tl.constexpr,
+    N_SEGMENTS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    W_TYPE: tl.constexpr,
+    G_TYPE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One tile of the backward pass; the arguments are those of `forward_kernel`."""
+    tile, segment = take_tile(segments, counters, first_tile, SINGLE, N_SEGMENTS)
+    layer = field(segment, f.LAYER)
+    row = layers + layer * f.LAYER_FIELDS
+    grad = choose(grads, layer)
+    if field(segment, f.KIND) == f.INNER:
+        inner_tile(row, tile, grad, stats, ALIGNED, W_TYPE, G_TYPE, ACC)
+    else:
+        out = choose(grad_weights, layer)
+        sigma = tl.load(sigmas + field(row, f.INDEX))
+        shape = field(row, f.SHAPE)
+        scale = float_of(scale_bits)
+        for n in tl.static_range(len(SHAPES)):
+            if shape == n:
+                gradient_tile(
+                    row, tile, grad, out, stats, snapshot, sigma, scale, SHAPES, n, W_TYPE, G_TYPE, ACC
+                )
+    if SINGLE:
+        done = tl.load(segment + f.DONE_COUNTER)
+        if done > 0:
+            announce(counters + done)
+
+
+@triton.jit(do_not_specialize=["start"])
+def table_kernel(table, start: tl.int64, values):
+    """Write encoded integers to `table` from `start`. As arguments they are part of the launch, so that the replay of a
+    captured graph does not depend on host memory."""
+    for n in tl.static_range(len(values)):
+        tl.store(table + start + n, decode(values[n]))

@@ -1,0 +1,89 @@
+"""What is kept from call to call: tables on the device, and the buffers that programs work in."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from bssn_fast.backends.triton import kernels
+from bssn_fast.backends.triton.fields import SEGMENT_FIELDS, encode
+from bssn_fast.backends.triton.program import Program
+
+TABLE_CHUNK = 256
+"""Numbers written per launch of the table kernel: 2 KB of arguments, of which CUDA takes 4."""
+
+MAX_KEPT = 64
+"""Sets of programs kept; a model needs one forward and one backward per stream, and the longest unused go first."""
+
+
+class Prepared:
+    """A program with its table on the device; `indices` are its layers' in the call."""
+
+    def __init__(self, program: Program, indices: list[int], single: bool, device: torch.device) -> None:
+        self.program = program
+        self.indices = indices
+        self.single = single
+        table = torch.empty(len(program.values), dtype=torch.int64, device=device)
+        for start in range(0, len(program.values), TABLE_CHUNK):
+            start = min(start, max(len(program.values) - TABLE_CHUNK, 0))  # the last chunk overlaps: one kernel for all
+            values = tuple(encode(value) for value in program.values[start : start + TABLE_CHUNK])
+            kernels.table_kernel[(1,)](table, start, values, num_warps=1)
+        split = program.n_segments * SEGMENT_FIELDS.value
+        self.segments, self.layers = table[:split], table[split:]
+
+
+class Buffers:
+    """What a program works in: nothing else may use them at the same time."""
+
+    def __init__(self, prepared: Prepared, like: Tensor) -> None:
+        program = prepared.program
+        self.counters = like.new_zeros(program.counters_size if prepared.single else 1, dtype=torch.int64)
+        self.scratch = like.new_empty(max(program.scratch_size, 1))
+        self.stats = like.new_empty(program.stats_size, dtype=torch.float64)
+
+
+Found = tuple[list[tuple[Prepared, Buffers]], list[int]]
+"""Programs with their buffers, and the indices of layers that they leave to the reference."""
+
+
+class Cache:
+    """Programs by what they were made for, per stream: calls on different streams may overlap."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, Found] = OrderedDict()
+        self._captured: dict[Hashable, Found] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, like: Tensor, make: Callable[[], tuple[list[Prepared], list[int]]]) -> Found:
+        """Return what was kept for `key`, or make it on the current stream; buffers have the dtype of `like`.
+
+        While a CUDA graph is captured, its buffers are its own (counters are cleared at every replay), and a table
+        that it refers to is never freed again. A table made during capture is written at every replay.
+        """
+        with self._lock:
+            if like.is_cuda and torch.cuda.is_current_stream_capturing():
+                return self._for_graph(key, like, make)
+            stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+            found = self._kept.get((key, stream))
+            if found is None:
+                prepared, others = make()
+                found = [(x, Buffers(x, like)) for x in prepared], others
+                self._kept[(key, stream)] = found
+                while len(self._kept) > MAX_KEPT:
+                    self._kept.popitem(last=False)
+            else:
+                self._kept.move_to_end((key, stream))
+            return found
+
+    def _for_graph(self, key: Hashable, like: Tensor, make: Callable[[], tuple[list[Prepared], list[int]]]) -> Found:
+        known = next((found for (k, _), found in self._kept.items() if k == key), self._captured.get(key))
+        if known is None:
+            prepared, others = make()
+        else:
+            self._captured[key] = known
+            prepared, others = [x for x, _ in known[0]], known[1]
+        return [(x, Buffers(x, like)) for x in prepared], others

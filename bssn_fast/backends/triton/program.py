@@ -1,0 +1,184 @@
+"""Programs: the table for a set of layers, and the order in which their tiles run."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bssn_fast.backends.triton import fields as f
+from bssn_fast.backends.triton.geometry import Geometry, TileShape, power_of_two
+
+MAX_FLAT_STEPS = 16
+FLAT_TILES = 256  # of a layer in the forward pass; its tiles have up to MAX_FLAT_STEPS blocks
+INNER_TILES = 128  # of a layer in the backward pass, where every gradient tile adds up all of their partial sums
+LAG = 512
+"""Tiles between a layer's last tile of one stage and its first of the next, about twice what a large GPU runs at a
+time: less and tiles wait, more and the weight has left the L2 cache before it is read again."""
+
+
+class Layer(NamedTuple):
+    """A layer's share of a call: its index there, geometry, addresses and places in the snapshot."""
+
+    index: int
+    geometry: Geometry
+    weight: int
+    vectors: tuple[int, ...]
+    snapshot: tuple[int, ...]
+
+
+class Program(NamedTuple):
+    """The table's content, the sizes of the buffers it points into, and the launches: (first tile, tiles)."""
+
+    values: list[int]
+    n_segments: int
+    launches: list[tuple[int, int]]
+    shapes: tuple[TileShape, ...]
+    scratch_size: int
+    stats_size: int
+    counters_size: int
+
+
+Stage = list[tuple[int, int]]
+"""Kinds of tiles that may run together, each with its number of tiles."""
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _flat_steps(numel: int, backward: bool) -> int:
+    steps = ceil_div(numel, f.FLAT_BLOCK.value * (INNER_TILES if backward else FLAT_TILES))
+    return steps if backward else min(steps, MAX_FLAT_STEPS)
+
+
+def stages(geometry: Geometry, *, iterate: bool, write: bool) -> list[Stage]:
+    """Return a layer's stages in the forward pass; `write`: the last power iteration, or an evaluation."""
+    g = geometry
+    columns = ceil_div(g.row_size, f.COLUMN_BLOCK.value)
+    columns += ceil_div(g.c_in, f.COLUMN_BLOCK.value) if g.shape.two_sided else 0
+    longest = max(g.row_size, g.c_out * g.k if g.shape.two_sided else g.c_out)
+    last = [(f.VECTORS.value, ceil_div(longest, f.VECTOR_BLOCK.value))]
+    if write:
+        flat = f.FLAT_BLOCK.value * _flat_steps(g.numel, backward=False)
+        last.append((f.SCALING.value, ceil_div(g.numel, flat)))
+    return [[(f.ROWS.value, g.row_tiles)], [(f.COLUMNS.value, columns if iterate else 1)], last]
+
+
+def backward_stages(geometry: Geometry) -> list[Stage]:
+    """Return a layer's stages in the backward pass."""
+    flat = f.FLAT_BLOCK.value * _flat_steps(geometry.numel, backward=True)
+    return [[(f.INNER.value, ceil_div(geometry.numel, flat))], [(f.GRADIENT.value, geometry.row_tiles)]]
+
+
+def order(all_stages: Sequence[Sequence[Stage]], single: bool) -> list[tuple[int, int]]:
+    """Return (stage, layer) in the order of their tiles; each comes after the layer's stages before it.
+
+    For one launch per stage: stage by stage. For a single launch a stage follows LAG tiles after the one before it.
+    """
+    layers = range(len(all_stages))
+    if not single:
+        return [(stage, layer) for stage in range(len(all_stages[0])) for layer in layers]
+    result: list[tuple[int, int]] = []
+    due: list[tuple[int, int, int]] = []  # (tile from which on, stage, layer)
+    position = 0
+
+    def emit(stage: int, layer: int) -> None:
+        nonlocal position
+        result.append((stage, layer))
+        position += sum(n for _, n in all_stages[layer][stage])
+        if stage + 1 < len(all_stages[layer]):
+            heapq.heappush(due, (position + LAG, stage + 1, layer))
+
+    for layer in layers:
+        emit(0, layer)
+        while due and due[0][0] <= position:
+            emit(*heapq.heappop(due)[1:])
+    while due:
+        emit(*heapq.heappop(due)[1:])
+    return result
+
+
+class _Offsets:
+    """Hands out places in a buffer, 16-byte aligned."""
+
+    def __init__(self) -> None:
+        self.end = 0
+
+    def take(self, size: int) -> int:
+        start = self.end
+        self.end += ceil_div(size, 4) * 4
+        return start
+
+
+def _row(layer: Layer, shape_index: int, scratch: _Offsets, stats: _Offsets, backward: bool) -> list[int]:
+    g = layer.geometry
+    two = g.shape.two_sided
+    sizes = (g.c_out, g.row_size, g.c_in, g.c_out * g.k) if two else (g.c_out, g.row_size, 0, 0)
+    flat = f.FLAT_BLOCK.value * _flat_steps(g.numel, backward)
+    out_columns, in_columns = (ceil_div(size, f.COLUMN_BLOCK.value) for size in sizes[1:3])
+    n_stats = ceil_div(g.numel, flat) if backward else 4 * g.row_tiles + 4 + out_columns + in_columns
+
+    row = [0] * f.LAYER_FIELDS.value
+    for name, value in (
+        (f.WEIGHT, layer.weight),
+        (f.SHAPE, shape_index),
+        (f.TWO_SIDED, int(two)),
+        (f.C_OUT, g.c_out),
+        (f.GROUPS, g.groups),
+        (f.K, g.k),
+        (f.ROW_STRIDE, g.row_stride),
+        (f.GROUP_STRIDE, g.group_stride),
+        (f.K_STRIDE, g.k_stride),
+        (f.NUMEL, g.numel),
+        (f.ROWS_PER_TILE, g.rows_per_tile),
+        (f.FLAT_PER_TILE, flat),
+        (f.N_ROW_TILES, g.row_tiles),
+        (f.N_FLAT_TILES, ceil_div(g.numel, flat)),
+        (f.N_OUT_COLUMN_TILES, out_columns),
+        (f.N_IN_COLUMN_TILES, in_columns),
+        (f.STATS, stats.take(n_stats)),
+        (f.INDEX, layer.index),
+    ):
+        row[name.value] = value
+    if not backward:
+        row[f.FOLD.value] = scratch.take(g.c_out * g.k * g.shape.vector if two else 0)
+        row[f.SLOTS.value] = scratch.take(g.row_tiles * (sizes[1] + sizes[2]))
+    for n, address in enumerate(layer.vectors):
+        row[f.STORED.value + n] = address
+    for n, start in enumerate(layer.snapshot):
+        row[f.SNAPSHOT.value + n] = start
+    for n, size in enumerate(sizes):
+        row[f.SIZE.value + n] = size
+        row[f.SOURCE.value + n] = 0 if backward else scratch.take(size)
+    return row
+
+
+def build(layers: Sequence[Layer], all_stages: Sequence[Sequence[Stage]], *, single: bool, backward: bool) -> Program:
+    """Return the program that runs `all_stages` (per layer) of `layers`."""
+    n_stages = len(all_stages[0])
+    segments: list[list[int]] = []
+    bounds = [0] * (n_stages + 1)
+    tile = 0
+    for stage, layer in order(all_stages, single):
+        counter = f.FIRST_COUNTER.value + n_stages * layer + stage
+        awaited = sum(n for _, n in all_stages[layer][stage - 1]) if stage > 0 else 0
+        for kind, n in all_stages[layer][stage]:
+            segments.append([tile, kind, layer, counter - 1, awaited, counter if stage + 1 < n_stages else 0])
+            tile += n
+        bounds[stage + 1] = tile
+    n_segments = power_of_two(len(segments))
+    segments += [[2**31, 0, 0, 0, 0, 0]] * (n_segments - len(segments))
+
+    scratch, stats = _Offsets(), _Offsets()
+    shapes = tuple(sorted({layer.geometry.shape for layer in layers}))
+    rows = [_row(x, shapes.index(x.geometry.shape), scratch, stats, backward) for x in layers]
+    return Program(
+        values=[value for row in (*segments, *rows) for value in row],
+        n_segments=n_segments,
+        launches=[(0, tile)] if single else [(a, b - a) for a, b in zip(bounds, bounds[1:], strict=False)],
+        shapes=shapes,
+        scratch_size=scratch.end,
+        stats_size=stats.end,
+        counters_size=f.FIRST_COUNTER.value + n_stages * len(layers),
+    )

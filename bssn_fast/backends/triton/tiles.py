@@ -1,0 +1,126 @@
+"""What all tiles share: pointers from the table, the place of an element, waiting and announcing."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bssn_fast.backends.triton import fields as f
+
+
+@triton.jit
+def field(row, name: tl.constexpr):
+    """One entry of a table row as a 32-bit integer."""
+    return tl.load(row + name).to(tl.int32)
+
+
+@triton.jit
+def pointer(address, dtype: tl.constexpr, aligned: tl.constexpr):
+    """An address as a pointer; `aligned` promises 16 bytes, which wide loads need."""
+    p = address.to(tl.int64).to(tl.pointer_type(dtype))
+    return tl.multiple_of(p, 16) if aligned else p
+
+
+@triton.jit
+def decode(argument):
+    """The integer that the host passed through `fields.encode`."""
+    return (argument - f.BIAS) >> 1
+
+
+@triton.jit
+def choose(addresses, layer):
+    """The address numbered `layer` of a tuple of kernel arguments."""
+    chosen = addresses[0]
+    for n in tl.static_range(1, len(addresses)):
+        chosen = tl.where(layer == n, addresses[n], chosen)
+    return decode(chosen)
+
+
+@triton.jit
+def float_of(bits):
+    """The double whose bits these are: as a float argument it would arrive in fp32."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def wait_for(counter, target):
+    """Wait until `counter` has reached `target`. An atomic, as the compiler would delete a loop of plain loads."""
+    while tl.atomic_add(counter, 0, sem="acquire") < target:
+        pass
+
+
+@triton.jit
+def announce(counter):
+    """Add one to `counter`, after everything that this tile has written."""
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release")
+
+
+@triton.jit
+def find_segment(segments, tile, N_SEGMENTS: tl.constexpr):
+    """The row of the segment that `tile` belongs to: the last one that does not start after it."""
+    n = tl.arange(0, N_SEGMENTS)
+    starts = tl.load(segments + n * f.SEGMENT_FIELDS + f.START)
+    index = tl.sum((starts <= tile).to(tl.int32), axis=0) - 1
+    return segments + index * f.SEGMENT_FIELDS
+
+
+@triton.jit
+def take_tile(segments, counters, first_tile, SINGLE: tl.constexpr, N_SEGMENTS: tl.constexpr):
+    """This program's tile number, the row of its segment, and how often its counters have been used before.
+
+    SINGLE: the next number is taken from counter 0, and all tiles this one builds on have been waited for on return.
+    Counters only ever grow: a launch leaves each of them at a multiple of its tiles, so none has to be cleared.
+    """
+    if SINGLE:
+        ticket = tl.atomic_add(counters, 1, sem="relaxed")
+        n_tiles = tl.num_programs(0)
+        tile = ticket % n_tiles
+        segment = find_segment(segments, tile, N_SEGMENTS)
+        count = tl.load(segment + f.WAIT_COUNT)
+        if count > 0:
+            wait_for(counters + tl.load(segment + f.WAIT_COUNTER), (ticket // n_tiles + 1) * count)
+    else:
+        tile = first_tile.to(tl.int64) + tl.program_id(0)
+        segment = find_segment(segments, tile, N_SEGMENTS)
+    return (tile - tl.load(segment + f.START)).to(tl.int32), segment
+
+
+@triton.jit
+def place(row, SHAPES: tl.constexpr, SHAPE: tl.constexpr):
+    """For the positions j of a group: (channel in the group, kernel position, place in v_out, offset, is valid).
+
+    Kernel positions innermost (a convolution as torch stores it): j counts the group's K V elements in memory order.
+    Otherwise (channels_last, transposed or unaligned): V neighbouring channels, then the next kernel position.
+    """
+    V: tl.constexpr = SHAPES[SHAPE][0]
+    J: tl.constexpr = SHAPES[SHAPE][5]
+    k_size = field(row, f.K)
+    j = tl.arange(0, J)
+    if SHAPES[SHAPE][1]:
+        d = j // k_size
+        k = j % k_size
+        position = j
+        offset = j.to(tl.int64)
+    else:
+        d = j % V
+        k = j // V
+        position = d * k_size + k
+        offset = d + k * (tl.load(row + f.K_STRIDE) * V)
+    return d, k, position, offset, j < k_size * V
+
+
+@triton.jit
+def block_sum(x):
+    """Sum of all elements in fp64."""
+    return tl.sum(tl.ravel(x).to(tl.float64), axis=0)
+
+
+@triton.jit
+def sum_of(partials, n):
+    """partials[0] + ... + partials[n - 1] in a fixed order."""
+    o = tl.arange(0, f.SUM_BLOCK)
+    total = tl.zeros([f.SUM_BLOCK], tl.float64)
+    for start in range(0, n, f.SUM_BLOCK):
+        total += tl.load(partials + start + o, mask=start + o < n, other=0)
+    return tl.sum(total, axis=0)

@@ -1,0 +1,86 @@
+"""Layers that already carry a normalisation: torch's two spectral norms are taken over, others are refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
+
+from bssn_fast.parametrization import SpectralNormalization
+
+WEIGHT = "weight"
+
+
+@dataclass
+class TorchSpectralNorm:
+    """What is known of a spectral norm of torch that a layer carries."""
+
+    hook: SpectralNorm | None  # torch.nn.utils.spectral_norm, else the parametrization of the same name
+    weight: nn.Parameter
+    u: Tensor
+    v: Tensor
+    dim: int
+    eps: float
+    n_power_iterations: int
+
+
+def find(module: nn.Module, name: str) -> SpectralNormalization | TorchSpectralNorm | None:
+    """Return the spectral norm on the module's weight; raise ValueError if something else sits there."""
+    if parametrize.is_parametrized(module, WEIGHT):
+        parametrizations = module.parametrizations[WEIGHT]  # type: ignore[index]
+        found = list(parametrizations)
+        if len(found) == 1 and isinstance(found[0], SpectralNormalization):
+            return found[0]
+        if len(found) == 1 and isinstance(found[0], _SpectralNorm):
+            old = found[0]
+            if not hasattr(old, "_u"):
+                raise ValueError(f"{name}: torch's spectral norm of a one-dimensional weight; remove it or leave it out")
+            # torch keeps the dimension as a negative number where it was given as one.
+            dim = old.dim % parametrizations.original.ndim
+            _check_dim(dim, name)
+            return TorchSpectralNorm(None, parametrizations.original, old._u, old._v, dim, old.eps, old.n_power_iterations)
+        kinds = ", ".join(type(p).__name__.lstrip("_") for p in found)
+        raise ValueError(
+            f"{name}: the weight already carries {kinds}; call "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first, or leave the layer out"
+        )
+    for hook in module._forward_pre_hooks.values():
+        if getattr(hook, "name", None) != WEIGHT:
+            continue
+        if not isinstance(hook, SpectralNorm):
+            raise ValueError(
+                f"{name}: the weight already carries {type(hook).__name__}; remove it first "
+                "(torch.nn.utils.remove_weight_norm for weight_norm), or leave the layer out"
+            )
+        _check_dim(hook.dim, name)
+        weight = module._parameters[f"{WEIGHT}_orig"]
+        u, v = module._buffers[f"{WEIGHT}_u"], module._buffers[f"{WEIGHT}_v"]
+        return TorchSpectralNorm(hook, weight, u, v, hook.dim, hook.eps, hook.n_power_iterations)  # type: ignore[arg-type]
+    return None
+
+
+def _check_dim(dim: int, name: str) -> None:
+    if dim not in (0, 1):
+        raise ValueError(f"{name}: torch's spectral norm over dimension {dim} cannot be taken over; remove it first")
+
+
+def strip(module: nn.Module, norm: TorchSpectralNorm) -> None:
+    """Take torch's spectral norm off a layer: the weight before normalisation becomes its plain parameter."""
+    if norm.hook is None:
+        parametrize.remove_parametrizations(module, WEIGHT, leave_parametrized=False)
+        return
+    for hooks, kind in (
+        (module._forward_pre_hooks, SpectralNorm),
+        (module._state_dict_hooks, SpectralNormStateDictHook),
+        (module._load_state_dict_pre_hooks, SpectralNormLoadStateDictPreHook),
+    ):
+        for key, hook in list(hooks.items()):
+            inner = getattr(hook, "hook", hook)  # torch wraps pre-hooks of state dicts
+            if isinstance(inner, kind) and getattr(getattr(inner, "fn", inner), "name", None) == WEIGHT:
+                del hooks[key]
+    delattr(module, WEIGHT)
+    del module._parameters[f"{WEIGHT}_orig"], module._buffers[f"{WEIGHT}_u"], module._buffers[f"{WEIGHT}_v"]
+    module.register_parameter(WEIGHT, norm.weight)

@@ -1,0 +1,205 @@
+"""One layer's spectral normalisation: its vectors, and what torch's parametrize calls when the weight is read."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bssn_fast.functional import Normalizer
+from bssn_fast.layout import compute_dtype, needs_two_sides, vector_sizes
+from bssn_fast.plan import LayerState, Plan, checked_vectors, signature
+
+VARIANTS = {
+    # name: (both directions, multiplied by a constant)
+    "sn": (False, False),
+    "ssn": (False, True),
+    "bsn": (True, False),
+    "bssn": (True, True),
+}
+
+
+FIRST_ITERATIONS = 15
+"""Power iterations on random first vectors: as many as torch's parametrization does."""
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread: a forward is then a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Settings(NamedTuple):
+    """What `apply` was told for a layer; its arguments' meanings are documented there."""
+
+    variant: str
+    scale: float
+    eps: float
+    n_power_iterations: int
+    update: str
+    backend: str
+
+
+class Usage:
+    """How the layers of one `apply` have been used; with update="access", those of one layer.
+
+    Recomputing a checkpointed forward must use the vectors of that forward. They are those in the buffers if there has
+    been only one normalisation since the last backward pass; if there were more, nothing tells which one is asked for.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self.model_called = False
+        self.warned = False
+        self._alone = 0
+        self._recomputed_by: int | None = None
+        self._normalized = [0, 0]  # without and with grad mode, since the last backward pass that recomputed
+
+    def count(self) -> None:
+        """A normalisation that changed the vectors."""
+        if self._recomputed_by is not None:
+            self._recomputed_by, self._normalized = None, [0, 0]
+        self._normalized[torch.is_grad_enabled()] += 1
+
+    def recompute(self, *, whole_model: bool) -> None:
+        """A forward repeated in a backward pass; raises RuntimeError if it is not known which one."""
+        # A checkpoint around the whole model may have called it without grad mode; around a part of it, it has not.
+        if sum(self._normalized[0 if whole_model else 1 :]) > 1:
+            raise RuntimeError(
+                "bssn_fast: a checkpointed forward is recomputed, but the model was normalised several times since the "
+                "last backward pass and it is not known which of these is meant. Run the forwards in "
+                "`with bssn_fast.cached(model):`, which makes them share one normalisation, or run a backward pass "
+                "after each."
+            )
+        self._recomputed_by = torch._C._current_graph_task_id()
+
+    def normalized_alone(self) -> None:
+        """Warn, once, if a whole model is normalised layer by layer."""
+        self._alone += 1
+        if self.layers > 1 and not self.model_called and not self.warned and self._alone >= 2 * self.layers:
+            self.warned = True
+            warnings.warn(
+                "bssn_fast: the layers are normalised one by one, which is slow, because the module given to "
+                "`bssn_fast.apply` is never called itself. Apply it to the module whose forward is called "
+                "(`model(x)`, not `model.forward(x)`), or choose update='access' if one by one is what you want.",
+                stacklevel=2,
+            )
+
+
+class SpectralNormalization(nn.Module):
+    """Parametrization that gives c W / sigma(W), sigma being a spectral norm or the mean of the two unfoldings'.
+
+    Buffers, in float32 (float64 for float64 weights), also after `.half()`: `_u` [c_out] and `_v` [c_in k], the names
+    of torch.nn.utils.parametrizations.spectral_norm; for two directions also `_u_in` [c_in] and `_v_in` [c_out k].
+    """
+
+    _u: Tensor
+    _v: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        settings: Settings,
+        *,
+        dim: int,
+        autocast: bool,
+        usage: Usage,
+        known: Sequence[Tensor] = (),
+    ) -> None:
+        super().__init__()
+        self.state = LayerState()
+        self.dim, self.autocast = dim, autocast
+        self.vector_names: tuple[str, ...] = ()
+        self.configure(weight, settings, usage, known)
+
+    def configure(self, weight: Tensor, settings: Settings, usage: Usage, known: Sequence[Tensor] = ()) -> None:
+        """Change the settings, and estimate the vectors that are not there yet.
+
+        known: the first vectors, in the order of `vector_names`, if they do not come from the buffers.
+        """
+        self.settings, self.usage = settings, usage
+        self.two_sided = VARIANTS[settings.variant][0] and needs_two_sides(weight.shape)
+        known = known or [self._buffers[name] for name in self.vector_names]  # type: ignore[misc]
+        for name in self.vector_names:
+            del self._buffers[name]
+        self.vector_names = ("_u", "_v", "_u_in", "_v_in") if self.two_sided else ("_u", "_v")
+        kept = [vector.detach().clone() for vector in known[: len(self.vector_names)]]
+        sizes = vector_sizes(weight.shape, self.dim, self.two_sided)
+        for j, (name, size) in enumerate(zip(self.vector_names, sizes, strict=True)):
+            self.register_buffer(name, kept[j].clone() if j < len(kept) else random_direction(weight, size))
+        if len(kept) < len(self.vector_names):
+            self._compute(weight, FIRST_ITERATIONS)
+            for name, vector in zip(self.vector_names, kept, strict=False):
+                self._buffers[name].copy_(vector)  # type: ignore[union-attr]
+        self.state.generation += 1
+        self.evaluate(weight)
+
+    def _compute(self, weight: Tensor, n_power_iterations: int) -> Tensor:
+        s = self.settings
+        normalizer = Normalizer(
+            [weight], [self.dim], [self.two_sided], scale=s.scale, eps=s.eps, backend=s.backend
+        )
+        values = normalizer.compute([weight.detach()], self.vectors(weight), n_power_iterations, weight.dtype)
+        self.state.sigma, self.state.index = values.sigma, 0
+        return values.normalized[0]
+
+    def evaluate(self, weight: Tensor) -> Tensor:
+        """Return the normalised weight, without a graph, that the vectors as they are give."""
+        return self._compute(weight, 0)
+
+    def vectors(self, weight: Tensor) -> list[Tensor]:
+        """Return the buffers u_out, v_out[, u_in, v_in], made to fit the weight's dtype and device."""
+        found = [self._buffers[name] for name in self.vector_names]
+        checked = checked_vectors(found, weight)  # type: ignore[arg-type]
+        if checked is not found:
+            for name, vector in zip(self.vector_names, checked, strict=True):
+                self._buffers[name] = vector
+        return checked
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the normalised weight: the one of the current model call, or one made for this access alone."""
+        state = self.state
+        if state.usable(weight):
+            return state.ready  # type: ignore[return-value]
+        recomputation = in_backward()
+        iterate = self.training and not recomputation
+        if recomputation and self.training:
+            self.usage.recompute(whole_model=False)
+        elif iterate:
+            self.usage.count()
+            if self.settings.update == "forward":
+                self.usage.normalized_alone()
+        if state.plan is None or state.plan.settings is not self.settings or state.plan.signature != signature([weight]):
+            state.plan = Plan([self], [weight])
+        keep = not iterate or state.cached > 0
+        (normalized,) = state.plan.normalize([weight], iterate=iterate, keep=keep)
+        if state.cached:
+            state.offer(weight, normalized)
+        return normalized
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """Return the value itself: assigning to the layer's weight sets the weight before normalisation, as in torch."""
+        return value
+
+    def extra_repr(self) -> str:
+        variant, scale, eps, n_power_iterations, *_ = self.settings
+        shown = f"{variant!r}, dim={self.dim}, n_power_iterations={n_power_iterations}, eps={eps}"
+        return f"{shown}, scale={scale:.4g}" if VARIANTS[variant][1] else shown
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SpectralNormalization:
+        # `.half()` and `.bfloat16()` reach the vectors too, which must keep their precision.
+        kept = {name: self._buffers[name] for name in self.vector_names}
+        super()._apply(fn, recurse)
+        for name, old in kept.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and compute_dtype(new.dtype) != new.dtype:
+                self._buffers[name] = old.to(new.device, torch.float32)
+        return self
+
+
+def random_direction(weight: Tensor, size: int) -> Tensor:
+    """Return a random unit vector [size] as torch draws its u and v: one normal_ on the weight's device."""
+    vector = torch.empty(size, dtype=compute_dtype(weight.dtype), device=weight.device).normal_(0, 1)
+    return nn.functional.normalize(vector, dim=0, eps=1e-12)

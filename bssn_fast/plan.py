@@ -1,0 +1,204 @@
+"""Layers that are normalised together: how they are grouped, and what of the last result can be used again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from operator import is_
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bssn_fast.functional import Normalizer, Values
+from bssn_fast.layout import compute_dtype
+
+_SAMPLES = 32
+
+
+class LayerState:
+    """What a layer remembers between calls; plain Python, so that none of it is a buffer or a module.
+
+    ready, weight, version: the normalised weight for the current model call (or `cached` block), and what it was made
+        of; `ready` is None outside.
+    sigma, index: sigma of the last normalisation is `sigma[index]`.
+    generation: grows whenever the vectors change in a way that tensor versions do not show.
+    cached: how many `cached` blocks the layer is in.
+    plan: for normalising the layer by itself.
+    """
+
+    __slots__ = ("cached", "generation", "index", "plan", "ready", "sigma", "version", "weight")
+
+    def __init__(self) -> None:
+        self.ready: Tensor | None = None
+        self.weight: Tensor | None = None
+        self.version = 0
+        self.sigma: Tensor | None = None
+        self.index = 0
+        self.generation = 0
+        self.cached = 0
+        self.plan: Plan | None = None
+
+    def __getstate__(self) -> dict[str, Any]:  # copies and pickles begin with no result at hand
+        sigma = None if self.sigma is None else self.sigma[self.index : self.index + 1].clone()
+        return {"sigma": sigma, "generation": self.generation}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.sigma, self.generation = state["sigma"], state["generation"]
+
+    def usable(self, weight: Tensor) -> bool:
+        """Whether `ready` belongs to this weight as it is now, with a graph if one is wanted now."""
+        return (
+            self.ready is not None
+            and self.weight is weight
+            and self.version == version(weight)
+            and (self.ready.requires_grad or not weight.requires_grad or not torch.is_grad_enabled())
+        )
+
+    def offer(self, weight: Tensor, normalized: Tensor) -> None:
+        """Make a result available to whoever reads the layer's weight."""
+        self.weight, self.version, self.ready = weight, version(weight), normalized
+
+    def withdraw(self) -> None:
+        self.ready = self.weight = None
+
+
+class Member(Protocol):
+    """A layer as the plan sees it; `parametrization.SpectralNormalization` is the one there is."""
+
+    state: LayerState
+    settings: Any  # scale, eps, n_power_iterations, backend
+    dim: int
+    two_sided: bool
+    autocast: bool
+
+    def vectors(self, weight: Tensor) -> list[Tensor]: ...
+
+
+def version(tensor: Tensor) -> int:
+    """Return the tensor's version, which grows with every change in place; -1 where torch keeps none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def signature(weights: Iterable[Tensor]) -> tuple[object, ...]:
+    """Return what a plan for these weights depends on."""
+    return tuple([(w.shape, w.stride(), w.dtype, w.device) for w in weights])
+
+
+def partition(members: Sequence[Member], weights: Sequence[Tensor], flags: Sequence[object]) -> list[list[int]]:
+    """Return the indices of the members that can share a call: same device, dtype, settings and flag."""
+    groups: dict[object, list[int]] = {}
+    for j, (m, w, flag) in enumerate(zip(members, weights, flags, strict=True)):
+        s = m.settings
+        key = (w.device, w.dtype, s.scale, s.eps, s.n_power_iterations, s.backend, m.autocast, flag)
+        groups.setdefault(key, []).append(j)
+    return list(groups.values())
+
+
+class Plan:
+    """Normalises members of one device, dtype and settings in one call of the operation."""
+
+    def __init__(self, members: Sequence[Member], weights: Sequence[Tensor]) -> None:
+        self.members = list(members)
+        self.signature = signature(weights)
+        self.settings = members[0].settings
+        self._normalizer = Normalizer(
+            weights,
+            [m.dim for m in members],
+            [m.two_sided for m in members],
+            scale=self.settings.scale,
+            eps=self.settings.eps,
+            backend=self.settings.backend,
+        )
+        self._states = [m.state for m in members]
+        self._kept: _Kept | None = None
+
+    def normalize(self, weights: Sequence[Tensor], *, iterate: bool, keep: bool) -> list[Tensor]:
+        """Return the normalised weights, with a graph if one is wanted.
+
+        iterate: run the members' power iterations first, which changes their vectors.
+        keep: hold on to the values, and use those of the last such call again while nothing has changed.
+        """
+        dtype = _result_dtype(weights[0], self.members[0].autocast)
+        vectors = [v for m, w in zip(self.members, weights, strict=True) for v in m.vectors(w)]
+        if keep and self._kept is not None and self._kept.current(self._states, weights, vectors, dtype):
+            return self._normalizer.attach(self._kept.values, weights)
+        n_power_iterations = self.settings.n_power_iterations if iterate else 0
+        values = self._normalizer.compute(weights, vectors, n_power_iterations, dtype)
+        for j, state in enumerate(self._states):
+            state.sigma, state.index = values.sigma, j
+            state.generation += iterate
+        self._kept = _Kept(self._states, weights, vectors, dtype, values) if keep else None
+        return self._normalizer.attach(values, weights)
+
+
+class _Kept:
+    """Values, and all that they depend on, to tell whether they still hold."""
+
+    def __init__(
+        self,
+        states: Sequence[LayerState],
+        weights: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        dtype: torch.dtype,
+        values: Values,
+    ) -> None:
+        # Detached, the values stay free of graphs; and as long as the old weights are held here, new ones cannot come to
+        # lie at the same address.
+        self.values = Values([w.detach() for w in values.normalized], values.snapshot, values.sigma)
+        self.weights = [w.detach() for w in weights]
+        self.vectors, self.dtype = list(vectors), dtype
+        self.versions = _versions(states, weights, vectors)
+        self.samples = [_sample(w) for w in weights]
+
+    def current(
+        self, states: Sequence[LayerState], weights: Sequence[Tensor], vectors: Sequence[Tensor], dtype: torch.dtype
+    ) -> bool:
+        return (
+            self.versions is not None
+            and self.dtype == dtype
+            and all(w.data_ptr() == old.data_ptr() for w, old in zip(weights, self.weights, strict=True))
+            and all(map(is_, vectors, self.vectors))
+            and self.versions == _versions(states, weights, vectors)
+            and all(_unchanged(w, old) for w, old in zip(weights, self.samples, strict=True))
+        )
+
+
+def _versions(
+    states: Sequence[LayerState], weights: Sequence[Tensor], vectors: Sequence[Tensor]
+) -> list[int] | None:
+    """Return all versions; None where one is not kept, or on a GPU, where what `.data` changes cannot be looked up
+    without waiting for the device, and where evaluating again takes microseconds."""
+    if weights[0].device.type != "cpu" and not all(s.cached for s in states):
+        return None
+    found = [version(x) for x in (*weights, *vectors)]
+    return None if -1 in found else found + [s.generation for s in states]
+
+
+def _sampled(weight: Tensor) -> Tensor:
+    count = min(_SAMPLES, weight.numel())
+    return weight.detach().as_strided((count,), (weight.numel() // count,))
+
+
+def _sample(weight: Tensor) -> Tensor | None:
+    """Return some elements: writing through `.data`, as many moving averages do, leaves the version as it was."""
+    return _sampled(weight).clone() if weight.device.type == "cpu" else None
+
+
+def _unchanged(weight: Tensor, old: Tensor | None) -> bool:
+    return old is None or torch.equal(_sampled(weight), old)
+
+
+def _result_dtype(weight: Tensor, autocast: bool) -> torch.dtype:
+    """Return the dtype the layer will compute in: autocast's where it applies, so that no second cast is needed."""
+    if not autocast or weight.dtype == torch.float64 or not torch.is_autocast_enabled(weight.device.type):
+        return weight.dtype
+    return torch.get_autocast_dtype(weight.device.type)
+
+
+def checked_vectors(vectors: list[Tensor], weight: Tensor) -> list[Tensor]:
+    """Return the vectors in the dtype and on the device that the weight needs: the same ones if they fit."""
+    dtype = compute_dtype(weight.dtype)
+    if all(v.dtype == dtype and v.device == weight.device and v.is_contiguous() for v in vectors):
+        return vectors
+    return [v.to(weight.device, dtype).contiguous() for v in vectors]
