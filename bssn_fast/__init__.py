@@ -5,3 +5,5 @@ from bssn_fast.functional import normalize
 from bssn_fast.model import apply, cached, remove, sigma, summary
 
 __all__ = ["BackendUnavailableError", "apply", "cached", "normalize", "remove", "sigma", "summary"]
+
+__version__ = "0.1.0"
