@@ -15,7 +15,7 @@ from bssn_fast import backends, convert
 from bssn_fast.convert import WEIGHT, TorchSpectralNorm
 from bssn_fast.functional import check_settings, check_weight
 from bssn_fast.group import Group, groups_of
-from bssn_fast.parametrization import VARIANTS, Settings, SpectralNormalization, Usage
+from bssn_fast.parametrization import VARIANTS, Settings, SpectralNormalization, Usage, quick_access
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -180,6 +180,7 @@ def _normalize_layer(
     parametrization.train(module.training)
     # Registering reads the weight; `unsafe` leaves that out, and with it an iteration.
     parametrize.register_parametrization(module, WEIGHT, parametrization, unsafe=True)
+    quick_access(module, WEIGHT)
 
 
 def _normalized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, SpectralNormalization]]:

@@ -71,6 +71,8 @@ class Member(Protocol):
     dim: int
     two_sided: bool
     autocast: bool
+    vector_names: tuple[str, ...]
+    _buffers: dict[str, Tensor | None]
 
     def vectors(self, weight: Tensor) -> list[Tensor]: ...
 
@@ -111,6 +113,7 @@ class Plan:
             backend=self.settings.backend,
         )
         self._states = [m.state for m in members]
+        self._vectors: list[Tensor] = []
         self._kept: _Kept | None = None
 
     def normalize(self, weights: Sequence[Tensor], *, iterate: bool, keep: bool) -> list[Tensor]:
@@ -120,9 +123,9 @@ class Plan:
         keep: hold on to the values, and use those of the last such call again while nothing has changed.
         """
         dtype = _result_dtype(weights[0], self.members[0].autocast)
-        vectors = [v for m, w in zip(self.members, weights, strict=True) for v in m.vectors(w)]
+        vectors = self._current_vectors(weights)
         if keep and self._kept is not None and self._kept.current(self._states, weights, vectors, dtype):
-            return self._normalizer.attach(self._kept.values, weights)
+            return self._normalizer.attach(self._kept.values.aliases(), weights)
         n_power_iterations = self.settings.n_power_iterations if iterate else 0
         values = self._normalizer.compute(weights, vectors, n_power_iterations, dtype)
         for j, state in enumerate(self._states):
@@ -130,6 +133,13 @@ class Plan:
             state.generation += iterate
         self._kept = _Kept(self._states, weights, vectors, dtype, values) if keep else None
         return self._normalizer.attach(values, weights)
+
+
+    def _current_vectors(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        found = [m._buffers[name] for m in self.members for name in m.vector_names]
+        if len(found) != len(self._vectors) or not all(map(is_, found, self._vectors)):
+            self._vectors = [v for m, w in zip(self.members, weights, strict=True) for v in m.vectors(w)]
+        return self._vectors
 
 
 class _Kept:
@@ -143,9 +153,8 @@ class _Kept:
         dtype: torch.dtype,
         values: Values,
     ) -> None:
-        # Detached, the values stay free of graphs; and as long as the old weights are held here, new ones cannot come to
-        # lie at the same address.
-        self.values = Values([w.detach() for w in values.normalized], values.snapshot, values.sigma)
+        self.values = values.aliases()
+        # As long as the old weights are held here, new ones cannot come to lie at the same address.
         self.weights = [w.detach() for w in weights]
         self.vectors, self.dtype = list(vectors), dtype
         self.versions = _versions(states, weights, vectors)

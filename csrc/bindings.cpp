@@ -13,25 +13,29 @@ void register_cuda(py::module_& module);
 
 PYBIND11_MODULE(_C, module) {
   using bssn::DType;
-  using bssn::Layer;
-  module.attr("LAYER_FIELDS") = sizeof(Layer) / sizeof(int64_t);
+  using bssn::Geometry;
+  module.attr("GEOMETRY_FIELDS") = sizeof(Geometry) / sizeof(int64_t);
   module.def(
       "cpu_forward",
-      [](uintptr_t layers, int64_t n, int64_t weight_type, int64_t output_type, double scale, double eps,
-         int64_t iterations, int threads) {
+      [](uintptr_t geometry, int64_t n, uintptr_t pointers, uintptr_t snapshot, uintptr_t sigma, int64_t weight_type,
+         int64_t output_type, double scale, double eps, int64_t iterations, int threads) {
         py::gil_scoped_release release;
-        return bssn::cpu::forward(reinterpret_cast<const Layer*>(layers), n, DType(weight_type), DType(output_type),
-                                  scale, eps, iterations, threads);
+        return bssn::cpu::forward(reinterpret_cast<const Geometry*>(geometry), n,
+                                  reinterpret_cast<void* const*>(pointers), reinterpret_cast<void*>(snapshot),
+                                  reinterpret_cast<void*>(sigma), DType(weight_type), DType(output_type), scale, eps,
+                                  iterations, threads);
       },
-      "Normalise the n layers of a table; returns an error code.");
+      "Normalise n layers; returns an error code.");
   module.def(
       "cpu_backward",
-      [](uintptr_t layers, int64_t n, int64_t weight_type, int64_t grad_type, double scale, int threads) {
+      [](uintptr_t geometry, int64_t n, uintptr_t pointers, uintptr_t snapshot, int64_t weight_type, int64_t grad_type,
+         double scale, int threads) {
         py::gil_scoped_release release;
-        return bssn::cpu::backward(reinterpret_cast<const Layer*>(layers), n, DType(weight_type), DType(grad_type),
-                                   scale, threads);
+        return bssn::cpu::backward(reinterpret_cast<const Geometry*>(geometry), n,
+                                   reinterpret_cast<void* const*>(pointers), reinterpret_cast<void*>(snapshot),
+                                   DType(weight_type), DType(grad_type), scale, threads);
       },
-      "Gradients of the weights of the n layers of a table; returns an error code.");
+      "Gradients of the weights of n layers; returns an error code.");
   module.def("cpu_set_openmp", &bssn::cpu::set_openmp, "Give the address of GOMP_parallel, or 0.");
   module.def("cpu_instruction_set", &bssn::cpu::instruction_set, "Name of the instruction set in use.");
   module.def("cpu_set_instruction_set", &bssn::cpu::set_instruction_set, "Choose one; false if it is not to be had.");

@@ -16,23 +16,28 @@ enum class Order : int64_t {
   strided = 2,        // o * stride_out + i * stride_in + kernel_offsets[k]
 };
 
-struct Layer {
+// What does not change from call to call.
+struct Geometry {
   int64_t c_out, c_in, kernel;
+  int64_t two_sided;              // 0 or 1
   Order order;
   int64_t stride_out, stride_in;  // in elements
   const int64_t* kernel_offsets;  // [kernel], in elements
-  const void* weight;
-  const void* grad;   // backward only
-  void* output;       // normalised weight, or gradient of the weight
-  void* vectors[4];   // u_out [c_out], v_out [c_in k], u_in [c_in], v_in [c_out k]; backward: those of the forward
-  void* snapshot[4];  // forward only: copies of the vectors that sigma was computed with
-  void* sigma;        // one number
+  int64_t snapshot_offsets[4];    // of the vectors, in elements
 
   int64_t columns() const { return c_in * kernel; }
   int64_t size() const { return c_out * columns(); }
-  bool two_sided() const { return vectors[2] != nullptr; }
 };
 
-static_assert(sizeof(Layer) == 19 * sizeof(int64_t), "Python fills a layer as 19 integers");
+static_assert(sizeof(Geometry) == 12 * sizeof(int64_t), "Python fills a geometry as 12 integers");
+
+struct Layer : Geometry {
+  const void* weight;
+  const void* grad;         // backward only
+  void* output;             // normalised weight, or gradient of the weight
+  void* vectors[4];         // forward only: u_out [c_out], v_out [c_in k], u_in [c_in], v_in [c_out k]
+  void* snapshot[4];        // copies of the vectors that sigma was computed with
+  void* sigma;              // one number
+};
 
 }  // namespace bssn

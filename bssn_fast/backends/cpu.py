@@ -9,13 +9,12 @@ from __future__ import annotations
 import ctypes
 from array import array
 from functools import lru_cache
-from math import prod
 
 import torch
 from torch import Tensor
 
 from bssn_fast.backends import extension
-from bssn_fast.layout import snapshot_offsets
+from bssn_fast.layout import channels, snapshot_offsets
 
 DEVICES = ("cpu",)
 
@@ -39,22 +38,53 @@ if extension.module is not None:
     extension.module.cpu_set_openmp(_gomp_parallel())
 
 
-@lru_cache(maxsize=4096)
-def _geometry(shape: tuple[int, ...], strides: tuple[int, ...], dim: int) -> tuple[tuple[int, ...], array[int]]:
-    """Return the geometric fields of `struct Layer` for a weight, and the offsets that they point to."""
-    c_out, c_in, k = shape[dim], shape[1 - dim], prod(shape[2:])
+class _Table:
+    """The geometries of all or some `layers` as `struct Geometry` of csrc/layer.h, while this object lives."""
+
+    def __init__(
+        self,
+        shapes: tuple[tuple[int, ...], ...],
+        strides: tuple[tuple[int, ...], ...],
+        dims: tuple[int, ...],
+        two_sided: tuple[bool, ...],
+        layers: tuple[int, ...] | None = None,
+    ) -> None:
+        starts, _ = snapshot_offsets(shapes, dims, two_sided)
+        fields: list[int] = []
+        self._kernel_offsets = []  # the table points to them
+        for j in range(len(shapes)) if layers is None else layers:
+            shape, stride, dim, both, begin = shapes[j], strides[j], dims[j], two_sided[j], starts[j]
+            offsets = _kernel_offsets(shape, stride)
+            self._kernel_offsets.append(offsets)
+            order = _order(shape, stride, dim, offsets)
+            c_out, c_in, k = channels(shape, dim)
+            fields += (c_out, c_in, k, both, order, stride[dim], stride[1 - dim], offsets.buffer_info()[0])
+            fields += begin if both else (*begin, 0, 0)
+        self._fields = array("q", fields)
+        self.address = self._fields.buffer_info()[0]
+
+
+def _kernel_offsets(shape: tuple[int, ...], strides: tuple[int, ...]) -> array[int]:
+    """Return where each kernel position lies, in elements from the first."""
     offsets = array("q", [0])
     for size, stride in zip(shape[2:], strides[2:], strict=True):
         offsets = array("q", [o + position * stride for o in offsets for position in range(size)])
-    rows_packed = c_out == 1 or strides[dim] == c_in * k
-    channels_packed = c_in == 1 or strides[1 - dim] == 1
-    if rows_packed and (c_in == 1 or strides[1 - dim] == k) and offsets == array("q", range(k)):
-        order = _CHANNEL_MAJOR
-    elif rows_packed and channels_packed and offsets == array("q", range(0, k * c_in, c_in)):
-        order = _KERNEL_MAJOR
-    else:
-        order = _STRIDED
-    return (c_out, c_in, k, order, strides[dim], strides[1 - dim], offsets.buffer_info()[0]), offsets
+    return offsets
+
+
+def _order(shape: tuple[int, ...], strides: tuple[int, ...], dim: int, kernel_offsets: array[int]) -> int:
+    """Return how the weight lies in memory, as `enum Order` numbers it."""
+    c_out, c_in, k = channels(shape, dim)
+    if c_out == 1 or strides[dim] == c_in * k:
+        stride_in = strides[1 - dim]
+        if (c_in == 1 or stride_in == k) and kernel_offsets == array("q", range(k)):
+            return _CHANNEL_MAJOR
+        if (c_in == 1 or stride_in == 1) and kernel_offsets == array("q", range(0, k * c_in, c_in)):
+            return _KERNEL_MAJOR
+    return _STRIDED
+
+
+_table = lru_cache(maxsize=256)(_Table)
 
 
 def _check(error: int) -> None:
@@ -74,32 +104,23 @@ def forward(
     snapshot: Tensor,
     sigma: Tensor,
 ) -> None:
-    shapes = tuple([w.shape for w in weights])
-    starts, _ = snapshot_offsets(shapes, tuple(dims), tuple(two_sided))
-    size = sigma.element_size()
-    base, sigma_address = snapshot.data_ptr(), sigma.data_ptr()
-    addresses = iter([v.data_ptr() for v in vectors])
-    fields: list[int] = []
-    for j, (weight, dim) in enumerate(zip(weights, dims, strict=True)):
-        geometry, _ = _geometry(shapes[j], weight.stride(), dim)
-        fields += geometry
-        fields += (weight.data_ptr(), 0, normalized[j].data_ptr(), next(addresses), next(addresses))
-        fields += (next(addresses), next(addresses)) if two_sided[j] else (0, 0)
-        fields += [base + size * start for start in starts[j]]
-        fields += (sigma_address + size * j,) if two_sided[j] else (0, 0, sigma_address + size * j)
-    table = array("q", fields)
-    _check(
-        extension.module.cpu_forward(
-            table.buffer_info()[0],
-            len(weights),
-            _DTYPES[weights[0].dtype],
-            _DTYPES[normalized[0].dtype],
-            scale,
-            eps,
-            n_power_iterations,
-            torch.get_num_threads(),
-        )
+    shapes, strides = tuple([w.shape for w in weights]), tuple([w.stride() for w in weights])
+    table = _table(shapes, strides, tuple(dims), tuple(two_sided))
+    pointers = array("q", [x.data_ptr() for x in (*weights, *normalized, *vectors)])
+    error = extension.module.cpu_forward(
+        table.address,
+        len(weights),
+        pointers.buffer_info()[0],
+        snapshot.data_ptr(),
+        sigma.data_ptr(),
+        _DTYPES[weights[0].dtype],
+        _DTYPES[normalized[0].dtype],
+        scale,
+        eps,
+        n_power_iterations,
+        torch.get_num_threads(),
     )
+    _check(error)
 
 
 def backward(
@@ -113,26 +134,20 @@ def backward(
     sigma: Tensor,
     grad_weights: list[Tensor],
 ) -> None:
-    shapes = tuple([w.shape for w in weights])
-    starts, _ = snapshot_offsets(shapes, tuple(dims), tuple(two_sided))
-    size = sigma.element_size()
-    base, sigma_address = snapshot.data_ptr(), sigma.data_ptr()
-    fields: list[int] = []
-    for grad, grad_weight, j in zip(grads, grad_weights, layers, strict=True):
-        geometry, _ = _geometry(shapes[j], weights[j].stride(), dims[j])
-        fields += geometry
-        fields += (weights[j].data_ptr(), grad.data_ptr(), grad_weight.data_ptr())
-        fields += [base + size * start for start in starts[j]]
-        fields += (0,) * (4 if two_sided[j] else 6)
-        fields.append(sigma_address + size * j)
-    table = array("q", fields)
-    _check(
-        extension.module.cpu_backward(
-            table.buffer_info()[0],
-            len(layers),
-            _DTYPES[weights[0].dtype],
-            _DTYPES[grads[0].dtype],
-            scale,
-            torch.get_num_threads(),
-        )
+    shapes, strides = tuple([w.shape for w in weights]), tuple([w.stride() for w in weights])
+    table = _table(shapes, strides, tuple(dims), tuple(two_sided), tuple(layers))
+    pointers = array("q", [weights[j].data_ptr() for j in layers])
+    pointers.extend([x.data_ptr() for x in (*grads, *grad_weights)])
+    first, size = sigma.data_ptr(), sigma.element_size()
+    pointers.extend([first + size * j for j in layers])
+    error = extension.module.cpu_backward(
+        table.address,
+        len(layers),
+        pointers.buffer_info()[0],
+        snapshot.data_ptr(),
+        _DTYPES[weights[0].dtype],
+        _DTYPES[grads[0].dtype],
+        scale,
+        torch.get_num_threads(),
     )
+    _check(error)

@@ -117,11 +117,11 @@ class Backward {
     const Layer& layer = layers_[ticket.layer];
     const State& state = states_[ticket.layer];
     const int64_t n = layer.columns();
-    const T* v = in_row_order(layer, layer.vectors[1], worker.v);
-    const T* u = over_columns(layer, layer.vectors[2], worker.u);
-    const T* u_out = static_cast<const T*>(layer.vectors[0]);
-    const T* v_in = static_cast<const T*>(layer.vectors[3]);
-    const double share = state.factor * state.ratio * (layer.two_sided() ? 0.5 : 1);
+    const T* v = in_row_order(layer, layer.snapshot[1], worker.v);
+    const T* u = over_columns(layer, layer.snapshot[2], worker.u);
+    const T* u_out = static_cast<const T*>(layer.snapshot[0]);
+    const T* v_in = static_cast<const T*>(layer.snapshot[3]);
+    const double share = state.factor * state.ratio * (layer.two_sided ? 0.5 : 1);
     const bool in_place = direct<T>(layer, weight_type_);
     const int64_t block = block_rows(layer);
     for (int64_t row = ticket.begin; row < ticket.end; row += block) {
@@ -164,12 +164,23 @@ void run(const Layer* layers, int64_t n, DType weight_type, DType grad_type, dou
 
 }  // namespace
 
-int backward(const Layer* layers, int64_t n, DType weight_type, DType grad_type, double scale, int threads) {
+int backward(const Geometry* geometry, int64_t n, void* const* pointers, void* snapshot, DType weight_type,
+             DType grad_type, double scale, int threads) {
   try {
+    std::vector<Layer> layers(static_cast<size_t>(n));
+    for (int64_t j = 0; j < n; ++j) {
+      Layer& layer = layers[j];
+      static_cast<Geometry&>(layer) = geometry[j];
+      layer.weight = pointers[j];
+      layer.grad = pointers[n + j];
+      layer.output = pointers[2 * n + j];
+      layer.sigma = pointers[3 * n + j];
+      point_to_snapshot(snapshot, weight_type == DType::f64 ? 8 : 4, layer);
+    }
     if (weight_type == DType::f64) {
-      run<double>(layers, n, weight_type, grad_type, scale, threads);
+      run<double>(layers.data(), n, weight_type, grad_type, scale, threads);
     } else {
-      run<float>(layers, n, weight_type, grad_type, scale, threads);
+      run<float>(layers.data(), n, weight_type, grad_type, scale, threads);
     }
     return ok;
   } catch (const std::bad_alloc&) {

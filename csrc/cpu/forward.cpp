@@ -146,7 +146,7 @@ class Forward {
   static int64_t state_bytes(const Layer& layer) {
     const int64_t sums = Workspace::bytes<T>(tile_count(layer, sizeof(T)) * layer.columns());
     const int64_t one_side = Workspace::bytes<T>(layer.c_out) + sums;
-    if (!layer.two_sided()) return one_side;
+    if (!layer.two_sided) return one_side;
     return one_side + Workspace::bytes<T>(layer.c_out * layer.kernel) + sums + Workspace::bytes<T>(layer.c_in);
   }
   static void take_state(Workspace& workspace, const Layer& layer, State& state) {
@@ -154,7 +154,7 @@ class Forward {
     state = {};
     state.s = workspace.take<T>(layer.c_out);
     state.t = workspace.take<T>(sums);
-    if (layer.two_sided()) {
+    if (layer.two_sided) {
       state.q = workspace.take<T>(layer.c_out * layer.kernel);
       state.r = workspace.take<T>(sums);
       state.r_sum = workspace.take<T>(layer.c_in);
@@ -173,7 +173,7 @@ class Forward {
     const T* v = in_row_order(layer, layer.vectors[1], worker.v);
     const T* u = over_columns(layer, layer.vectors[2], worker.u);
     T* t = state.t + ticket.tile * n;
-    T* r = layer.two_sided() ? state.r + ticket.tile * n : nullptr;
+    T* r = layer.two_sided ? state.r + ticket.tile * n : nullptr;
     if (iterations_ > 0) {
       std::fill_n(t, n, T(0));
       if (r != nullptr) std::fill_n(r, n, T(0));
@@ -183,7 +183,7 @@ class Forward {
       const int64_t count = std::min(block, ticket.end - row);
       const T* rows[kMaxBlockRows];
       read_rows(layer, layer.weight, weight_type_, row, count, worker.rows, rows);
-      T* q = layer.two_sided() ? state.q + row * layer.kernel : nullptr;
+      T* q = layer.two_sided ? state.q + row * layer.kernel : nullptr;
       for (int64_t j = 0; j < count; ++j) {
         kernels<T>().dot(rows[j], v, u, n, layer.kernel, kernel_major(layer), worker.scratch, state.s + row + j,
                          q == nullptr ? nullptr : q + j * layer.kernel);
@@ -220,7 +220,7 @@ class Forward {
         write_scaled(state.t, n, out_side.second_factor, v_out);
       }
     }
-    if (!layer.two_sided()) return out_side.sigma;
+    if (!layer.two_sided) return out_side.sigma;
 
     add_up(state.r, tiles, n);
     std::fill_n(state.r_sum, layer.c_in, T(0));
@@ -241,7 +241,7 @@ class Forward {
   // sigma = u W v with the stored vectors: u_out . s and v_in . q.
   static double evaluate(const Layer& layer, const State& state) {
     double sigma = inner(static_cast<const T*>(layer.vectors[0]), state.s, layer.c_out);
-    if (layer.two_sided()) {
+    if (layer.two_sided) {
       const T* v_in = static_cast<const T*>(layer.vectors[3]);
       sigma = (sigma + inner(v_in, state.q, layer.c_out * layer.kernel)) / 2;
     }
@@ -291,13 +291,25 @@ void run(const Layer* layers, int64_t n, DType weight_type, DType output_type, d
 
 }  // namespace
 
-int forward(const Layer* layers, int64_t n, DType weight_type, DType output_type, double scale, double eps,
-            int64_t iterations, int threads) {
+int forward(const Geometry* geometry, int64_t n, void* const* pointers, void* snapshot, void* sigma, DType weight_type,
+            DType output_type, double scale, double eps, int64_t iterations, int threads) {
   try {
+    const int64_t number = weight_type == DType::f64 ? 8 : 4;
+    std::vector<Layer> layers(static_cast<size_t>(n));
+    void* const* vector = pointers + 2 * n;
+    for (int64_t j = 0; j < n; ++j) {
+      Layer& layer = layers[j];
+      static_cast<Geometry&>(layer) = geometry[j];
+      layer.weight = pointers[j];
+      layer.output = pointers[n + j];
+      for (int i = 0; i < (layer.two_sided ? 4 : 2); ++i) layer.vectors[i] = *vector++;
+      point_to_snapshot(snapshot, number, layer);
+      layer.sigma = static_cast<std::byte*>(sigma) + j * number;
+    }
     if (weight_type == DType::f64) {
-      run<double>(layers, n, weight_type, output_type, scale, eps, iterations, threads);
+      run<double>(layers.data(), n, weight_type, output_type, scale, eps, iterations, threads);
     } else {
-      run<float>(layers, n, weight_type, output_type, scale, eps, iterations, threads);
+      run<float>(layers.data(), n, weight_type, output_type, scale, eps, iterations, threads);
     }
     return ok;
   } catch (const std::bad_alloc&) {

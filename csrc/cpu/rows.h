@@ -26,6 +26,13 @@ inline bool kernel_major(const Layer& layer) { return layer.order == Order::kern
 inline int64_t block_rows(const Layer& layer) { return layer.order == Order::strided ? 8 : 4; }
 constexpr int64_t kMaxBlockRows = 8;
 
+// The addresses of a layer's vectors in a snapshot.
+inline void point_to_snapshot(void* snapshot, int64_t size_of_number, Layer& layer) {
+  for (int i = 0; i < (layer.two_sided ? 4 : 2); ++i) {
+    layer.snapshot[i] = static_cast<std::byte*>(snapshot) + layer.snapshot_offsets[i] * size_of_number;
+  }
+}
+
 // Tiles do not depend on the number of threads: nor do, then, the results. Each tile of rows adds its share of t and r
 // to sums of its own, which costs two rows of traffic: not below 64 rows.
 constexpr int64_t kTileBytes = 256 * 1024;

@@ -24,14 +24,14 @@ def inner_tile(
     G_TYPE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """FLAT_PER_TILE products; the gradient has its weight's strides, so both are flat memory here."""
+    """FLAT_STEPS blocks of products; the gradient has its weight's strides, so both are flat memory here."""
     weight = pointer(tl.load(row + f.WEIGHT), W_TYPE, ALIGNED)
     grad = pointer(grad_address, G_TYPE, ALIGNED)
-    size = tl.load(row + f.FLAT_PER_TILE)
     numel = tl.load(row + f.NUMEL)
-    first = tile * size
+    steps = field(row, f.FLAT_STEPS)
     total = tl.zeros([f.FLAT_BLOCK], ACC)
-    for start in range(first, tl.minimum(first + size, numel), f.FLAT_BLOCK):
+    for step in range(tile * steps, tl.minimum((tile + 1) * steps, field(row, f.FLAT_BLOCKS))):
+        start = step.to(tl.int64) * f.FLAT_BLOCK
         o = start + tl.arange(0, f.FLAT_BLOCK)
         if start + f.FLAT_BLOCK <= numel:  # without a mask, so that loads are wide
             total += tl.load(grad + o).to(ACC) * tl.load(weight + o).to(ACC)
@@ -66,8 +66,8 @@ def gradient_tile(
 
     k_size = field(row, f.K)
     groups = field(row, f.GROUPS)
-    row_stride = tl.load(row + f.ROW_STRIDE)
-    group_stride = tl.load(row + f.GROUP_STRIDE)
+    row_stride = field(row, f.ROW_STRIDE)
+    group_stride = field(row, f.GROUP_STRIDE)
     grad = pointer(grad_address, G_TYPE, VECTORS)
     out = pointer(out_address, W_TYPE, VECTORS)
     snapshot = tl.multiple_of(snapshot, 16) if VECTORS else snapshot
@@ -89,7 +89,7 @@ def gradient_tile(
     for o_start in range(first, last, O):
         o = o_start + tl.arange(0, O)
         m_o = o < last
-        p_o = o.to(tl.int64) * row_stride * V
+        o_offset = o * (row_stride * V)
         b_u_out = tl.load(u_out + o, mask=m_o, other=0)
         if TWO:
             b_v_in = tl.load(v_in + (o * k_size)[:, None] + k[None, :], mask=m_o[:, None] & m_j[None, :], other=0)
@@ -97,8 +97,8 @@ def gradient_tile(
             g = g_start + tl.arange(0, G)
             m_gj = (g < groups)[:, None] & m_j[None, :]
             m = m_o[:, None, None] & m_gj[None, :, :]
-            w_offset = (g.to(tl.int64) * group_stride * V)[:, None] + j_offset[None, :]
-            offset = p_o[:, None, None] + w_offset[None, :, :]  # [O, G, J]
+            g_offset = (g * (group_stride * V))[:, None] + j_offset[None, :]
+            offset = o_offset[:, None, None] + g_offset[None, :, :]  # [O, G, J]
             b_v_out = tl.load(v_out + (g * (k_size * V))[:, None] + position[None, :], mask=m_gj, other=0)
             direction = b_u_out[:, None, None] * b_v_out[None, :, :]
             if TWO:

@@ -41,8 +41,8 @@ def rows_tile(
 
     k_size = field(row, f.K)
     groups = field(row, f.GROUPS)
-    row_stride = tl.load(row + f.ROW_STRIDE)
-    group_stride = tl.load(row + f.GROUP_STRIDE)
+    row_stride = field(row, f.ROW_STRIDE)
+    group_stride = field(row, f.GROUP_STRIDE)
     weight = pointer(tl.load(row + f.WEIGHT), W_TYPE, VECTORS)
     u_out = pointer(tl.load(row + f.STORED), ACC, VECTORS)
     v_out = pointer(tl.load(row + f.STORED + 1), ACC, VECTORS)
@@ -69,15 +69,15 @@ def rows_tile(
     for o_start in range(first, last, O):
         o = o_start + o_o
         m_o = o < last
-        p_o = weight + o.to(tl.int64) * row_stride * V
+        o_offset = o * (row_stride * V)
         b_s = tl.zeros([O, G, J], ACC)
         b_q = tl.zeros([O, G, J], ACC)
         for g_start in range(0, groups, G):
             g = g_start + o_g
             m_gj = (g < groups)[:, None] & m_j[None, :]
             m = m_o[:, None, None] & m_gj[None, :, :]
-            w_offset = (g.to(tl.int64) * group_stride * V)[:, None] + j_offset[None, :]
-            w = tl.load(p_o[:, None, None] + w_offset[None, :, :], mask=m, other=0).to(ACC)  # [O, G, J]
+            g_offset = (g * (group_stride * V))[:, None] + j_offset[None, :]
+            w = tl.load(weight + (o_offset[:, None, None] + g_offset[None, :, :]), mask=m, other=0).to(ACC)  # [O, G, J]
             v = tl.load(v_out + (g * (k_size * V))[:, None] + position[None, :], mask=m_gj, other=0)
             b_s += w * v[None, :, :]
             if TWO:
@@ -110,8 +110,8 @@ def rows_tile(
                 m_g = g < groups
                 m_gj = m_g[:, None] & m_j[None, :]
                 m = m_o[:, None, None] & m_gj[None, :, :]
-                w_offset = (g.to(tl.int64) * group_stride * V)[:, None] + j_offset[None, :]
-                w = tl.load(p_o[:, None, None] + w_offset[None, :, :], mask=m, other=0).to(ACC)
+                g_offset = (g * (group_stride * V))[:, None] + j_offset[None, :]
+                w = tl.load(weight + (o_offset[:, None, None] + g_offset[None, :, :]), mask=m, other=0).to(ACC)
                 p_t = slot + (g * (k_size * V))[:, None] + position[None, :]
                 t = tl.load(p_t, mask=m_gj & (o_start > first), other=0)
                 tl.store(p_t, t + tl.sum(w * s[:, None, None], axis=0), mask=m_gj)
@@ -243,15 +243,15 @@ def scaling_tile(
     OUT_TYPE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """FLAT_PER_TILE elements of the normalised weight, which has its weight's strides: both are flat memory here."""
+    """FLAT_STEPS blocks of the normalised weight, which has its weight's strides: both are flat memory here."""
     sigma = both_sides(row, stats, eps, ITERATE)[0].to(ACC)
     multiplier = tl.where(sigma == 0, 0, scale.to(ACC) / sigma).to(ACC)
     weight = pointer(tl.load(row + f.WEIGHT), W_TYPE, ALIGNED)
     out = pointer(out_address, OUT_TYPE, ALIGNED)
-    size = tl.load(row + f.FLAT_PER_TILE)
     numel = tl.load(row + f.NUMEL)
-    first = tile * size
-    for start in range(first, tl.minimum(first + size, numel), f.FLAT_BLOCK):
+    steps = field(row, f.FLAT_STEPS)
+    for step in range(tile * steps, tl.minimum((tile + 1) * steps, field(row, f.FLAT_BLOCKS))):
+        start = step.to(tl.int64) * f.FLAT_BLOCK
         o = start + tl.arange(0, f.FLAT_BLOCK)
         if start + f.FLAT_BLOCK <= numel:  # without a mask, so that loads are wide
             w = tl.load(weight + o, eviction_policy="evict_first")

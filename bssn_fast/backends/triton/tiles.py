@@ -101,12 +101,12 @@ def place(row, SHAPES: tl.constexpr, SHAPE: tl.constexpr):
         d = j // k_size
         k = j % k_size
         position = j
-        offset = j.to(tl.int64)
+        offset = j
     else:
         d = j % V
         k = j // V
         position = d * k_size + k
-        offset = d + k * (tl.load(row + f.K_STRIDE) * V)
+        offset = d + k * (field(row, f.K_STRIDE) * V)
     return d, k, position, offset, j < k_size * V
 
 

@@ -1,0 +1,54 @@
+// What the backward kernel is told.
+#pragma once
+
+#include "forward_args.h"
+
+namespace bssn::cuda {
+
+// Weight, gradient and output of a layer lie in memory in the same dense order, whose dimension 0 is the one with
+// stride
+// 1. Two-sided if vectors[2] is not null.
+struct BackwardLayer {
+  const void* weight;
+  const void* grad;
+  void* output;
+  const float* vectors[4];  // those of the forward
+  const float* sigma;
+  uint32_t size;
+  Divisor inner, plane;   // sizes of dimension 0, and of dimensions 0 and 1 together
+  uint32_t middle;        // size of dimension 1
+  uint32_t steps[4][3];   // how far one step along each dimension leads in each of the vectors
+  uint32_t first[2], tiles;  // tickets; both phases have the same tiles
+  uint32_t sums;             // index of the first tile's sum
+
+  BSSN_HD bool two_sided() const { return vectors[2] != nullptr; }
+};
+
+constexpr int kBackwardPhases = 2;
+constexpr int kBackwardBlocks = 2;  // on a multiprocessor at a time
+
+struct BackwardRecord {
+  float multiplier, ratio;  // dW = multiplier (G - ratio S)
+};
+
+struct BackwardCall {
+  uint32_t* counters;  // as in ForwardCall, with the two phases dot and write
+  BackwardRecord* records;
+  double* sums;
+  double scale;
+  int32_t n_layers;
+  int32_t grad_type;  // DType
+  uint32_t tile_elements;
+  uint32_t phase_first[kBackwardPhases + 1];  // tickets
+  uint32_t first_ticket, end_ticket;          // of this launch
+  uint32_t ticket_counter;
+};
+
+template <int Capacity>
+struct BackwardArgs {
+  static constexpr int kCapacity = Capacity;
+  BackwardCall call;
+  BackwardLayer layers[Capacity];
+};
+
+}  // namespace bssn::cuda

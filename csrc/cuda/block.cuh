@@ -1,0 +1,107 @@
+// A block of GPU threads, as the tiles see it.
+#pragma once
+
+#include "reductions.h"
+
+namespace bssn::cuda {
+
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
+
+class DeviceBlock {
+ public:
+  // A thread's registers; on the CPU, an array over the threads.
+  template <class T>
+  struct PerThread {
+    T value;
+    __device__ __forceinline__ T& operator[](int) { return value; }
+  };
+
+  // Runs f(thread) for all threads, then a barrier.
+  template <class F>
+  __device__ __forceinline__ void each(F f) {
+    f(int(threadIdx.x));
+    __syncthreads();
+  }
+
+  template <class T>
+  __device__ __forceinline__ T* shared(uint32_t offset) {
+    return reinterpret_cast<T*>(dynamic_shared + offset);
+  }
+
+  // Ends the calling thread's current group of copies into shared memory.
+  __device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+  }
+
+  // Until at most `pending` (0 to 3) of the calling thread's groups are on their way.
+  __device__ __forceinline__ void wait_for_copies(int pending) {
+#if __CUDA_ARCH__ >= 800
+    static_assert(kMaxStages == 4, "one case for each number of groups");
+    if (pending == 0) {
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+    } else if (pending == 1) {
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+    } else if (pending == 2) {
+      asm volatile("cp.async.wait_group 2;" ::: "memory");
+    } else {
+      asm volatile("cp.async.wait_group 3;" ::: "memory");
+    }
+#endif
+  }
+
+  // Publishes all that the block has written, after a barrier, and counts it; returns the count before, to all threads.
+  // What others published before their arrival can be read afterwards.
+  __device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
+    if (threadIdx.x == 0) {
+      __threadfence();
+      *word() = atomicAdd(counter, 1u);
+      __threadfence();
+    }
+    return broadcast();
+  }
+
+  // Until the counter has reached `value`. What was published before can be read afterwards.
+  __device__ __forceinline__ void wait(const uint32_t* counter, uint32_t value) {
+    if (threadIdx.x == 0) {
+      while (load_acquire(counter) < value) __nanosleep(20);
+    }
+    __syncthreads();
+  }
+
+  // Asks for the block's next ticket; hand_out_ticket gives it to all threads. The answer takes a while, so it is asked
+  // for before the work on the ticket in hand. That is safe: the smaller ticket is finished first.
+  __device__ __forceinline__ void ask_for_ticket(uint32_t* counter) {
+    if (threadIdx.x == 0) ticket_ = atomicAdd(counter, 1u);
+  }
+
+  __device__ __forceinline__ uint32_t hand_out_ticket() {
+    if (threadIdx.x == 0) *word() = ticket_;
+    return broadcast();
+  }
+
+  // Past the first-level cache, for what is read once.
+  __device__ __forceinline__ float load_l2(const float* address) { return __ldcg(address); }
+
+ private:
+  uint32_t ticket_ = 0;
+
+  __device__ __forceinline__ uint32_t* word() { return reinterpret_cast<uint32_t*>(dynamic_shared); }
+
+  // Two barriers: all threads read the word after it was written and before it is written again.
+  __device__ __forceinline__ uint32_t broadcast() {
+    __syncthreads();
+    const uint32_t value = *word();
+    __syncthreads();
+    return value;
+  }
+
+  static __device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+  }
+};
+
+}  // namespace bssn::cuda

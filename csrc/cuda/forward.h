@@ -1,0 +1,183 @@
+// The forward pass's other two phases, and what a ticket stands for.
+#pragma once
+
+#include "directions.h"
+#include "power_wide.h"
+
+namespace bssn::cuda {
+
+// Makes the record of a layer whose sums are complete.
+template <class Block>
+BSSN_HD void finish_layer(Block& block, const ForwardCall& call, const ForwardLayer& layer, int index) {
+  const double* const power_sums = call.sums + layer.sums;
+  const double* const reduce_sums = power_sums + uint64_t(layer.tiles[power]) * kPowerSums;
+  const double* const totals = block_sums<kPowerSums + kReduceSums>(block, [&](int thread, double* sums) {
+    for (uint32_t x = thread; x < layer.tiles[power]; x += kThreads) {
+      for (int j = 0; j < kPowerSums; ++j) sums[j] += power_sums[x * kPowerSums + j];
+    }
+    for (uint32_t x = thread; x < layer.tiles[reduce]; x += kThreads) {
+      for (int j = 0; j < kReduceSums; ++j) sums[kPowerSums + j] += reduce_sums[x * kReduceSums + j];
+    }
+  });
+  block.each([&](int thread) {
+    if (thread == 0) call.records[index] = record_of(call, layer.two_sided(), totals, *layer.sigma);
+  });
+  block.arrive(counter_of(call.counters, index, recorded));
+}
+
+// One reduce tile: elements of t and r, summed over the power tiles in order, go to the snapshot as raw vectors.
+template <class Block>
+BSSN_HD void reduce_tile(Block& block, const ForwardCall& call, const ForwardLayer& layer, int index, uint32_t tile) {
+  block.wait(counter_of(call.counters, index, power_done), layer.tiles[power]);
+  const int row = layer.row(), size = call.update ? row + (layer.two_sided() ? layer.c_in : 0) : 0;
+  const int elements_log2 = kThreadsLog2 - layer.slices_log2, elements = 1 << elements_log2;
+  const int slices = 1 << layer.slices_log2;
+  const float* const slots = call.slots + 4 * uint64_t(layer.slots);
+  float* const parts = block.template shared<float>(kLanesAt);  // [slices][elements]
+  typename Block::template PerThread<float> totals;
+  block.each([&](int thread) {
+    const int x = (int(tile) << elements_log2) + (thread & (elements - 1));
+    float sum = 0;
+    if (x < size) {
+      BSSN_UNROLL_BY(8)
+      for (uint32_t slot = thread >> elements_log2; slot < layer.tiles[power]; slot += slices) {
+        sum += block.load_l2(slots + uint64_t(slot) * layer.slot_size() + x);
+      }
+    }
+    parts[thread] = sum;
+  });
+  block.each([&](int thread) {
+    const int x = (int(tile) << elements_log2) + thread;
+    if (thread >= elements || x >= size) {
+      totals[thread] = 0;
+      return;
+    }
+    float sum = 0;
+    for (int slice = 0; slice < slices; ++slice) sum += parts[slice * elements + thread];
+    totals[thread] = sum;
+    const int transposed = layer.kernel_major ? x % layer.c_in * layer.kernel + x / layer.c_in : x;
+    if (x < row) {
+      layer.snapshot[1][transposed] = sum;
+    } else {
+      layer.snapshot[2][x - row] = sum;
+    }
+  });
+  const double* const sums = block_sums<kReduceSums>(block, [&](int thread, double* mine) {
+    const double x = totals[thread];
+    const bool is_t = (int(tile) << elements_log2) + thread < row;
+    mine[0] = is_t ? x * x : 0.0;
+    mine[1] = is_t ? 0.0 : x * x;
+  });
+  block.each([&](int thread) {
+    if (thread >= kReduceSums) return;
+    call.sums[layer.sums + layer.tiles[power] * kPowerSums + tile * kReduceSums + thread] = sums[thread];
+  });
+  const uint32_t before = block.arrive(counter_of(call.counters, index, reduce_done));
+  if (before + 1 == layer.tiles[reduce]) finish_layer(block, call, layer, index);
+}
+
+// Scales elements [first, end) in memory order, which W and the result share. Aligned: in pieces of 16 bytes of W.
+template <class W, class N>
+BSSN_HD void scale_elements(const W* weight, N* output, float multiplier, uint32_t first, uint32_t end, int thread) {
+  constexpr int kPiece = 16 / int(sizeof(W)), kAhead = 4;
+  using Source = Pack<W, kPiece>;
+  using Target = Pack<N, kPiece>;
+  uint32_t done = first;
+  if (is_aligned(reinterpret_cast<const Source*>(weight)) && is_aligned(reinterpret_cast<Target*>(output))) {
+    const Source* const from = reinterpret_cast<const Source*>(weight);
+    Target* const to = reinterpret_cast<Target*>(output);
+    const uint32_t pieces_end = end / kPiece;  // tiles begin at multiples of a piece
+    BSSN_UNROLL_BY(1)
+    for (uint32_t x = first / kPiece + thread; x < pieces_end; x += kThreads * kAhead) {
+      Source loaded[kAhead];
+      BSSN_UNROLL
+      for (int a = 0; a < kAhead; ++a) {
+        if (x + a * kThreads < pieces_end) loaded[a] = from[x + a * kThreads];
+      }
+      BSSN_UNROLL
+      for (int a = 0; a < kAhead; ++a) {
+        if (x + a * kThreads < pieces_end) {
+          Target scaled;
+          BSSN_UNROLL
+          for (int j = 0; j < kPiece; ++j) from_float(to_float(loaded[a].x[j]) * multiplier, scaled.x[j]);
+          to[x + a * kThreads] = scaled;
+        }
+      }
+    }
+    done = pieces_end * kPiece;
+  }
+  BSSN_UNROLL_BY(1)
+  for (uint32_t x = done + thread; x < end; x += kThreads) from_float(to_float(weight[x]) * multiplier, output[x]);
+}
+
+// A tile's part of vector j: scaled if the power iteration gave a usable one, else what was stored.
+BSSN_HD void write_vector(const ForwardLayer& layer, int j, int size, bool usable, float factor, uint32_t first,
+                          uint32_t step) {
+  BSSN_UNROLL_BY(1)
+  for (uint32_t x = first; x < uint32_t(size); x += step) {
+    if (usable) {
+      const float value = layer.snapshot[j][x] * factor;
+      layer.snapshot[j][x] = layer.vectors[j][x] = value;
+    } else {
+      layer.snapshot[j][x] = layer.vectors[j][x];
+    }
+  }
+}
+
+template <class W, class Block>
+BSSN_HD void write_tile(Block& block, const ForwardCall& call, const ForwardLayer& layer, int index, uint32_t tile) {
+  block.wait(counter_of(call.counters, index, recorded), 1);
+  block.each([&](int thread) {
+    const Record& record = call.records[index];
+    const uint32_t size = uint32_t(layer.c_out) * uint32_t(layer.row()), first = tile * call.write_elements;
+    const uint32_t end = size - first < call.write_elements ? size : first + call.write_elements;
+    const W* const weight = static_cast<const W*>(layer.weight);
+    const float multiplier = record.multiplier;
+    if (call.write_output) {
+      with_element_type(call.output_type, [&](auto element) {
+        using N = decltype(element);
+        scale_elements(weight, static_cast<N*>(layer.output), multiplier, first, end, thread);
+      });
+    }
+    const int sizes[4] = {layer.c_out, layer.row(), layer.c_in, layer.c_out * layer.kernel};
+    const uint32_t start = tile * kThreads + thread, step = layer.tiles[write] * kThreads;
+    BSSN_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      if (j < 2 || layer.two_sided()) {
+        write_vector(layer, j, sizes[j], record.usable[j / 2], record.factors[j], start, step);
+      }
+    }
+  });
+}
+
+template <class Layers>
+BSSN_HD int layer_of(const Layers& layers, int n, int phase, uint32_t ticket) {
+  int low = 0, high = n;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (layers[middle].first[phase] <= ticket) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+template <class W, class Block, class Args>
+BSSN_HD void forward_ticket(Block& block, const Args& args, uint32_t ticket) {
+  const ForwardCall& call = args.call;
+  const int phase = ticket < call.phase_first[reduce] ? power : ticket < call.phase_first[write] ? reduce : write;
+  const int index = layer_of(args.layers, call.n_layers, phase, ticket);
+  const ForwardLayer& layer = args.layers[index];
+  const uint32_t tile = ticket - layer.first[phase];
+  if (phase == power) {
+    power_tile<W>(block, call, layer, index, tile);
+  } else if (phase == reduce) {
+    reduce_tile(block, call, layer, index, tile);
+  } else {
+    write_tile<W>(block, call, layer, index, tile);
+  }
+}
+
+}  // namespace bssn::cuda

@@ -1,0 +1,89 @@
+// What the forward kernel is told: one description for each layer, by value, and what all layers of a call share.
+#pragma once
+
+#include "portable.h"
+
+namespace bssn::cuda {
+
+constexpr int kThreadsLog2 = 9;
+constexpr int kForwardBlocks = 1;  // on a multiprocessor at a time
+constexpr int kThreads = 1 << kThreadsLog2;  // of a block; 128 registers each, so that one block fills a multiprocessor
+constexpr int kColumns = 28;   // input channels that one thread of the staged power iteration can be given
+constexpr int kMaxStages = 4;  // steps of channels in shared memory at a time
+constexpr int kMaxGroups = kThreads / 32;
+constexpr int kSumParts = 16;  // partial sums that the last addition of a reduction over threads reads
+
+// A launch works through tickets 0, 1, 2, ...; all tiles of a phase have smaller numbers than those of the next one.
+enum Phase : int {
+  power = 0,   // some output channels: s, q, and their share of t and r
+  reduce = 1,  // some elements of t and r, over all shares; the last tile of a layer makes its record
+  write = 2,   // some elements of the normalised weight and of the vectors
+  kPhases = 3
+};
+
+// What the write phase needs to know of a layer.
+struct Record {
+  float multiplier;   // scale / sigma
+  float factors[4];   // of u_out, v_out, u_in, v_in: the raw vectors times these are the new ones
+  int32_t usable[2];  // output side, input side: whether there are new vectors at all
+  int32_t unused;
+};
+
+// Two-sided if vectors[2] is not null. The snapshots hold the raw vectors until the write phase.
+struct ForwardLayer {
+  const void* weight;
+  void* output;
+  float* vectors[4];   // u_out [c_out], v_out [c_in k], u_in [c_in], v_in [c_out k]
+  float* snapshot[4];  // the same
+  float* sigma;
+  int32_t c_out, c_in, kernel;
+  int32_t stride_out, stride_in, stride_kernel;  // in elements
+  uint32_t first[kPhases], tiles[kPhases];       // tickets
+  uint32_t slots;                                // where its shares of t and r begin, in groups of 4 floats
+  uint32_t sums;                                 // where its sums of squares and products begin, in doubles
+  uint32_t stage_bytes;                          // one step of channels in shared memory; 0: too large for that
+  int32_t channels;                              // of a power tile
+  uint8_t group_log2;                            // threads that share an output channel
+  uint8_t stages;
+  uint8_t slices_log2;   // threads that share an element of a reduce tile
+  uint8_t kernel_major;  // [o][k][i] rather than [o][i][k]
+
+  BSSN_HD bool two_sided() const { return vectors[2] != nullptr; }
+  BSSN_HD int row() const { return c_in * kernel; }
+  // Floats of one power tile's share: t [row], r [c_in].
+  BSSN_HD uint32_t slot_size() const { return (uint32_t(row()) + uint32_t(c_in) + 3u) & ~3u; }
+};
+
+constexpr int kPowerSums = 4;   // of each power tile: s s, u_out s, q q, v_in q
+constexpr int kReduceSums = 2;  // of each reduce tile: t t, r r
+
+struct ForwardCall {
+  uint32_t* counters;  // tickets taken [kPhases + 1], then for each layer: see Counter
+  Record* records;
+  double* sums;
+  float* slots;
+  double scale, eps;
+  int32_t n_layers;
+  int32_t output_type;                // DType
+  uint32_t phase_first[kPhases + 1];  // tickets
+  uint32_t write_elements;            // of a write tile
+  uint32_t first_ticket, end_ticket;  // of this launch
+  uint32_t ticket_counter;            // which of the launch
+  bool update;                        // a power iteration; else evaluation
+  bool write_output;                  // false in all but the last of several iterations
+};
+
+enum Counter : int { power_done = 0, reduce_done = 1, recorded = 2, kCounters = 4 };
+
+BSSN_HD uint32_t* counter_of(uint32_t* counters, int layer, int counter) {
+  return counters + (kPhases + 1) + layer * kCounters + counter;
+}
+
+template <int Capacity>
+struct ForwardArgs {
+  static constexpr int kCapacity = Capacity;
+  ForwardCall call;
+  ForwardLayer layers[Capacity];
+};
+
+}  // namespace bssn::cuda
