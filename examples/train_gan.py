@@ -30,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     def setting(name: str, text: str, **options: Any) -> None:
         value = getattr(default, name)
-        text = f"{text} (default: {value})"
+        text = f"{text} (default: {value:.4g})" if isinstance(value, float) else f"{text} (default: {value})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=text, **options)
 
     setting("data", "digits, cifar10, or a folder of images whose subfolders are the classes")

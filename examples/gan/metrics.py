@@ -22,7 +22,7 @@ class Quality:
 
     frechet: float
     frechet_of_real_halves: float
-    """What two random halves of the real images are apart: about the least to expect of any finite sample."""
+    """What two random halves of the real images are apart, to judge the other by; whole sets would be closer."""
     label_agreement: float
     """Share of generated images that the classifier takes for the class they were generated as."""
     classifier_accuracy: float

@@ -86,4 +86,4 @@ def print_summary(settings: Settings, steps: int, seconds: float, quality: Quali
 
 def describe(settings: Settings) -> str:
     """Return the normalisation in words, with its scale where it has one."""
-    return f"{settings.norm}, scale {settings.scale:g}" if settings.norm in ("ssn", "bssn") else settings.norm
+    return f"{settings.norm}, scale {settings.scale:.4g}" if settings.norm in ("ssn", "bssn") else settings.norm
