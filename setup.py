@@ -187,17 +187,20 @@ def write_ninja(path: Path, build_dir: Path, module: Path, cxx: str, cuda: Cuda 
         for source in sorted(CSRC.glob("cuda/*.cpp")) if cuda else []:
             compile_one("cxx", source, flags, binding_flags, cuda_flags, user_flags)
         for source in sorted(CSRC.glob("cuda/*.cu")) if cuda else []:
-            host = [f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden")]
-            compile_one("nvcc", source, ["-O3", "-std=c++17", *host, *nvcc_host_compiler(cxx), *cuda.arch_flags()])
+            compile_one("nvcc", source, nvcc_flags(cxx, cuda))
         for isa, isa_flags in ISA_FLAGS.items():
             compile_one("cxx", kernels, flags, user_flags, isa_flags, [f"-DBSSN_ISA={isa}"], suffix=f"_{isa}")
         ninja.build(str(module), "link", objects, variables={"flags": shlex.join(link_flags(cuda))})
         ninja.default(str(module))
 
 
-def nvcc_host_compiler(cxx: str) -> list[str]:
-    """Return the flag that makes nvcc use the same C++ compiler, unless that is more than a name ("ccache g++")."""
-    return [f"-ccbin={cxx}"] if len(shlex.split(cxx)) == 1 else []
+def nvcc_flags(cxx: str, cuda: Cuda) -> list[str]:
+    flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", "--threads=4"]
+    if len(shlex.split(cxx)) == 1:  # not "ccache g++"
+        flags.append(f"-ccbin={cxx}")
+    if STRICT:
+        flags.append("-Werror=all-warnings")
+    return flags + cuda.arch_flags()
 
 
 def compile_module(cxx: str, cuda: Cuda | None) -> Path:
