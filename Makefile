@@ -13,7 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 ENV_STAMP := $(VENV)/.made-from-pyproject
 BUILD_STAMP := $(VENV)/.built-from-csrc
-CSRC := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+CSRC := $(shell find csrc -name '*.*')
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 ASAN_DIR := build/asan
 WITH_ASAN = PYTHONPATH=$(ASAN_DIR) PYTHONSAFEPATH=1 BSSN_FAST_BACKEND=cpu \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
@@ -38,13 +39,13 @@ gpu:
 lint: build
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 
 format: env
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(CPP)
 
 # A whole copy of the package with instrumented kernels, put before the installed one. The sanitizer's runtime has to be
 # there before Python, and libstdc++ with it, or it does not see exceptions. Python itself never frees all its memory.
