@@ -19,7 +19,7 @@ enum class Order : int64_t {
 // What does not change from call to call.
 struct Geometry {
   int64_t c_out, c_in, kernel;
-  int64_t two_sided;              // 0 or 1
+  int64_t two_sided;  // 0 or 1
   Order order;
   int64_t stride_out, stride_in;  // in elements
   const int64_t* kernel_offsets;  // [kernel], in elements
@@ -33,11 +33,11 @@ static_assert(sizeof(Geometry) == 12 * sizeof(int64_t), "Python fills a geometry
 
 struct Layer : Geometry {
   const void* weight;
-  const void* grad;         // backward only
-  void* output;             // normalised weight, or gradient of the weight
-  void* vectors[4];         // forward only: u_out [c_out], v_out [c_in k], u_in [c_in], v_in [c_out k]
-  void* snapshot[4];        // copies of the vectors that sigma was computed with
-  void* sigma;              // one number
+  const void* grad;   // backward only
+  void* output;       // normalised weight, or gradient of the weight
+  void* vectors[4];   // forward only: u_out [c_out], v_out [c_in k], u_in [c_in], v_in [c_out k]
+  void* snapshot[4];  // copies of the vectors that sigma was computed with
+  void* sigma;        // one number
 };
 
 }  // namespace bssn

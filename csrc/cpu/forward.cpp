@@ -18,13 +18,7 @@ namespace {
 
 template <class T>
 double norm(const T* x, int64_t n) {
-  double sums[4] = {};
-  int64_t j = 0;
-  for (; j + 4 <= n; j += 4) {
-    for (int l = 0; l < 4; ++l) sums[l] += double(x[j + l]) * double(x[j + l]);
-  }
-  for (; j < n; ++j) sums[0] += double(x[j]) * double(x[j]);
-  return std::sqrt((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return std::sqrt(kernels<T>().sum_of_squares(x, n));
 }
 
 template <class T>
@@ -52,8 +46,8 @@ struct Direction {
 };
 
 template <class T>
-void write_scaled(const T* x, int64_t n, double factor, T* out) {
-  for (int64_t j = 0; j < n; ++j) out[j] = T(double(x[j]) * factor);
+void write_scaled(const T* x, int64_t n, double factor, void* out) {
+  kernels<T>().scale(x, T(factor), n, false, static_cast<T*>(out));
 }
 
 template <class T>
@@ -197,10 +191,7 @@ class Forward {
 
   // Adds the tiles' sums in their order, into the first.
   static void add_up(T* sums, int64_t tiles, int64_t n) {
-    for (int64_t tile = 1; tile < tiles; ++tile) {
-      const T* other = sums + tile * n;
-      for (int64_t x = 0; x < n; ++x) sums[x] += other[x];
-    }
+    for (int64_t tile = 1; tile < tiles; ++tile) kernels<T>().add(sums + tile * n, n, sums);
   }
 
   double update_vectors(const Layer& layer, State& state) const {
@@ -208,7 +199,7 @@ class Forward {
     add_up(state.t, tiles, n);
     const Direction out_side(norm(state.s, layer.c_out), norm(state.t, n), eps_);
     if (out_side.usable) {
-      write_scaled(state.s, layer.c_out, out_side.first_factor, static_cast<T*>(layer.vectors[0]));
+      write_scaled(state.s, layer.c_out, out_side.first_factor, layer.vectors[0]);
       T* v_out = static_cast<T*>(layer.vectors[1]);
       if (kernel_major(layer)) {
         for (int64_t k = 0; k < layer.kernel; ++k) {
@@ -232,8 +223,8 @@ class Forward {
     const int64_t q_size = layer.c_out * layer.kernel;
     const Direction in_side(norm(state.q, q_size), norm(state.r_sum, layer.c_in), eps_);
     if (in_side.usable) {
-      write_scaled(state.r_sum, layer.c_in, in_side.second_factor, static_cast<T*>(layer.vectors[2]));
-      write_scaled(state.q, q_size, in_side.first_factor, static_cast<T*>(layer.vectors[3]));
+      write_scaled(state.r_sum, layer.c_in, in_side.second_factor, layer.vectors[2]);
+      write_scaled(state.q, q_size, in_side.first_factor, layer.vectors[3]);
     }
     return (out_side.sigma + in_side.sigma) / 2;
   }

@@ -162,10 +162,9 @@ void dot_channel_major(const T* w, const T* v, const T* u, int64_t n, int64_t ke
     s_sum += value * load_vec(v + x);
     store_vec<T>(q_lanes + p, load_vec(q_lanes + p) + value * load_vec(u + x));
   }
-  for (int64_t k = 0; k < kernel; ++k) q[k] = 0;
-  for (int64_t l = 0, k = 0; l < period * kLanes<T>; ++l) {
-    q[k] += q_lanes[l];
-    if (++k == kernel) k = 0;
+  for (int64_t k = 0; k < kernel; ++k) q[k] = q_lanes[k];
+  for (int64_t l = kernel; l < period * kLanes<T>; l += kernel) {
+    for (int64_t k = 0; k < kernel; ++k) q[k] += q_lanes[l + k];
   }
   T total = sum_lanes<T>(s_sum);
   for (int64_t k = x % kernel; x < n; ++x) {
@@ -197,9 +196,8 @@ void dot(const T* w, const T* v, const T* u, int64_t n, int64_t kernel, bool ker
 template <class T>
 int64_t repeat(const T* values, int64_t kernel, T* repeated) {
   const int64_t period = period_vectors<T>(kernel) * kLanes<T>;
-  for (int64_t l = 0, k = 0; l < period; ++l) {
-    repeated[l] = values[k];
-    if (++k == kernel) k = 0;
+  for (int64_t l = 0; l < period; l += kernel) {
+    for (int64_t k = 0; k < kernel; ++k) repeated[l + k] = values[k];
   }
   return period;
 }
@@ -302,6 +300,22 @@ double inner(const T* a, const T* b, int64_t n) {
   double total = 0;
   for (int64_t x = 0; x < n; x += kBlock) total += dot_plain(a + x, b + x, n - x < kBlock ? n - x : kBlock);
   return total;
+}
+
+template <class T>
+double sum_of_squares(const T* x, int64_t n) {
+  double sums[8] = {};
+  int64_t j = 0;
+  for (; j + 8 <= n; j += 8) {
+    for (int l = 0; l < 8; ++l) sums[l] += double(x[j + l]) * double(x[j + l]);
+  }
+  for (; j < n; ++j) sums[0] += double(x[j]) * double(x[j]);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+template <class T>
+void add(const T* x, int64_t n, T* sum) {
+  for (int64_t j = 0; j < n; ++j) sum[j] += x[j];
 }
 
 template <class T>
@@ -429,8 +443,8 @@ void store(const T* source, int64_t n, DType type, void* out) {
 }
 
 template <class T>
-constexpr Kernels<T> kTable = {dot<T>,      add_rows<T>, scale<T>, inner<T>,
-                               grad_row<T>, load<T>,     store<T>, finish_streaming};
+constexpr Kernels<T> kTable = {dot<T>, add_rows<T>, scale<T>, inner<T>, sum_of_squares<T>,
+                               add<T>, grad_row<T>, load<T>,  store<T>, finish_streaming};
 
 }  // namespace
 

@@ -25,6 +25,12 @@ struct Kernels {
   // sum_x a[x] b[x]
   double (*inner)(const T* a, const T* b, int64_t n);
 
+  // sum_x x[x]^2, in double precision throughout
+  double (*sum_of_squares)(const T* x, int64_t n);
+
+  // sum[j] += x[j]
+  void (*add)(const T* x, int64_t n, T* sum);
+
   // out[x] = factor * g[x] - a * v[x] - b[k(x)] * u[x], the last term only if u is given; b has k values and
   // u is as in dot. scratch: period_elements(kernel) values.
   void (*grad_row)(const T* g, T factor, T a, const T* v, const T* b, const T* u, int64_t n, int64_t kernel,

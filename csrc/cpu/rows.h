@@ -70,10 +70,11 @@ class Workspace {
     next_ += bytes<U>(count);
     return result;
   }
-  // What take(count) uses up.
+  // What take(count) uses up: whole cache lines and a few more, lest arrays of a power of two, read side by side,
+  // compete for the same places in the cache.
   template <class U>
   static int64_t bytes(int64_t count) {
-    return (count * int64_t(sizeof(U)) + 63) / 64 * 64;
+    return (count * int64_t(sizeof(U)) + 63) / 64 * 64 + 5 * 64;
   }
 
  private:
@@ -82,20 +83,28 @@ class Workspace {
   std::byte* next_ = nullptr;
 };
 
-// Copies numbers of `size` bytes between a strided layer and contiguous channel-major rows.
+// Copies numbers between a strided layer and contiguous channel-major rows.
 template <class Number, bool kToRows>
 void move_strided(const Layer& layer, void* strided, int64_t row, int64_t count, void* rows) {
   Number* base = static_cast<Number*>(strided) + row * layer.stride_out;
   Number* packed = static_cast<Number*>(rows);
+  const auto move = [](Number* in_layer, Number* in_row) {
+    kToRows ? void(*in_row = *in_layer) : void(*in_layer = *in_row);
+  };
+  bool whole_kernels = true;  // as transposed convolutions have them
+  for (int64_t k = 0; k < layer.kernel; ++k) whole_kernels &= layer.kernel_offsets[k] == k;
   for (int64_t i = 0; i < layer.c_in; ++i) {
-    for (int64_t k = 0; k < layer.kernel; ++k) {
-      Number* source = base + i * layer.stride_in + layer.kernel_offsets[k];
-      Number* target = packed + i * layer.kernel + k;
+    Number* channel = base + i * layer.stride_in;
+    Number* target = packed + i * layer.kernel;
+    if (whole_kernels) {
       for (int64_t j = 0; j < count; ++j) {
-        if (kToRows) {
-          target[j * layer.columns()] = source[j * layer.stride_out];
-        } else {
-          source[j * layer.stride_out] = target[j * layer.columns()];
+        for (int64_t k = 0; k < layer.kernel; ++k)
+          move(channel + j * layer.stride_out + k, target + j * layer.columns() + k);
+      }
+    } else {
+      for (int64_t k = 0; k < layer.kernel; ++k) {
+        for (int64_t j = 0; j < count; ++j) {
+          move(channel + layer.kernel_offsets[k] + j * layer.stride_out, target + k + j * layer.columns());
         }
       }
     }
