@@ -38,9 +38,7 @@ def forward(
 ) -> None:
     from bssn_fast.backends.triton import launch
 
-    launch.forward(
-        weights, vectors, dims, two_sided, scale, eps, n_power_iterations, normalized, snapshot, sigma
-    )
+    launch.forward(weights, vectors, dims, two_sided, scale, eps, n_power_iterations, normalized, snapshot, sigma)
 
 
 def backward(

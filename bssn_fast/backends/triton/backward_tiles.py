@@ -27,11 +27,11 @@ def inner_tile(
     """FLAT_STEPS blocks of products; the gradient has its weight's strides, so both are flat memory here."""
     weight = pointer(tl.load(row + f.WEIGHT), W_TYPE, ALIGNED)
     grad = pointer(grad_address, G_TYPE, ALIGNED)
-    numel = tl.load(row + f.NUMEL)
+    numel = field(row, f.NUMEL)
     steps = field(row, f.FLAT_STEPS)
     total = tl.zeros([f.FLAT_BLOCK], ACC)
     for step in range(tile * steps, tl.minimum((tile + 1) * steps, field(row, f.FLAT_BLOCKS))):
-        start = step.to(tl.int64) * f.FLAT_BLOCK
+        start = step * f.FLAT_BLOCK
         o = start + tl.arange(0, f.FLAT_BLOCK)
         if start + f.FLAT_BLOCK <= numel:  # without a mask, so that loads are wide
             total += tl.load(grad + o).to(ACC) * tl.load(weight + o).to(ACC)

@@ -54,8 +54,8 @@ SCALING = tl.constexpr(3)
 INNER = tl.constexpr(4)
 GRADIENT = tl.constexpr(5)
 
-# stats of a layer: [4, row tiles] |s|^2, u_out.s, |q|^2, v_in.q per row tile; their 4 totals; |t|^2 and |r|^2 per
-# column tile. In the backward pass: <G, W> per flat tile.
+# stats of a layer in the forward pass: |s|^2, u_out.s, |q|^2, v_in.q, and |t|^2 and |r|^2 per column tile.
+# In the backward pass: <G, W> per flat tile.
 FLAT_BLOCK = tl.constexpr(4096)  # elements of one step over a weight as flat memory
 COLUMN_BLOCK = tl.constexpr(256)
 SLOT_BLOCK = tl.constexpr(16)  # slots added at a time

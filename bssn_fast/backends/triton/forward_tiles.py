@@ -1,10 +1,10 @@
 """The tiles of the forward pass; the maths is that of reference.py, in the names of the package's documentation.
 
-    rows     s[o] = sum_ik W[o,i,k] v_out[i,k]      q[o,k] = sum_i W[o,i,k] u_in[i]      (one read of W)
-             and this tile's rows' share of t[i,k] = sum_o W[o,i,k] s[o] and r[i] = sum_ok W[o,i,k] q[o,k]
-    columns  t and r: the row tiles' shares added in their order
-    vectors  u_out = s/|s|, v_out = t/|t|, v_in = q/|q|, u_in = r/|r|, to the persistent vectors and the snapshot
-    scaling  W scale/sigma, sigma_out = |t|/|s| and sigma_in = |r|/|q|
+rows     s[o] = sum_ik W[o,i,k] v_out[i,k]      q[o,k] = sum_i W[o,i,k] u_in[i]      (one read of W)
+         and this tile's rows' share of t[i,k] = sum_o W[o,i,k] s[o] and r[i] = sum_ok W[o,i,k] q[o,k]
+columns  t and r: the row tiles' shares added in their order
+vectors  u_out = s/|s|, v_out = t/|t|, v_in = q/|q|, u_in = r/|r|, to the persistent vectors and the snapshot
+scaling  W scale/sigma, sigma_out = |t|/|s| and sigma_in = |r|/|q|
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from bssn_fast.backends.triton import fields as f
-from bssn_fast.backends.triton.tiles import block_sum, field, place, pointer, sum_of
+from bssn_fast.backends.triton.tiles import field, place, pointer, sum_of
 
 
 @triton.jit
@@ -21,7 +21,6 @@ def rows_tile(
     row,
     tile,
     scratch,
-    stats,
     SHAPES: tl.constexpr,
     SHAPE: tl.constexpr,
     ITERATE: tl.constexpr,
@@ -44,10 +43,8 @@ def rows_tile(
     row_stride = field(row, f.ROW_STRIDE)
     group_stride = field(row, f.GROUP_STRIDE)
     weight = pointer(tl.load(row + f.WEIGHT), W_TYPE, VECTORS)
-    u_out = pointer(tl.load(row + f.STORED), ACC, VECTORS)
     v_out = pointer(tl.load(row + f.STORED + 1), ACC, VECTORS)
     u_in = pointer(tl.load(row + f.STORED + 2), ACC, VECTORS)
-    v_in = pointer(tl.load(row + f.STORED + 3), ACC, VECTORS)
     s_all = scratch + tl.load(row + f.SOURCE)
     q_all = scratch + tl.load(row + f.SOURCE + 3)
     fold = scratch + tl.load(row + f.FOLD)
@@ -61,10 +58,6 @@ def rows_tile(
     last = tl.minimum(first + rows_per_tile, field(row, f.C_OUT))
     o_o = tl.arange(0, O)
     o_g = tl.arange(0, G)
-    ss = tl.zeros([O], tl.float64)
-    us = tl.zeros([O], tl.float64)
-    qq = tl.zeros([O, J], tl.float64)
-    vq = tl.zeros([O, J], tl.float64)
 
     for o_start in range(first, last, O):
         o = o_start + o_o
@@ -85,8 +78,6 @@ def rows_tile(
                 b_q += w * u[None, :, :]
         s = tl.sum(tl.sum(b_s, axis=2), axis=1)  # [O]
         tl.store(s_all + o, s, mask=m_o)
-        ss += s.to(tl.float64) * s
-        us += s.to(tl.float64) * tl.load(u_out + o, mask=m_o, other=0)
         if TWO:
             q = tl.sum(b_q, axis=1)  # [O, J]
             m_oj = m_o[:, None] & m_j[None, :]
@@ -97,12 +88,7 @@ def rows_tile(
                 q = tl.zeros([O, J], ACC)
                 for channel in tl.static_range(V):
                     q += tl.load(p_fold + channel * k_size + k[None, :], mask=m_oj, other=0)
-            once = m_oj & (d == 0)[None, :]
-            o_q = (o * k_size)[:, None] + k[None, :]
-            tl.store(q_all + o_q, q, mask=once)
-            q_once = tl.where(once, q, 0).to(tl.float64)
-            qq += q_once * q_once
-            vq += q_once * tl.load(v_in + o_q, mask=once, other=0)
+            tl.store(q_all + (o * k_size)[:, None] + k[None, :], q, mask=m_oj & (d == 0)[None, :])
 
         if ITERATE:
             for g_start in range(0, groups, G):
@@ -123,30 +109,39 @@ def rows_tile(
                         tl.store(p_r, r + tl.sum(tl.where((d == channel)[None, :], wq, 0), axis=1), mask=m_g)
             tl.debug_barrier()  # the next rows add to the slot, perhaps from other threads
 
-    n_row_tiles = field(row, f.N_ROW_TILES)
-    stat = stats + tl.load(row + f.STATS) + tile
-    tl.store(stat, tl.sum(ss, axis=0))
-    tl.store(stat + n_row_tiles, tl.sum(us, axis=0))
-    tl.store(stat + 2 * n_row_tiles, block_sum(qq))
-    tl.store(stat + 3 * n_row_tiles, block_sum(vq))
+
+@triton.jit
+def square_and_product(row, N: tl.constexpr, total, scratch, ACC: tl.constexpr):
+    """|x|^2 and x.y of the first product x of a direction and the stored vector y that it replaces, vector N."""
+    x_all = scratch + tl.load(row + f.SOURCE + N)
+    y_all = tl.load(row + f.STORED + N).to(tl.pointer_type(ACC))
+    size = field(row, f.SIZE + N)
+    square = tl.zeros([f.VECTOR_BLOCK], tl.float64)
+    product = tl.zeros([f.VECTOR_BLOCK], tl.float64)
+    for start in range(0, size, f.VECTOR_BLOCK):
+        o = start + tl.arange(0, f.VECTOR_BLOCK)
+        x = tl.load(x_all + o, mask=o < size, other=0).to(tl.float64)
+        square += x * x
+        product += x * tl.load(y_all + o, mask=o < size, other=0)
+    tl.store(total, tl.sum(square, axis=0))
+    tl.store(total + 1, tl.sum(product, axis=0))
 
 
 @triton.jit
 def columns_tile(row, tile, scratch, stats, ITERATE: tl.constexpr, ACC: tl.constexpr):
-    """COLUMN_BLOCK entries of t, or of r in the tiles after those, and their sum of squares."""
-    n_row_tiles = field(row, f.N_ROW_TILES)
-    stat = stats + tl.load(row + f.STATS)
-    totals = stat + 4 * n_row_tiles
+    """Tile 0: |s|^2, u_out.s, |q|^2 and v_in.q. Others: COLUMN_BLOCK entries of t, then of r, and their squares."""
+    totals = stats + tl.load(row + f.STATS)
     if tile == 0:
-        for n in tl.static_range(4):
-            tl.store(totals + n, sum_of(stat + n * n_row_tiles, n_row_tiles))
-    if ITERATE:
+        square_and_product(row, 0, totals, scratch, ACC)
+        square_and_product(row, 3, totals + 2, scratch, ACC)
+    elif ITERATE:
+        n_row_tiles = field(row, f.N_ROW_TILES)
         n_out_tiles = field(row, f.N_OUT_COLUMN_TILES)
         n_out_columns = tl.load(row + f.SIZE + 1)
         n_in_columns = tl.load(row + f.SIZE + 2)
-        is_in = tile >= n_out_tiles
+        is_in = tile > n_out_tiles
         size = tl.where(is_in, n_in_columns, n_out_columns)
-        column = (tile - tl.where(is_in, n_out_tiles, 0)) * f.COLUMN_BLOCK + tl.arange(0, f.COLUMN_BLOCK)
+        column = (tile - 1 - tl.where(is_in, n_out_tiles, 0)) * f.COLUMN_BLOCK + tl.arange(0, f.COLUMN_BLOCK)
         m_column = column < size
         slots = scratch + tl.load(row + f.SLOTS) + tl.where(is_in, n_out_columns, 0)
         o_slot = tl.arange(0, f.SLOT_BLOCK)
@@ -157,7 +152,7 @@ def columns_tile(row, tile, scratch, stats, ITERATE: tl.constexpr, ACC: tl.const
             parts += tl.load(p, mask=(slot < n_row_tiles)[:, None] & m_column[None, :], other=0)
         x = tl.sum(parts, axis=0)
         tl.store(scratch + tl.load(row + f.SOURCE + tl.where(is_in, 2, 1)) + column, x, mask=m_column)
-        tl.store(totals + 4 + tile, block_sum(x.to(tl.float64) * x))
+        tl.store(totals + 3 + tile, tl.sum(x.to(tl.float64) * x, axis=0))
 
 
 @triton.jit
@@ -180,19 +175,15 @@ def side(first_square, stored_sigma, second_square, eps, ITERATE: tl.constexpr):
 @triton.jit
 def both_sides(row, stats, eps, ITERATE: tl.constexpr):
     """sigma of the layer in fp64, and `side` of the output and of the input direction."""
-    totals = stats + tl.load(row + f.STATS) + 4 * field(row, f.N_ROW_TILES)
+    totals = stats + tl.load(row + f.STATS)
     n_out_tiles = field(row, f.N_OUT_COLUMN_TILES)
     tt = 0.0
     rr = 0.0
     if ITERATE:
         tt = sum_of(totals + 4, n_out_tiles)
         rr = sum_of(totals + 4 + n_out_tiles, field(row, f.N_IN_COLUMN_TILES))
-    out_sigma, out_usable, u_out_factor, v_out_factor = side(
-        tl.load(totals), tl.load(totals + 1), tt, eps, ITERATE
-    )
-    in_sigma, in_usable, v_in_factor, u_in_factor = side(
-        tl.load(totals + 2), tl.load(totals + 3), rr, eps, ITERATE
-    )
+    out_sigma, out_usable, u_out_factor, v_out_factor = side(tl.load(totals), tl.load(totals + 1), tt, eps, ITERATE)
+    in_sigma, in_usable, v_in_factor, u_in_factor = side(tl.load(totals + 2), tl.load(totals + 3), rr, eps, ITERATE)
     sigma = tl.where(field(row, f.TWO_SIDED) != 0, (out_sigma + in_sigma) / 2, out_sigma)
     sigma = tl.where(tl.abs(sigma) < float("inf"), sigma, float("nan"))
     return sigma, out_usable, u_out_factor, v_out_factor, in_usable, u_in_factor, v_in_factor
@@ -213,9 +204,7 @@ def one_vector(row, N: tl.constexpr, tile, scratch, snapshot, usable, factor, IT
 
 
 @triton.jit
-def vectors_tile(
-    row, tile, scratch, stats, snapshot, sigmas, eps, ITERATE: tl.constexpr, ACC: tl.constexpr
-):
+def vectors_tile(row, tile, scratch, stats, snapshot, sigmas, eps, ITERATE: tl.constexpr, ACC: tl.constexpr):
     """VECTOR_BLOCK entries of each of the layer's vectors, and sigma."""
     sigma, out_usable, u_out_factor, v_out_factor, in_usable, u_in_factor, v_in_factor = both_sides(
         row, stats, eps, ITERATE
@@ -248,10 +237,10 @@ def scaling_tile(
     multiplier = tl.where(sigma == 0, 0, scale.to(ACC) / sigma).to(ACC)
     weight = pointer(tl.load(row + f.WEIGHT), W_TYPE, ALIGNED)
     out = pointer(out_address, OUT_TYPE, ALIGNED)
-    numel = tl.load(row + f.NUMEL)
+    numel = field(row, f.NUMEL)
     steps = field(row, f.FLAT_STEPS)
     for step in range(tile * steps, tl.minimum((tile + 1) * steps, field(row, f.FLAT_BLOCKS))):
-        start = step.to(tl.int64) * f.FLAT_BLOCK
+        start = step * f.FLAT_BLOCK
         o = start + tl.arange(0, f.FLAT_BLOCK)
         if start + f.FLAT_BLOCK <= numel:  # without a mask, so that loads are wide
             w = tl.load(weight + o, eviction_policy="evict_first")

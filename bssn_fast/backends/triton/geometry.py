@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from bssn_fast import layout
@@ -22,10 +23,14 @@ class TileShape(NamedTuple):
     positions: int
 
 
-# Tuned for 256 threads. TILE_COLUMNS: eight elements of each row per thread, two 16-byte loads in fp32. TILE_ROWS: the
-# rows share the loads of v_out and u_in and add up in registers before they reach a slot.
+TILE_COLUMNS = 1024
 TILE_ROWS = 4
-TILE_COLUMNS = 2048
+"""256 threads hold a tile of [4, 1024]: one 16-byte load of fp32 per thread and row. The rows share the loads of v_out
+and u_in, and add up in registers before they reach a slot. `_tile_rows` says where four would spill registers."""
+
+MAX_VECTOR_TWO_SIDED = 4
+"""As does a vector of eight 16-bit elements with four rows."""
+
 MIN_TILE_ELEMENTS = 8192
 MAX_ROW_TILES = 64
 """Per layer. Each row tile leaves a slot as long as a row, so 64 rows or fewer cost a slot each, 1024 rows 1/16."""
@@ -69,10 +74,16 @@ def power_of_two(n: int) -> int:
 def _kernel_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
     """Return the one stride that walks all kernel positions in order, or None if there is no such stride."""
     dims = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
-    for (_, outer), (size, inner) in zip(dims, dims[1:], strict=False):
+    for (_, outer), (size, inner) in pairwise(dims):
         if outer != size * inner:
             return None
     return dims[-1][1] if dims else 1
+
+
+def _tile_rows(c_out: int, positions: int, vector: int, itemsize: int) -> int:
+    if c_out == 1 or positions > TILE_COLUMNS:
+        return 1
+    return TILE_ROWS if vector > 1 and positions <= 128 and itemsize <= 4 else 2
 
 
 def geometry(
@@ -96,14 +107,15 @@ def geometry(
 
     kernel_innermost = k_stride == 1 and channel_stride == k
     vector = 16 // itemsize if aligned and (kernel_innermost or channel_stride == 1) else 1
-    while vector > 1 and (c_in % vector or row_stride % vector or (k > 1 and not kernel_innermost and k_stride % vector)):
+    vector = min(vector, MAX_VECTOR_TWO_SIDED) if two_sided else vector
+    while vector > 1 and (
+        c_in % vector or row_stride % vector or (k > 1 and not kernel_innermost and k_stride % vector)
+    ):
         vector //= 2
     if k * vector > MAX_K:
         vector = 1
     positions = power_of_two(k * vector)
-    rows = TILE_ROWS if c_out > 1 and positions <= TILE_COLUMNS else 1
+    rows = _tile_rows(c_out, positions, vector, itemsize)
     tile_shape = TileShape(vector, kernel_innermost, two_sided, rows, max(TILE_COLUMNS // positions, 1), positions)
     group_stride = k if kernel_innermost else 1 if vector > 1 else channel_stride
-    return Geometry(
-        tile_shape, c_out, c_in, k, row_stride // vector, group_stride, k_stride // vector, numel
-    )
+    return Geometry(tile_shape, c_out, c_in, k, row_stride // vector, group_stride, k_stride // vector, numel)

@@ -36,7 +36,8 @@ def forward_kernel(
     """One tile of the forward pass.
 
     layers, segments: rows of the table. counters: int64. scratch: ACC. stats: fp64. snapshot, sigmas: ACC.
-    outs: encoded addresses of the normalised weights. SHAPES: the tile shapes that occur. SINGLE: all phases in this launch.
+    outs: encoded addresses of the normalised weights. SHAPES: the tile shapes that occur.
+    SINGLE: all phases in this launch.
     """
     tile, segment = take_tile(segments, counters, first_tile, SINGLE, N_SEGMENTS)
     kind = field(segment, f.KIND)
@@ -47,7 +48,7 @@ def forward_kernel(
         shape = field(row, f.SHAPE)
         for n in tl.static_range(len(SHAPES)):
             if shape == n:
-                rows_tile(row, tile, scratch, stats, SHAPES, n, ITERATE, W_TYPE, ACC)
+                rows_tile(row, tile, scratch, SHAPES, n, ITERATE, W_TYPE, ACC)
     elif kind == f.COLUMNS:
         columns_tile(row, tile, scratch, stats, ITERATE, ACC)
     elif kind == f.VECTORS:
@@ -96,9 +97,7 @@ def backward_kernel(
         scale = float_of(scale_bits)
         for n in tl.static_range(len(SHAPES)):
             if shape == n:
-                gradient_tile(
-                    row, tile, grad, out, stats, snapshot, sigma, scale, SHAPES, n, W_TYPE, G_TYPE, ACC
-                )
+                gradient_tile(row, tile, grad, out, stats, snapshot, sigma, scale, SHAPES, n, W_TYPE, G_TYPE, ACC)
     if SINGLE:
         done = tl.load(segment + f.DONE_COUNTER)
         if done > 0:
@@ -107,7 +106,9 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=["start"])
 def table_kernel(table, start: tl.int64, values):
-    """Write encoded integers to `table` from `start`. As arguments they are part of the launch, so that the replay of a
-    captured graph does not depend on host memory."""
+    """Write encoded integers to `table` from `start`.
+
+    As arguments they are part of the launch, so that the replay of a captured graph does not depend on host memory.
+    """
     for n in tl.static_range(len(values)):
         tl.store(table + start + n, decode(values[n]))

@@ -28,7 +28,9 @@ TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-NUM_WARPS = 8
+OPTIONS = {"num_warps": 8} if torch.version.hip else {"num_warps": 8, "maxnreg": 128}
+"""128 registers: two programs on a multiprocessor of 64K registers, so that one loads while the other adds."""
+
 MAX_LAYERS = 128
 """Layers of one launch: their outputs' addresses are kernel arguments, of which CUDA takes 4 KB. More take several."""
 
@@ -47,7 +49,7 @@ def _addresses(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     return tuple(x.data_ptr() for x in tensors)
 
 
-def _arguments(addresses: Sequence[int], indices: Sequence[int]) -> tuple[int, ...]:
+def _arguments(addresses: Sequence[int] | dict[int, int], indices: Sequence[int]) -> tuple[int, ...]:
     """Return the encoded addresses at `indices`, padded to a power of two so that few kernels are compiled."""
     chosen = [encode(addresses[j]) for j in indices]
     return (*chosen, *chosen[-1:] * (power_of_two(len(chosen)) - len(chosen)))
@@ -89,22 +91,26 @@ def _layers(
 def _run(kernel: Any, prepared: Prepared, buffers: Buffers, arguments: tuple[Any, ...], **constants: Any) -> None:
     """Start the program's launches; `arguments` are those between the buffers and the first tile."""
     program = prepared.program
-    for first_tile, n_tiles in program.launches:
-        kernel[(n_tiles,)](
-            prepared.layers,
-            prepared.segments,
-            buffers.counters,
-            buffers.scratch,
-            buffers.stats,
-            *arguments,
-            first_tile,
-            SHAPES=program.shapes,
-            N_SEGMENTS=program.n_segments,
-            SINGLE=prepared.single,
-            ACC=TYPES[buffers.scratch.dtype],
-            num_warps=NUM_WARPS,
-            **constants,
-        )
+    try:
+        for first_tile, n_tiles in program.launches:
+            kernel[(n_tiles,)](
+                prepared.layers,
+                prepared.segments,
+                buffers.counters,
+                buffers.scratch,
+                buffers.stats,
+                *arguments,
+                first_tile,
+                SHAPES=program.shapes,
+                N_SEGMENTS=program.n_segments,
+                SINGLE=prepared.single,
+                ACC=TYPES[buffers.scratch.dtype],
+                **constants,
+                **OPTIONS,
+            )
+    except BaseException:
+        _cache.clear()
+        raise
 
 
 def _on(device: torch.device) -> Any:
@@ -141,7 +147,7 @@ def forward(
             for group in groups:
                 tiles = [stages(x.geometry, iterate=iterate, write=write) for x in group]
                 program = build(group, tiles, single=single, backward=False)
-                built.append(Prepared(program, [x.index for x in group], single, sigma.device))
+                built.append(Prepared(program, [x.position for x in group], single, sigma.device))
             return built, others
 
         return programs
@@ -209,7 +215,7 @@ def backward(
         built = []
         for group in groups:
             program = build(group, [backward_stages(x.geometry) for x in group], single=single, backward=True)
-            built.append(Prepared(program, [x.index for x in group], single, sigma.device))
+            built.append(Prepared(program, [x.position for x in group], single, sigma.device))
         return built, others
 
     shapes = tuple((w.shape, w.stride()) for w in weights)

@@ -54,9 +54,14 @@ class Cache:
     """Programs by what they were made for, per stream: calls on different streams may overlap."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, Found] = OrderedDict()
+        self._kept: OrderedDict[tuple[Hashable, int], Found] = OrderedDict()
         self._captured: dict[Hashable, Found] = {}
         self._lock = threading.Lock()
+
+    def clear(self) -> None:
+        """Forget all: after a launch that failed, the state of its counters is unknown."""
+        with self._lock:
+            self._kept.clear()
 
     def get(self, key: Hashable, like: Tensor, make: Callable[[], tuple[list[Prepared], list[int]]]) -> Found:
         """Return what was kept for `key`, or make it on the current stream; buffers have the dtype of `like`.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from bssn_fast.backends.triton import fields as f
-from bssn_fast.backends.triton.geometry import Geometry, TileShape, power_of_two
+from bssn_fast.backends.triton.geometry import Geometry, power_of_two
 
 MAX_FLAT_STEPS = 16
 FLAT_TILES = 256  # of a layer in the forward pass; its tiles have up to MAX_FLAT_STEPS blocks
@@ -18,9 +19,9 @@ time: less and tiles wait, more and the weight has left the L2 cache before it i
 
 
 class Layer(NamedTuple):
-    """A layer's share of a call: its index there, geometry, addresses and places in the snapshot."""
+    """A layer of a call: its position there, geometry, addresses and places in the snapshot."""
 
-    index: int
+    position: int
     geometry: Geometry
     weight: int
     vectors: tuple[int, ...]
@@ -33,7 +34,7 @@ class Program(NamedTuple):
     values: list[int]
     n_segments: int
     launches: list[tuple[int, int]]
-    shapes: tuple[TileShape, ...]
+    shapes: tuple[tuple[int, ...], ...]
     scratch_size: int
     stats_size: int
     counters_size: int
@@ -62,7 +63,7 @@ def stages(geometry: Geometry, *, iterate: bool, write: bool) -> list[Stage]:
     if write:
         flat = f.FLAT_BLOCK.value * _flat_steps(g.numel, backward=False)
         last.append((f.SCALING.value, ceil_div(g.numel, flat)))
-    return [[(f.ROWS.value, g.row_tiles)], [(f.COLUMNS.value, columns if iterate else 1)], last]
+    return [[(f.ROWS.value, g.row_tiles)], [(f.COLUMNS.value, 1 + columns if iterate else 1)], last]
 
 
 def backward_stages(geometry: Geometry) -> list[Stage]:
@@ -117,7 +118,7 @@ def _row(layer: Layer, shape_index: int, scratch: _Offsets, stats: _Offsets, bac
     sizes = (g.c_out, g.row_size, g.c_in, g.c_out * g.k) if two else (g.c_out, g.row_size, 0, 0)
     flat = f.FLAT_BLOCK.value * _flat_steps(g.numel, backward)
     out_columns, in_columns = (ceil_div(size, f.COLUMN_BLOCK.value) for size in sizes[1:3])
-    n_stats = ceil_div(g.numel, flat) if backward else 4 * g.row_tiles + 4 + out_columns + in_columns
+    n_stats = ceil_div(g.numel, flat) if backward else 4 + out_columns + in_columns
 
     row = [0] * f.LAYER_FIELDS.value
     for name, value in (
@@ -139,7 +140,7 @@ def _row(layer: Layer, shape_index: int, scratch: _Offsets, stats: _Offsets, bac
         (f.N_OUT_COLUMN_TILES, out_columns),
         (f.N_IN_COLUMN_TILES, in_columns),
         (f.STATS, stats.take(n_stats)),
-        (f.INDEX, layer.index),
+        (f.INDEX, layer.position),
     ):
         row[name.value] = value
     if not backward:
@@ -177,8 +178,8 @@ def build(layers: Sequence[Layer], all_stages: Sequence[Sequence[Stage]], *, sin
     return Program(
         values=[value for row in (*segments, *rows) for value in row],
         n_segments=n_segments,
-        launches=[(0, tile)] if single else [(a, b - a) for a, b in zip(bounds, bounds[1:], strict=False)],
-        shapes=shapes,
+        launches=[(0, tile)] if single else [(a, b - a) for a, b in pairwise(bounds)],
+        shapes=tuple(tuple(shape) for shape in shapes),
         scratch_size=scratch.end,
         stats_size=stats.end,
         counters_size=f.FIRST_COUNTER.value + n_stages * len(layers),

@@ -111,12 +111,6 @@ def place(row, SHAPES: tl.constexpr, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def block_sum(x):
-    """Sum of all elements in fp64."""
-    return tl.sum(tl.ravel(x).to(tl.float64), axis=0)
-
-
-@triton.jit
 def sum_of(partials, n):
     """partials[0] + ... + partials[n - 1] in a fixed order."""
     o = tl.arange(0, f.SUM_BLOCK)
