@@ -14,6 +14,7 @@ enum class Order : int64_t {
   channel_major = 0,  // [o][i][k]: contiguous
   kernel_major = 1,   // [o][k][i]: channels_last
   strided = 2,        // o * stride_out + i * stride_in + kernel_offsets[k]
+  input_major = 3,    // [i][o][k]: transposed convolutions, only of fp32 and fp64
 };
 
 // What does not change from call to call.

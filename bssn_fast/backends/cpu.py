@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from bssn_fast.backends import extension
-from bssn_fast.layout import channels, snapshot_offsets
+from bssn_fast.layout import channels, compute_dtype, snapshot_offsets
 
 DEVICES = ("cpu",)
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_CHANNEL_MAJOR, _KERNEL_MAJOR, _STRIDED = range(3)
+_CHANNEL_MAJOR, _KERNEL_MAJOR, _STRIDED, _INPUT_MAJOR = range(4)
 
 
 def why_unavailable() -> str | None:
@@ -47,6 +47,7 @@ class _Table:
         strides: tuple[tuple[int, ...], ...],
         dims: tuple[int, ...],
         two_sided: tuple[bool, ...],
+        converts: bool,
         layers: tuple[int, ...] | None = None,
     ) -> None:
         starts, _ = snapshot_offsets(shapes, dims, two_sided)
@@ -56,7 +57,7 @@ class _Table:
             shape, stride, dim, both, begin = shapes[j], strides[j], dims[j], two_sided[j], starts[j]
             offsets = _kernel_offsets(shape, stride)
             self._kernel_offsets.append(offsets)
-            order = _order(shape, stride, dim, offsets)
+            order = _order(shape, stride, dim, offsets, converts)
             c_out, c_in, k = channels(shape, dim)
             fields += (c_out, c_in, k, both, order, stride[dim], stride[1 - dim], offsets.buffer_info()[0])
             fields += begin if both else (*begin, 0, 0)
@@ -72,7 +73,9 @@ def _kernel_offsets(shape: tuple[int, ...], strides: tuple[int, ...]) -> array[i
     return offsets
 
 
-def _order(shape: tuple[int, ...], strides: tuple[int, ...], dim: int, kernel_offsets: array[int]) -> int:
+def _order(
+    shape: tuple[int, ...], strides: tuple[int, ...], dim: int, kernel_offsets: array[int], converts: bool
+) -> int:
     """Return how the weight lies in memory, as `enum Order` numbers it."""
     c_out, c_in, k = channels(shape, dim)
     if c_out == 1 or strides[dim] == c_in * k:
@@ -81,7 +84,15 @@ def _order(shape: tuple[int, ...], strides: tuple[int, ...], dim: int, kernel_of
             return _CHANNEL_MAJOR
         if (c_in == 1 or stride_in == 1) and kernel_offsets == array("q", range(0, k * c_in, c_in)):
             return _KERNEL_MAJOR
-    return _STRIDED
+    packed = (
+        strides[1 - dim] == c_out * k and (c_out == 1 or strides[dim] == k) and kernel_offsets == array("q", range(k))
+    )
+    return _INPUT_MAJOR if packed and not converts else _STRIDED
+
+
+def _converts(weights: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether the kernels must convert weights or gradients, which they do for rows of output channels."""
+    return not weights[0].dtype == others[0].dtype == compute_dtype(weights[0].dtype)
 
 
 _table = lru_cache(maxsize=256)(_Table)
@@ -105,7 +116,7 @@ def forward(
     sigma: Tensor,
 ) -> None:
     shapes, strides = tuple([w.shape for w in weights]), tuple([w.stride() for w in weights])
-    table = _table(shapes, strides, tuple(dims), tuple(two_sided))
+    table = _table(shapes, strides, tuple(dims), tuple(two_sided), _converts(weights, normalized))
     pointers = array("q", [x.data_ptr() for x in (*weights, *normalized, *vectors)])
     error = extension.module.cpu_forward(
         table.address,
@@ -135,7 +146,7 @@ def backward(
     grad_weights: list[Tensor],
 ) -> None:
     shapes, strides = tuple([w.shape for w in weights]), tuple([w.stride() for w in weights])
-    table = _table(shapes, strides, tuple(dims), tuple(two_sided), tuple(layers))
+    table = _table(shapes, strides, tuple(dims), tuple(two_sided), _converts(weights, grads), tuple(layers))
     pointers = array("q", [weights[j].data_ptr() for j in layers])
     pointers.extend([x.data_ptr() for x in (*grads, *grad_weights)])
     first, size = sigma.data_ptr(), sigma.element_size()

@@ -28,7 +28,7 @@ class Backward {
     for (int64_t j = 0; j < n; ++j) {
       const Layer& layer = layers[j];
       bytes += Workspace::bytes<double>(chunk_count(layer));
-      columns = std::max(columns, layer.columns());
+      columns = std::max({columns, layer.columns(), row_size(layer)});
       kernel = std::max(kernel, layer.kernel);
       total += layer.size();
     }
@@ -56,7 +56,7 @@ class Backward {
     if (phase == 0) {
       add_tiles(layer.size(), kTileElements, add);
     } else {
-      add_tiles(layer.c_out, tile_rows(layer, sizeof(T)), add);
+      add_tiles(row_count(layer), tile_rows(layer, sizeof(T)), add);
     }
   }
 
@@ -116,11 +116,8 @@ class Backward {
   void write_rows_of_gradient(const Ticket& ticket, Worker& worker) {
     const Layer& layer = layers_[ticket.layer];
     const State& state = states_[ticket.layer];
-    const int64_t n = layer.columns();
-    const T* v = in_row_order(layer, layer.snapshot[1], worker.v);
-    const T* u = over_columns(layer, layer.snapshot[2], worker.u);
-    const T* u_out = static_cast<const T*>(layer.snapshot[0]);
-    const T* v_in = static_cast<const T*>(layer.snapshot[3]);
+    const int64_t n = row_size(layer), k_size = layer.kernel;
+    const Sides sides = sides_of(layer, worker);
     const double share = state.factor * state.ratio * (layer.two_sided ? 0.5 : 1);
     const bool in_place = direct<T>(layer, weight_type_);
     const int64_t block = block_rows(layer);
@@ -130,17 +127,34 @@ class Backward {
       read_rows(layer, layer.grad, grad_type_, row, count, worker.in, grads);
       T* out = in_place ? static_cast<T*>(layer.output) + row * n : worker.out.numbers;
       for (int64_t j = 0; j < count; ++j) {
-        if (u != nullptr) {
-          for (int64_t k = 0; k < layer.kernel; ++k) {
-            worker.b[k] = T(share * double(v_in[(row + j) * layer.kernel + k]));
-          }
+        if (sides.v_other != nullptr) {
+          for (int64_t k = 0; k < k_size; ++k) worker.b[k] = T(share * double(sides.v_other[(row + j) * k_size + k]));
         }
-        kernels<T>().grad_row(grads[j], T(state.factor), T(share * double(u_out[row + j])), v, worker.b, u, n,
-                              layer.kernel, kernel_major(layer), stream_ && in_place, worker.scratch, out + j * n);
+        const T a = sides.u_row == nullptr ? T(0) : T(share * double(sides.u_row[row + j]));
+        kernels<T>().grad_row(grads[j], T(state.factor), a, sides.v, worker.b, sides.u_other, n, k_size,
+                              kernel_major(layer), stream_ && in_place, worker.scratch, out + j * n);
       }
       if (!in_place) write_rows(layer, worker.out, row, count, weight_type_, layer.output);
     }
     if (stream_ && in_place) kernels<T>().finish_streaming();
+  }
+
+  // S of a row is u_row[row] v + v_other[row, k] u_other, where row is o and `other` the input side; in input-major
+  // layers row is i and `other` the output side. u_row or v_other is missing if that side has no part in S.
+  struct Sides {
+    const T *u_row, *v, *v_other, *u_other;
+  };
+
+  static Sides sides_of(const Layer& layer, Worker& worker) {
+    const T* const u_out = static_cast<const T*>(layer.snapshot[0]);
+    const T* const u_in = static_cast<const T*>(layer.snapshot[2]);
+    const T* const v_in = static_cast<const T*>(layer.snapshot[3]);
+    if (layer.order == Order::input_major) {
+      const T* u = over_columns(layer, u_out, layer.c_out, worker.u);
+      return {u_in, layer.two_sided ? v_in : u, static_cast<const T*>(layer.snapshot[1]), u};
+    }
+    const T* v = in_row_order(layer, layer.snapshot[1], worker.v);
+    return {u_out, v, v_in, over_columns(layer, u_in, layer.c_in, worker.u)};
   }
 
   const Layer* layers_;

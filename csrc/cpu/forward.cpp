@@ -67,7 +67,7 @@ class Forward {
     for (int64_t j = 0; j < n; ++j) {
       const Layer& layer = layers[j];
       bytes += state_bytes(layer);
-      columns = std::max(columns, layer.columns());
+      columns = std::max({columns, layer.columns(), tile_rows(layer, sizeof(T)) * layer.kernel});
       kernel = std::max(kernel, layer.kernel);
       total += layer.size();
     }
@@ -102,10 +102,12 @@ class Forward {
   }
 
   void tile(const Ticket& ticket, int worker) {
-    if (ticket.phase + 1 < phases()) {
-      read_weight(ticket, workers_[worker]);
-    } else {
+    if (ticket.phase + 1 == phases()) {
       write_output(ticket, workers_[worker]);
+    } else if (layers_[ticket.layer].order == Order::input_major) {
+      read_input_major(ticket, workers_[worker]);
+    } else {
+      read_weight(ticket, workers_[worker]);
     }
   }
 
@@ -165,7 +167,7 @@ class Forward {
     const State& state = states_[ticket.layer];
     const int64_t n = layer.columns();
     const T* v = in_row_order(layer, layer.vectors[1], worker.v);
-    const T* u = over_columns(layer, layer.vectors[2], worker.u);
+    const T* u = over_columns(layer, static_cast<const T*>(layer.vectors[2]), layer.c_in, worker.u);
     T* t = state.t + ticket.tile * n;
     T* r = layer.two_sided ? state.r + ticket.tile * n : nullptr;
     if (iterations_ > 0) {
@@ -186,6 +188,45 @@ class Forward {
         kernels<T>().add_rows(rows, count, state.s + row, q, n, layer.kernel, kernel_major(layer), worker.scratch, t,
                               r);
       }
+    }
+  }
+
+  // The same for W[i, o, k], a range of o at a time. What was summed up over the columns of a row is now added up over
+  // rows, and the other way round: one pass over the tile's rows gives q and s, a second one, from the cache, r and t.
+  void read_input_major(const Ticket& ticket, Worker& worker) {
+    const Layer& layer = layers_[ticket.layer];
+    const State& state = states_[ticket.layer];
+    const int64_t k_size = layer.kernel, n = (ticket.end - ticket.begin) * k_size;
+    const T* first = static_cast<const T*>(layer.weight) + ticket.begin * k_size;
+    const T* v_out = static_cast<const T*>(layer.vectors[1]);
+    const T* u_in = static_cast<const T*>(layer.vectors[2]);
+    const T zeros[kMaxBlockRows] = {};
+    T* s_columns = worker.v;  // s[o, k], to be summed up over k
+    T* q = layer.two_sided ? state.q + ticket.begin * k_size : worker.u;
+    std::fill_n(s_columns, n, T(0));
+    std::fill_n(q, n, T(0));
+    for (int64_t i = 0; i < layer.c_in; i += 4) {
+      const int64_t count = std::min<int64_t>(4, layer.c_in - i);
+      const T* rows[4];
+      for (int64_t j = 0; j < count; ++j) rows[j] = first + (i + j) * row_size(layer);
+      kernels<T>().add_rows(rows, count, layer.two_sided ? u_in + i : zeros, v_out + i * k_size, n, k_size, false,
+                            worker.scratch, q, s_columns);
+    }
+    T* s = state.s + ticket.begin;
+    for (int64_t o = 0; o < ticket.end - ticket.begin; ++o) {
+      s[o] = 0;
+      for (int64_t k = 0; k < k_size; ++k) s[o] += s_columns[o * k_size + k];
+    }
+    if (iterations_ == 0) return;
+    over_columns(layer, s, ticket.end - ticket.begin, s_columns);
+    T* t = state.t + ticket.tile * layer.columns();
+    T* r = layer.two_sided ? state.r + ticket.tile * layer.columns() : nullptr;
+    if (r != nullptr) std::fill_n(r, layer.columns(), T(0));
+    for (int64_t i = 0; i < layer.c_in; ++i) {
+      T r_i;
+      kernels<T>().dot(first + i * row_size(layer), q, s_columns, n, k_size, false, worker.scratch, &r_i,
+                       t + i * k_size);
+      if (r != nullptr) r[i * k_size] = r_i;
     }
   }
 

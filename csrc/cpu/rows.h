@@ -33,12 +33,19 @@ inline void point_to_snapshot(void* snapshot, int64_t size_of_number, Layer& lay
   }
 }
 
-// Tiles do not depend on the number of threads: nor do, then, the results. Each tile of rows adds its share of t and r
-// to sums of its own, which costs two rows of traffic: not below 64 rows.
+// What is contiguous: W[o, :, :], or for input-major layers W[:, o, :] of one input channel.
+inline int64_t row_count(const Layer& layer) { return layer.order == Order::input_major ? layer.c_in : layer.c_out; }
+inline int64_t row_size(const Layer& layer) { return layer.size() / row_count(layer); }
+
+// Tiles of output channels. They do not depend on the number of threads: nor do, then, the results. Each tile adds its
+// share of t and r to sums of its own, which costs two rows of traffic: not below 64 rows, but for input-major layers,
+// of which a whole tile is read twice and has to stay in the cache.
 constexpr int64_t kTileBytes = 256 * 1024;
 inline int64_t tile_rows(const Layer& layer, int64_t size_of_number) {
-  const int64_t rows = kTileBytes / std::max<int64_t>(1, layer.columns() * size_of_number);
-  return std::min(layer.c_out, std::max<int64_t>(64, (rows + 7) / 8 * 8));
+  const bool input_major = layer.order == Order::input_major;
+  const int64_t bytes = input_major ? 2 * kTileBytes : kTileBytes;
+  const int64_t rows = bytes / std::max<int64_t>(1, layer.columns() * size_of_number);
+  return std::min(layer.c_out, std::max<int64_t>(input_major ? 8 : 64, (rows + 7) / 8 * 8));
 }
 inline int64_t tile_count(const Layer& layer, int64_t size_of_number) {
   const int64_t rows = tile_rows(layer, size_of_number);
@@ -145,7 +152,7 @@ bool direct(const Layer& layer, DType type) {
 template <class T>
 void read_rows(const Layer& layer, const void* base, DType type, int64_t row, int64_t count, const RowBuffer<T>& buffer,
                const T** rows) {
-  const int64_t n = layer.columns();
+  const int64_t n = row_size(layer);
   const std::byte* source = static_cast<const std::byte*>(base) + row * n * element_size(type);
   if (layer.order == Order::strided) {
     move_strided<true>(layer, const_cast<void*>(base), type, row, count, buffer.raw);
@@ -182,12 +189,12 @@ const T* in_row_order(const Layer& layer, const void* v, T* room) {
   return room;
 }
 
-// u_in as the kernels want it: one value a column for channel-major rows.
+// One value for each channel of a row's columns, as the kernels want it: repeated for each kernel position, but for
+// kernel-major rows.
 template <class T>
-const T* over_columns(const Layer& layer, const void* u_in, T* room) {
-  const T* source = static_cast<const T*>(u_in);
-  if (source == nullptr || kernel_major(layer)) return source;
-  for (int64_t i = 0; i < layer.c_in; ++i) std::fill_n(room + i * layer.kernel, layer.kernel, source[i]);
+const T* over_columns(const Layer& layer, const T* channels, int64_t count, T* room) {
+  if (channels == nullptr || kernel_major(layer)) return channels;
+  for (int64_t i = 0; i < count; ++i) std::fill_n(room + i * layer.kernel, layer.kernel, channels[i]);
   return room;
 }
 
