@@ -47,21 +47,34 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"bssn_fast.backends.{name}")
 
 
+def serves(name: str, device_type: str) -> bool:
+    """Whether backend `name` is made for this type of device."""
+    devices = _module(name).DEVICES
+    return not devices or device_type in devices
+
+
 def why_unavailable(name: str, device_type: str) -> str | None:
-    """Return None if backend `name` serves this type of device, else the reason."""
+    """Return None if backend `name` works here for this type of device, else the reason."""
     if name not in NAMES:
         return f"there is no such backend; choose one of {', '.join(NAMES)}"
-    module = _module(name)
-    if module.DEVICES and device_type not in module.DEVICES:
-        return f"it serves {' and '.join(module.DEVICES)} tensors, not {device_type}"
-    return module.why_unavailable()
+    if not serves(name, device_type):
+        return f"it serves {' and '.join(_module(name).DEVICES)} tensors, not {device_type}"
+    return _module(name).why_unavailable()  # type: ignore[no-any-return]
+
+
+def default(device_type: str) -> str:
+    """Return the name of the backend that a type of device gets when none is asked for."""
+    return os.environ.get("BSSN_FAST_BACKEND") or _first_available(device_type)
+
+
+@cache
+def _first_available(device_type: str) -> str:
+    candidates = _PREFERRED.get(device_type, ("reference",))
+    return next(name for name in candidates if why_unavailable(name, device_type) is None)
 
 
 @cache
 def _resolve(name: str, device_type: str) -> ModuleType:
-    if not name:
-        candidates = _PREFERRED.get(device_type, ("reference",))
-        name = next(c for c in candidates if why_unavailable(c, device_type) is None)
     reason = why_unavailable(name, device_type)
     if reason is not None:
         raise BackendUnavailableError(f"bssn_fast backend {name!r} cannot be used: {reason}")
@@ -73,4 +86,4 @@ def get(name: str, device: torch.device) -> ModuleType:
 
     Raises BackendUnavailableError if the one asked for cannot run here.
     """
-    return _resolve(name or os.environ.get("BSSN_FAST_BACKEND", ""), device.type)
+    return _resolve(name or default(device.type), device.type)
