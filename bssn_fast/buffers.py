@@ -36,9 +36,7 @@ class Pool:
         self._buffers: list[Tensor] = []
         self._lock = threading.Lock()
 
-    def take(
-        self, dtype: torch.dtype, device: torch.device, views: Callable[[Tensor], list[Tensor]]
-    ) -> list[Tensor]:
+    def take(self, dtype: torch.dtype, device: torch.device, views: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
         """Return `views` of a buffer of arbitrary contents that no one else uses."""
         if device.type != "cpu" or _UNSHARED is None or torch.compiler.is_compiling():
             return views(torch.empty(self.size, dtype=dtype, device=device))

@@ -37,11 +37,15 @@ def find(module: nn.Module, name: str) -> SpectralNormalization | TorchSpectralN
         if len(found) == 1 and isinstance(found[0], _SpectralNorm):
             old = found[0]
             if not hasattr(old, "_u"):
-                raise ValueError(f"{name}: torch's spectral norm of a one-dimensional weight; remove it or leave it out")
+                raise ValueError(
+                    f"{name}: torch's spectral norm of a one-dimensional weight; remove it or leave it out"
+                )
             # torch keeps the dimension as a negative number where it was given as one.
             dim = old.dim % parametrizations.original.ndim
             _check_dim(dim, name)
-            return TorchSpectralNorm(None, parametrizations.original, old._u, old._v, dim, old.eps, old.n_power_iterations)
+            return TorchSpectralNorm(
+                None, parametrizations.original, old._u, old._v, dim, old.eps, old.n_power_iterations
+            )
         kinds = ", ".join(type(p).__name__.lstrip("_") for p in found)
         raise ValueError(
             f"{name}: the weight already carries {kinds}; call "
@@ -59,6 +63,11 @@ def find(module: nn.Module, name: str) -> SpectralNormalization | TorchSpectralN
         weight = module._parameters[f"{WEIGHT}_orig"]
         u, v = module._buffers[f"{WEIGHT}_u"], module._buffers[f"{WEIGHT}_v"]
         return TorchSpectralNorm(hook, weight, u, v, hook.dim, hook.eps, hook.n_power_iterations)  # type: ignore[arg-type]
+    if module._parameters.get(WEIGHT) is None:
+        raise ValueError(
+            f"{name}: the weight is not a parameter of the layer; undo what replaced it first "
+            "(torch.nn.utils.prune.remove for a pruned layer), or leave the layer out"
+        )
     return None
 
 
@@ -67,10 +76,18 @@ def _check_dim(dim: int, name: str) -> None:
         raise ValueError(f"{name}: torch's spectral norm over dimension {dim} cannot be taken over; remove it first")
 
 
+def unparametrize(module: nn.Module) -> None:
+    """Make the weight before normalisation a plain parameter again."""
+    # Copies made by deepcopy share the class that parametrize made, whose property of the weight will be deleted.
+    kind = type(module)
+    module.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
+    parametrize.remove_parametrizations(module, WEIGHT, leave_parametrized=False)
+
+
 def strip(module: nn.Module, norm: TorchSpectralNorm) -> None:
     """Take torch's spectral norm off a layer: the weight before normalisation becomes its plain parameter."""
     if norm.hook is None:
-        parametrize.remove_parametrizations(module, WEIGHT, leave_parametrized=False)
+        unparametrize(module)
         return
     for hooks, kind in (
         (module._forward_pre_hooks, SpectralNorm),

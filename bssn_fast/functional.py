@@ -55,6 +55,9 @@ class Normalizer:
         self, weights: Sequence[Tensor], vectors: Sequence[Tensor], n_power_iterations: int, dtype: torch.dtype
     ) -> Values:
         """Run the operation, outside autograd; zero iterations leave the vectors alone."""
+        if torch.is_inference_mode_enabled():  # what is kept of this call may be needed outside
+            with torch.inference_mode(False):
+                return self.compute(weights, vectors, n_power_iterations, dtype)
         batch, first = self.batch, weights[0]
         working = compute_dtype(first.dtype)
         # One allocation for both; sigma first, so that each part starts at 16 bytes.
@@ -102,10 +105,20 @@ class Normalizer:
         if len(layers) == len(weights):
             results = self._grads.take(weights[0].dtype, weights[0].device, batch.views)
         else:
-            results = [torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device)
-                       for w in (weights[j] for j in layers)]
+            results = [
+                torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device)
+                for w in (weights[j] for j in layers)
+            ]
         ops.normalize_backward(
-            given, weights, layers, batch.dims, batch.two_sided, self.scale, values.snapshot, values.sigma, results,
+            given,
+            weights,
+            layers,
+            batch.dims,
+            batch.two_sided,
+            self.scale,
+            values.snapshot,
+            values.sigma,
+            results,
             self.backend,
         )
         found: list[Tensor | None] = [None] * len(weights)
@@ -177,7 +190,9 @@ def check_weight(weight: Tensor, dim: int, name: str) -> None:
     if isinstance(weight, torch.nn.parameter.UninitializedTensorMixin):
         raise ValueError(f"{name}: the weight is not initialised yet; run one forward of the lazy module first")
     if weight.is_meta:
-        raise ValueError(f"{name}: the weight is on the meta device; materialise the model first (`to_empty`, then load)")
+        raise ValueError(
+            f"{name}: the weight is on the meta device; materialise the model first (`to_empty`, then load)"
+        )
     if weight.dtype not in WEIGHT_DTYPES:
         raise TypeError(
             f"{name}: weights of {weight.dtype} cannot be normalised; "

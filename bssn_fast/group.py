@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.hooks import RemovableHandle
@@ -21,7 +21,7 @@ class Group:
         self._usage = usage
         self._handles: list[RemovableHandle] = []
         self._depth = 0
-        self._offering = False
+        self._offering = self._recomputing = False
         self._set_layers(layers)
 
     def _set_layers(self, layers: Sequence[ParametrizationList]) -> None:
@@ -31,7 +31,14 @@ class Group:
         self._plans: list[tuple[Plan, list[int]]] = []
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its plans anew, for its own layers
-        return {**self.__dict__, "_signature": None, "_plans": [], "_depth": 0, "_offering": False}
+        return {
+            **self.__dict__,
+            "_signature": None,
+            "_plans": [],
+            "_depth": 0,
+            "_offering": False,
+            "_recomputing": False,
+        }
 
     def hook(self, model: nn.Module) -> None:
         """Take part in the model's calls."""
@@ -52,43 +59,75 @@ class Group:
         """Before a call of the model: normalise what no call around this one has normalised already."""
         self._depth += 1
         if self._depth > 1:
-            return
+            if _is_nested(model):
+                return
+            self._depth = 1
+            self._withdraw()
         self._usage.model_called = True
-        weights = [layer._parameters["original"] for layer in self._layers]
-        if all(m.state.usable(w) for m, w in zip(self._members, weights, strict=True)):  # type: ignore[arg-type]
-            return
-        self._offering = True
-        self._normalize(weights)  # type: ignore[arg-type]
+        members: list[SpectralNormalization] = []
+        weights: list[Tensor] = []
+        for member, layer in zip(self._members, self._layers, strict=True):
+            weight: Tensor = layer._parameters["original"]  # type: ignore[assignment]
+            # A later `apply` or `remove` on a submodule may have taken layers out of the group.
+            if member.settings.update == "forward" and member.state.usable(weight) is None:
+                members.append(member)
+                weights.append(weight)
+        if members:
+            self._offering = True
+            self._normalize(members, weights)
 
-    def _normalize(self, weights: list[Tensor]) -> None:
-        training = [m.training for m in self._members]
-        flags = training if len(set(training)) > 1 else [True] * len(training)
-        key = (signature(weights), flags, [m.settings for m in self._members])
+    def _normalize(self, members: list[SpectralNormalization], weights: list[Tensor]) -> None:
+        self._recomputing = in_backward()
+        training = [m.training for m in members]
+        iterating = [
+            m.training and not self._recomputing and not m.state.holds(w) for m, w in zip(members, weights, strict=True)
+        ]
+        flags = iterating if len(set(iterating)) > 1 else [True] * len(members)
+        key = (list(map(id, members)), signature(weights), flags, [m.settings for m in members])
         if key != self._signature:
-            parts = partition(self._members, weights, flags)
-            self._plans = [(Plan([self._members[j] for j in part], [weights[j] for j in part]), part) for part in parts]
+            parts = partition(members, weights, flags)
+            self._plans = [(Plan([members[j] for j in part], [weights[j] for j in part]), part) for part in parts]
             self._signature = key
-        recomputation = in_backward()
-        if any(training):
-            if recomputation:
-                self._usage.recompute(whole_model=True)
-            else:
-                self._usage.count()
+        if self._recomputing and any(training):
+            self._usage.recompute(whole_model=True)
+        results: list[Tensor] = []
         for plan, part in self._plans:
-            iterate = training[part[0]] and not recomputation
-            keep = not iterate or all(self._members[j].state.cached for j in part)
+            iterate = iterating[part[0]]
+            keep = not iterate or all(members[j].state.cached for j in part)
             chosen = [weights[j] for j in part]
             for j, normalized in zip(part, plan.normalize(chosen, iterate=iterate, keep=keep), strict=True):
-                self._members[j].state.offer(weights[j], normalized)
+                members[j].state.offer(weights[j], normalized)
+                results.append(normalized)
+        if any(iterating):
+            self._usage.count(results)
 
     def end(self, model: nn.Module, args: object, output: object) -> None:
         """After a call of the model, whether or not it succeeded: withdraw the results, but those that are cached."""
-        self._depth -= 1
+        self._depth = max(0, self._depth - 1)  # a hook before `begin` may have failed
         if self._depth == 0 and self._offering:
-            self._offering = False
-            for member in self._members:
-                if not member.state.cached:
-                    member.state.withdraw()
+            self._withdraw()
+            self._offering = self._recomputing = False
+
+    def _withdraw(self) -> None:
+        for member in self._members:
+            # The backward pass of a recomputed forward frees its graph: no other may use it, also in a `cached` block.
+            if self._recomputing or not member.state.cached:
+                member.state.withdraw()
+
+
+_CALL = nn.Module._call_impl.__code__
+
+
+def _is_nested(model: nn.Module) -> bool:
+    """Whether one call of the model is running inside another.
+
+    `end` does not hear of a call that KeyboardInterrupt, which is no Exception, has ended.
+    """
+    running, frame = 0, sys._getframe(1)
+    while frame is not None:
+        running += frame.f_code is _CALL and frame.f_locals.get("self") is model
+        frame = frame.f_back  # type: ignore[assignment]
+    return running != 1
 
 
 def groups_of(model: nn.Module) -> Iterator[Group]:

@@ -81,7 +81,7 @@ def apply(
         existing[name] = convert.find(module, shown)
         weight, dim = _weight_of(module, existing[name])
         check_weight(weight, dim, shown)
-        _check_layer(module, shown)
+        _check_layer(module, weight, shown)
         backends.get(backend, weight.device)
 
     together = Usage(len(layers))
@@ -108,7 +108,9 @@ def _check_arguments(
     if update not in ("forward", "access"):
         raise ValueError(f"update must be 'forward' or 'access', not {update!r}")
     scale = float(scale if scale is not None else DEFAULT_SCALE if scaled else 1.0)
-    check_settings(scale, 1e-12 if eps is None else eps, 1 if n_power_iterations is None else n_power_iterations, fewest=1)
+    check_settings(
+        scale, 1e-12 if eps is None else eps, 1 if n_power_iterations is None else n_power_iterations, fewest=1
+    )
     return scale
 
 
@@ -150,7 +152,11 @@ def _weight_of(module: nn.Module, norm: SpectralNormalization | TorchSpectralNor
     return module._parameters[WEIGHT], int(isinstance(module, _TRANSPOSED))  # type: ignore[return-value]
 
 
-def _check_layer(module: nn.Module, name: str) -> None:
+def _check_layer(module: nn.Module, weight: Tensor, name: str) -> None:
+    if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+        raise ValueError(
+            f"{name}: elements of the weight share memory; make it a `clone()` of itself, which has its own"
+        )
     if isinstance(module, nn.Embedding):
         if module.sparse:
             raise ValueError(f"{name}: an embedding with sparse gradients cannot be normalised; set sparse=False")
@@ -199,13 +205,14 @@ def _normalized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Spect
 def cached(model: nn.Module) -> Iterator[None]:
     """Share one normalisation among all calls of the model and its layers in the `with` block.
 
-    The first call in training mode iterates; later ones use its weights and its graph, so that one backward pass over
-    the sum of the losses (or `retain_graph=True`) belongs to them. A weight that changes in the block is normalised
-    anew.
+    The first call iterates, if in training mode; later ones, in either mode, use its weights and its graph, so that one
+    backward pass over the sum of the losses (or `retain_graph=True`) belongs to them. A weight that changes in the
+    block is normalised anew, unless it changes through `.data`, which torch keeps no record of.
 
     Raises ValueError if no layer of the model is normalised.
     """
     states = [p.state for _, _, p in _normalized_layers(model)]
+    inside_call = {id(state) for state in states if state.ready is not None and not state.cached}
     for state in states:
         state.cached += 1
         state.generation += state.cached == 1  # what was kept before must not be used inside
@@ -216,7 +223,8 @@ def cached(model: nn.Module) -> Iterator[None]:
             state.cached -= 1
             if state.cached == 0:
                 state.generation += 1
-                state.withdraw()
+                if id(state) not in inside_call:
+                    state.withdraw()
 
 
 def sigma(model: nn.Module) -> dict[str, Tensor]:
@@ -259,7 +267,7 @@ def remove(model: Model) -> Model:
     for group in list(groups_of(model)):
         group.discard(lists)
     for (_, module, p), normalized in zip(layers, baked, strict=True):
-        parametrize.remove_parametrizations(module, WEIGHT, leave_parametrized=False)
+        convert.unparametrize(module)
         p.settings = p.settings._replace(update="access")  # for the group of a model around this one, if there is one
         parameters: dict[str, Any] = module._parameters
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,11 +43,31 @@ class Settings(NamedTuple):
     backend: str
 
 
+class _Forward(NamedTuple):
+    """A normalisation that changed the vectors."""
+
+    grad_mode: bool
+    graph: weakref.ref[Any] | None  # the autograd node that leads to the weights, if there is one
+
+    def finished(self) -> bool:
+        """Whether no backward pass can recompute it any more; False if that is not known."""
+        if self.graph is None:
+            return False
+        node = self.graph()
+        if node is None:
+            return True
+        try:
+            _ = node.saved_tensors
+        except RuntimeError:  # a backward pass has freed them
+            return True
+        return False
+
+
 class Usage:
     """How the layers of one `apply` have been used; with update="access", those of one layer.
 
-    Recomputing a checkpointed forward must use the vectors of that forward. They are those in the buffers if there has
-    been only one normalisation since the last backward pass; if there were more, nothing tells which one is asked for.
+    Recomputing a checkpointed forward must use the vectors of that forward. The buffers hold those of the latest one;
+    if an earlier one may be asked for, nothing tells which it is.
     """
 
     def __init__(self, layers: int) -> None:
@@ -54,26 +75,30 @@ class Usage:
         self.model_called = False
         self.warned = False
         self._alone = 0
-        self._recomputed_by: int | None = None
-        self._normalized = [0, 0]  # without and with grad mode, since the last backward pass that recomputed
+        self._recomputed = False
+        self._forwards: list[_Forward] = []  # since the last backward pass that recomputed, the latest one last
 
-    def count(self) -> None:
-        """A normalisation that changed the vectors."""
-        if self._recomputed_by is not None:
-            self._recomputed_by, self._normalized = None, [0, 0]
-        self._normalized[torch.is_grad_enabled()] += 1
+    def count(self, normalized: Sequence[Tensor]) -> None:
+        """A normalisation that changed the vectors, and what came of it."""
+        if self._recomputed:
+            self._recomputed = False
+            self._forwards.clear()
+        graph = next((w.grad_fn for w in normalized if w.grad_fn is not None), None)
+        latest = _Forward(torch.is_grad_enabled(), None if graph is None else weakref.ref(graph))
+        self._forwards = [f for f in self._forwards if f != latest and not f.finished()]
+        self._forwards.append(latest)
 
     def recompute(self, *, whole_model: bool) -> None:
         """A forward repeated in a backward pass; raises RuntimeError if it is not known which one."""
         # A checkpoint around the whole model may have called it without grad mode; around a part of it, it has not.
-        if sum(self._normalized[0 if whole_model else 1 :]) > 1:
+        if any((whole_model or f.grad_mode) and not f.finished() for f in self._forwards[:-1]):
             raise RuntimeError(
                 "bssn_fast: a checkpointed forward is recomputed, but the model was normalised several times since the "
                 "last backward pass and it is not known which of these is meant. Run the forwards in "
                 "`with bssn_fast.cached(model):`, which makes them share one normalisation, or run a backward pass "
                 "after each."
             )
-        self._recomputed_by = torch._C._current_graph_task_id()
+        self._recomputed = True
 
     def normalized_alone(self) -> None:
         """Warn, once, if a whole model is normalised layer by layer."""
@@ -138,9 +163,7 @@ class SpectralNormalization(nn.Module):
 
     def _compute(self, weight: Tensor, n_power_iterations: int) -> Tensor:
         s = self.settings
-        normalizer = Normalizer(
-            [weight], [self.dim], [self.two_sided], scale=s.scale, eps=s.eps, backend=s.backend
-        )
+        normalizer = Normalizer([weight], [self.dim], [self.two_sided], scale=s.scale, eps=s.eps, backend=s.backend)
         values = normalizer.compute([weight.detach()], self.vectors(weight), n_power_iterations, weight.dtype)
         self.state.sigma, self.state.index = values.sigma, 0
         return values.normalized[0]
@@ -161,26 +184,31 @@ class SpectralNormalization(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the normalised weight: the one of the current model call, or one made for this access alone."""
         state = self.state
-        if state.usable(weight):
-            return state.ready  # type: ignore[return-value]
+        ready = state.usable(weight)
+        if ready is not None:
+            return ready
         recomputation = in_backward()
-        iterate = self.training and not recomputation
+        iterate = self.training and not recomputation and not state.holds(weight)
         if recomputation and self.training:
             self.usage.recompute(whole_model=False)
-        elif iterate:
-            self.usage.count()
-            if self.settings.update == "forward":
-                self.usage.normalized_alone()
-        if state.plan is None or state.plan.settings is not self.settings or state.plan.signature != signature([weight]):
+        elif iterate and self.settings.update == "forward":
+            self.usage.normalized_alone()
+        if (
+            state.plan is None
+            or state.plan.settings is not self.settings
+            or state.plan.signature != signature([weight])
+        ):
             state.plan = Plan([self], [weight])
         keep = not iterate or state.cached > 0
         (normalized,) = state.plan.normalize([weight], iterate=iterate, keep=keep)
-        if state.cached:
+        if iterate:
+            self.usage.count([normalized])
+        if state.cached and not recomputation:
             state.offer(weight, normalized)
         return normalized
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        """Return the value itself: assigning to the layer's weight sets the weight before normalisation, as in torch."""
+        """Return the value itself: who assigns to the layer's weight sets the one before normalisation, as in torch."""
         return value
 
     def extra_repr(self) -> str:
@@ -212,8 +240,9 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
         if len(parametrizations._modules) == 1:  # type: ignore[union-attr]
             state = parametrizations._modules["0"].state  # type: ignore[union-attr]
             weight = parametrizations._parameters["original"]  # type: ignore[union-attr]
-            if state.usable(weight):
-                return state.ready  # type: ignore[no-any-return]
+            ready = state.usable(weight)
+            if ready is not None:
+                return ready  # type: ignore[no-any-return]
         return slow.fget(self)  # type: ignore[no-any-return]
 
     setattr(kind, tensor_name, property(get, slow.fset))

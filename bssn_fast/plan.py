@@ -46,14 +46,23 @@ class LayerState:
         self.__init__()  # type: ignore[misc]
         self.sigma, self.generation = state["sigma"], state["generation"]
 
-    def usable(self, weight: Tensor) -> bool:
-        """Whether `ready` belongs to this weight as it is now, with a graph if one is wanted now."""
-        return (
-            self.ready is not None
+    def usable(self, weight: Tensor) -> Tensor | None:
+        """Return `ready` if it belongs to this weight as it is now and has a graph if one is wanted now."""
+        ready = self.ready  # read once: another thread may withdraw it
+        if (
+            ready is not None
             and self.weight is weight
             and self.version == version(weight)
-            and (self.ready.requires_grad or not weight.requires_grad or not torch.is_grad_enabled())
-        )
+            and (ready.requires_grad or not weight.requires_grad or not torch.is_grad_enabled())
+            # What was made for autocast is of no use where a model switches autocast off.
+            and (ready.dtype == weight.dtype or ready.dtype == _result_dtype(weight, True))
+        ):
+            return ready
+        return None
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether `ready` was made of this weight as it is now: it needs no other power iteration."""
+        return self.ready is not None and self.weight is weight and self.version == version(weight)
 
     def offer(self, weight: Tensor, normalized: Tensor) -> None:
         """Make a result available to whoever reads the layer's weight."""
@@ -134,7 +143,6 @@ class Plan:
         self._kept = _Kept(self._states, weights, vectors, dtype, values) if keep else None
         return self._normalizer.attach(values, weights)
 
-
     def _current_vectors(self, weights: Sequence[Tensor]) -> list[Tensor]:
         found = [m._buffers[name] for m in self.members for name in m.vector_names]
         if len(found) != len(self._vectors) or not all(map(is_, found, self._vectors)):
@@ -158,7 +166,7 @@ class _Kept:
         self.weights = [w.detach() for w in weights]
         self.vectors, self.dtype = list(vectors), dtype
         self.versions = _versions(states, weights, vectors)
-        self.samples = [_sample(w) for w in weights]
+        self.samples = [_sample(x) for x in _watched(weights, vectors)]
 
     def current(
         self, states: Sequence[LayerState], weights: Sequence[Tensor], vectors: Sequence[Tensor], dtype: torch.dtype
@@ -169,19 +177,24 @@ class _Kept:
             and all(w.data_ptr() == old.data_ptr() for w, old in zip(weights, self.weights, strict=True))
             and all(map(is_, vectors, self.vectors))
             and self.versions == _versions(states, weights, vectors)
-            and all(_unchanged(w, old) for w, old in zip(weights, self.samples, strict=True))
+            and all(_unchanged(x, old) for x, old in zip(_watched(weights, vectors), self.samples, strict=True))
         )
 
 
-def _versions(
-    states: Sequence[LayerState], weights: Sequence[Tensor], vectors: Sequence[Tensor]
-) -> list[int] | None:
-    """Return all versions; None where one is not kept, or on a GPU, where what `.data` changes cannot be looked up
-    without waiting for the device, and where evaluating again takes microseconds."""
+def _versions(states: Sequence[LayerState], weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[int] | None:
+    """Return all versions; None where one is not kept, and on a GPU.
+
+    There, what `.data` changes cannot be looked up without waiting for the device, and evaluating takes microseconds.
+    """
     if weights[0].device.type != "cpu" and not all(s.cached for s in states):
         return None
     found = [version(x) for x in (*weights, *vectors)]
     return None if -1 in found else found + [s.generation for s in states]
+
+
+def _watched(weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors to take samples of: a layer's vectors change together, so that some of them will do."""
+    return [*weights, *vectors[:: len(vectors) // len(weights)]]
 
 
 def _sampled(weight: Tensor) -> Tensor:
