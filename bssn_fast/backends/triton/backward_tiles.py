@@ -60,8 +60,8 @@ def gradient_tile(
     """dW of ROWS_PER_TILE rows."""
     V: tl.constexpr = SHAPES[SHAPE][0]
     TWO: tl.constexpr = SHAPES[SHAPE][2]
-    O: tl.constexpr = SHAPES[SHAPE][3]  # noqa: E741
-    G: tl.constexpr = SHAPES[SHAPE][4]
+    BO: tl.constexpr = SHAPES[SHAPE][3]
+    BG: tl.constexpr = SHAPES[SHAPE][4]
     VECTORS: tl.constexpr = V > 1
 
     k_size = field(row, f.K)
@@ -86,19 +86,19 @@ def gradient_tile(
     rows_per_tile = field(row, f.ROWS_PER_TILE)
     first = tile * rows_per_tile
     last = tl.minimum(first + rows_per_tile, field(row, f.C_OUT))
-    for o_start in range(first, last, O):
-        o = o_start + tl.arange(0, O)
+    for o_start in range(first, last, BO):
+        o = o_start + tl.arange(0, BO)
         m_o = o < last
         o_offset = o * (row_stride * V)
         b_u_out = tl.load(u_out + o, mask=m_o, other=0)
         if TWO:
             b_v_in = tl.load(v_in + (o * k_size)[:, None] + k[None, :], mask=m_o[:, None] & m_j[None, :], other=0)
-        for g_start in range(0, groups, G):
-            g = g_start + tl.arange(0, G)
+        for g_start in range(0, groups, BG):
+            g = g_start + tl.arange(0, BG)
             m_gj = (g < groups)[:, None] & m_j[None, :]
             m = m_o[:, None, None] & m_gj[None, :, :]
             g_offset = (g * (group_stride * V))[:, None] + j_offset[None, :]
-            offset = o_offset[:, None, None] + g_offset[None, :, :]  # [O, G, J]
+            offset = o_offset[:, None, None] + g_offset[None, :, :]  # [BO, BG, BJ]
             b_v_out = tl.load(v_out + (g * (k_size * V))[:, None] + position[None, :], mask=m_gj, other=0)
             direction = b_u_out[:, None, None] * b_v_out[None, :, :]
             if TWO:

@@ -33,9 +33,9 @@ def rows_tile(
     """
     V: tl.constexpr = SHAPES[SHAPE][0]
     TWO: tl.constexpr = SHAPES[SHAPE][2]
-    O: tl.constexpr = SHAPES[SHAPE][3]  # noqa: E741
-    G: tl.constexpr = SHAPES[SHAPE][4]
-    J: tl.constexpr = SHAPES[SHAPE][5]
+    BO: tl.constexpr = SHAPES[SHAPE][3]
+    BG: tl.constexpr = SHAPES[SHAPE][4]
+    BJ: tl.constexpr = SHAPES[SHAPE][5]
     VECTORS: tl.constexpr = V > 1
 
     k_size = field(row, f.K)
@@ -56,42 +56,44 @@ def rows_tile(
     rows_per_tile = field(row, f.ROWS_PER_TILE)
     first = tile * rows_per_tile
     last = tl.minimum(first + rows_per_tile, field(row, f.C_OUT))
-    o_o = tl.arange(0, O)
-    o_g = tl.arange(0, G)
+    o_o = tl.arange(0, BO)
+    o_g = tl.arange(0, BG)
 
-    for o_start in range(first, last, O):
+    for o_start in range(first, last, BO):
         o = o_start + o_o
         m_o = o < last
         o_offset = o * (row_stride * V)
-        b_s = tl.zeros([O, G, J], ACC)
-        b_q = tl.zeros([O, G, J], ACC)
-        for g_start in range(0, groups, G):
+        b_s = tl.zeros([BO, BG, BJ], ACC)
+        b_q = tl.zeros([BO, BG, BJ], ACC)
+        for g_start in range(0, groups, BG):
             g = g_start + o_g
             m_gj = (g < groups)[:, None] & m_j[None, :]
             m = m_o[:, None, None] & m_gj[None, :, :]
             g_offset = (g * (group_stride * V))[:, None] + j_offset[None, :]
-            w = tl.load(weight + (o_offset[:, None, None] + g_offset[None, :, :]), mask=m, other=0).to(ACC)  # [O, G, J]
+            w = tl.load(weight + (o_offset[:, None, None] + g_offset[None, :, :]), mask=m, other=0).to(
+                ACC
+            )  # [BO, BG, BJ]
             v = tl.load(v_out + (g * (k_size * V))[:, None] + position[None, :], mask=m_gj, other=0)
             b_s += w * v[None, :, :]
             if TWO:
                 u = tl.load(u_in + (g * V)[:, None] + d[None, :], mask=m_gj, other=0)
                 b_q += w * u[None, :, :]
-        s = tl.sum(tl.sum(b_s, axis=2), axis=1)  # [O]
+        s = tl.sum(tl.sum(b_s, axis=2), axis=1)  # [BO]
         tl.store(s_all + o, s, mask=m_o)
         if TWO:
-            q = tl.sum(b_q, axis=1)  # [O, J]
+            q = tl.sum(b_q, axis=1)  # [BO, BJ]
             m_oj = m_o[:, None] & m_j[None, :]
             if V > 1:  # a group's V channels have separate sums so far
                 p_fold = fold + (o * (k_size * V))[:, None]
                 tl.store(p_fold + position[None, :], q, mask=m_oj)
                 tl.debug_barrier()
-                q = tl.zeros([O, J], ACC)
+                q = tl.zeros([BO, BJ], ACC)
                 for channel in tl.static_range(V):
                     q += tl.load(p_fold + channel * k_size + k[None, :], mask=m_oj, other=0)
             tl.store(q_all + (o * k_size)[:, None] + k[None, :], q, mask=m_oj & (d == 0)[None, :])
 
         if ITERATE:
-            for g_start in range(0, groups, G):
+            for g_start in range(0, groups, BG):
                 g = g_start + o_g
                 m_g = g < groups
                 m_gj = m_g[:, None] & m_j[None, :]
@@ -102,7 +104,7 @@ def rows_tile(
                 t = tl.load(p_t, mask=m_gj & (o_start > first), other=0)
                 tl.store(p_t, t + tl.sum(w * s[:, None, None], axis=0), mask=m_gj)
                 if TWO:
-                    wq = tl.sum(w * q[:, None, :], axis=0)  # [G, J]
+                    wq = tl.sum(w * q[:, None, :], axis=0)  # [BG, BJ]
                     for channel in tl.static_range(V):
                         p_r = slot + n_out_columns + g * V + channel
                         r = tl.load(p_r, mask=m_g & (o_start > first), other=0)

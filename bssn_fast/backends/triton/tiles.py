@@ -94,9 +94,9 @@ def place(row, SHAPES: tl.constexpr, SHAPE: tl.constexpr):
     Otherwise (channels_last, transposed or unaligned): V neighbouring channels, then the next kernel position.
     """
     V: tl.constexpr = SHAPES[SHAPE][0]
-    J: tl.constexpr = SHAPES[SHAPE][5]
+    BJ: tl.constexpr = SHAPES[SHAPE][5]
     k_size = field(row, f.K)
-    j = tl.arange(0, J)
+    j = tl.arange(0, BJ)
     if SHAPES[SHAPE][1]:
         d = j // k_size
         k = j % k_size

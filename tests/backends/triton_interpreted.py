@@ -1,0 +1,344 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors, against the reference in fp64 (run by test_triton.py)."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from bssn_fast import layout
+from bssn_fast.backends import reference, triton
+from bssn_fast.backends.triton import kernels, launch
+
+SCALE, EPS = 1.3, 1e-12
+MARGIN = 8
+"""Elements on either side of every output, which must stay untouched."""
+
+LAYERS = [  # (shape, output dimension, two-sided, memory format)
+    ((6, 8, 3, 3), 0, True, "contiguous"),
+    ((5, 3, 3, 3), 0, True, "contiguous"),  # rows of 27 elements: no wide loads
+    ((8, 6, 4, 4), 1, True, "contiguous"),  # transposed convolution
+    ((8, 8, 3, 3), 0, True, "channels_last"),
+    ((3, 5, 2, 2), 1, True, "channels_last"),
+    ((1, 40), 0, False, "contiguous"),
+    ((7, 13), 0, False, "contiguous"),
+    ((9, 16, 3, 3), 0, False, "contiguous"),  # one direction of a convolution
+    ((12, 8, 5), 1, False, "contiguous"),
+    ((6, 2, 7, 7), 0, True, "contiguous"),
+    ((4, 4, 2, 3, 2), 0, True, "contiguous"),
+    ((10, 6), 0, False, "transposed"),
+    ((40, 260, 3), 0, True, "contiguous"),  # several tiles of rows and of columns, several steps in each
+    ((2, 3, 3, 3), 0, True, "kernel_transposed"),  # not addressable: computed by the reference
+]
+
+
+@dataclass
+class Problem:
+    """Layers with random weights and vectors, poisoned outputs, and what surrounds them."""
+
+    layers: list = field(default_factory=lambda: LAYERS)
+    dtype: torch.dtype = torch.float32
+    out_dtype: torch.dtype | None = None
+    n_power_iterations: int = 1
+    offset: int = 0  # elements by which tensors start off their alignment
+    seed: int = 0
+
+    def __post_init__(self):
+        generator = torch.Generator().manual_seed(self.seed)
+        self.out_dtype = self.out_dtype or self.dtype
+        self.compute_dtype = layout.compute_dtype(self.dtype)
+        self.dims = [dim for _, dim, _, _ in self.layers]
+        self.two_sided = [two for _, _, two, _ in self.layers]
+        self.buffers = []
+        self.weights, self.vectors = [], []
+        for shape, dim, two, memory in self.layers:
+            random = torch.randn(shape, generator=generator, dtype=torch.float64)
+            self.weights.append(self.like(random, memory, self.dtype).copy_(random))
+            for size in layout.vector_sizes(shape, dim, two):
+                v = torch.randn(size, generator=generator, dtype=torch.float64)
+                self.vectors.append(self.empty(size, self.compute_dtype).copy_(v / v.norm()))
+        shapes = tuple(shape for shape, _, _, _ in self.layers)
+        self.starts, self.snapshot_size = layout.snapshot_offsets(shapes, tuple(self.dims), tuple(self.two_sided))
+        self.poison_outputs()
+        self.grads = []
+        for (shape, _, _, memory), weight in zip(self.layers, self.weights, strict=True):
+            random = torch.randn(shape, generator=generator, dtype=torch.float64)
+            self.grads.append(self.like(random, memory, self.out_dtype).copy_(random))
+            assert self.grads[-1].stride() == weight.stride()
+
+    def empty(self, size, dtype):
+        """A flat tensor of NaN with a margin on either side."""
+        buffer = torch.full((size + 2 * MARGIN + self.offset,), torch.nan, dtype=dtype)
+        start = MARGIN + self.offset
+        self.buffers.append((buffer, start, size))
+        return buffer[start : start + size]
+
+    def like(self, x, memory, dtype):
+        """A tensor of NaN in x's shape with the strides that `memory` names."""
+        flat = self.empty(x.numel(), dtype)
+        if memory == "channels_last":
+            strides = torch.empty(x.shape).to(memory_format=torch.channels_last).stride()
+        elif memory == "transposed":
+            strides = (1, x.shape[0])
+        elif memory == "kernel_transposed":
+            strides = torch.empty(x.shape).mT.contiguous().mT.stride()
+        else:
+            strides = x.contiguous().stride()
+        return flat.as_strided(x.shape, strides)
+
+    def poison_outputs(self):
+        memories = [memory for _, _, _, memory in self.layers]
+        self.normalized = [self.like(w, m, self.out_dtype) for w, m in zip(self.weights, memories, strict=True)]
+        self.grad_weights = [self.like(w, m, self.dtype) for w, m in zip(self.weights, memories, strict=True)]
+        self.snapshot = self.empty(self.snapshot_size, self.compute_dtype)
+        self.sigma = self.empty(len(self.layers), self.compute_dtype)
+
+    def snapshots(self):
+        sizes = [layout.vector_sizes(s, d, t) for s, d, t, _ in self.layers]
+        return [
+            self.snapshot[start : start + size]
+            for starts, layer_sizes in zip(self.starts, sizes, strict=True)
+            for start, size in zip(starts, layer_sizes, strict=True)
+        ]
+
+    def forward(self, backend=triton):
+        backend.forward(
+            self.weights,
+            self.vectors,
+            self.dims,
+            self.two_sided,
+            SCALE,
+            EPS,
+            self.n_power_iterations,
+            self.normalized,
+            self.snapshot,
+            self.sigma,
+        )
+        return self
+
+    def backward(self, backend=triton, layers=None):
+        layers = list(range(len(self.layers))) if layers is None else layers
+        backend.backward(
+            [self.grads[j] for j in layers],
+            self.weights,
+            layers,
+            self.dims,
+            self.two_sided,
+            SCALE,
+            self.snapshot,
+            self.sigma,
+            [self.grad_weights[j] for j in layers],
+        )
+        return self
+
+    def results(self):
+        return {
+            "normalized": self.normalized,
+            "grad_weights": self.grad_weights,
+            "vectors": self.vectors,
+            "snapshot": self.snapshots(),
+            "sigma": [self.sigma],
+        }
+
+    def check_margins(self):
+        for buffer, start, size in self.buffers:
+            assert buffer[:start].isnan().all()
+            assert buffer[start + size :].isnan().all()
+
+    def copy(self, dtype):
+        """The same problem, not yet run, in another dtype."""
+        other = Problem(self.layers, dtype, self.out_dtype if dtype == self.dtype else None, self.n_power_iterations)
+        for mine, others in ((self.weights, other.weights), (self.vectors, other.vectors), (self.grads, other.grads)):
+            for x, y in zip(mine, others, strict=True):
+                y.copy_(x)
+        return other
+
+
+def error(x, exact):
+    """Relative error in the Euclidean norm; the error itself where the exact result is 0."""
+    return ((x.double() - exact).norm() / (exact.norm() if exact.norm() > 0 else 1)).item()
+
+
+def check(problem):
+    """Run forward and backward: errors against fp64 are at most four times those of the reference in the same dtype."""
+    exact = problem.copy(torch.float64).forward(reference).backward(reference).results()
+    same = problem.copy(problem.dtype).forward(reference).backward(reference).results()
+    problem.forward().backward()
+    problem.check_margins()
+    for name, values in problem.results().items():
+        floor = 8 * torch.finfo(values[0].dtype).eps if values[0].dtype.itemsize >= 4 else 0
+        for j, (x, y, z) in enumerate(zip(values, exact[name], same[name], strict=True)):
+            assert error(x, y) <= max(4 * error(z, y), floor), (name, j)
+
+
+@pytest.fixture(params=["single", "phases"])
+def mode(request, monkeypatch):
+    monkeypatch.setenv("BSSN_FAST_TRITON_LAUNCH", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("n_power_iterations", [0, 1, 3])
+def test_fp32(mode, n_power_iterations):
+    check(Problem(n_power_iterations=n_power_iterations))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [
+        (torch.float64, None),
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ],
+)
+def test_dtypes(dtype, out_dtype):
+    check(Problem(dtype=dtype, out_dtype=out_dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unaligned(dtype):
+    check(Problem(LAYERS[:4], dtype, offset=1))
+
+
+def test_modes_and_repetitions_give_the_same_bits(monkeypatch):
+    results = []
+    for mode in ("single", "single", "phases"):
+        monkeypatch.setenv("BSSN_FAST_TRITON_LAUNCH", mode)
+        results.append(Problem().forward().backward().results())
+    for other in results[1:]:
+        for name, values in results[0].items():
+            for x, y in zip(values, other[name], strict=True):
+                assert torch.equal(x, y), name
+
+
+def test_one_program_serves_many_calls(mode):
+    problem = Problem(LAYERS[:3])
+    exact = problem.copy(torch.float64)
+    for _ in range(4):
+        problem.poison_outputs()
+        exact.forward(reference).backward(reference)
+        problem.forward().backward()
+    for name, values in problem.results().items():
+        for x, y in zip(values, exact.results()[name], strict=True):
+            assert error(x, y) < 1e-5, name
+
+
+def test_some_gradients_missing(mode):
+    problem = Problem(LAYERS[:4]).forward()
+    exact = Problem(LAYERS[:4], torch.float32).forward(reference).backward(reference)
+    problem.backward(layers=[3, 1])
+    for j in (1, 3):
+        assert error(problem.grad_weights[j], exact.grad_weights[j].double()) < 1e-5
+    for j in (0, 2):
+        assert problem.grad_weights[j].isnan().all()
+
+
+def test_groups_of_layers(monkeypatch):
+    monkeypatch.setattr(launch, "MAX_LAYERS", 2)
+    check(Problem(LAYERS[:5], seed=1))
+
+
+def test_one_dominant_input_direction():
+    """An unfolding without the permutation gives a wrong sigma here."""
+    problem = Problem(
+        [((6, 4, 3, 3), 0, True, "contiguous"), ((4, 4, 3, 3), 0, True, "contiguous")], n_power_iterations=30
+    )
+    for weight in problem.weights:
+        weight[:, 1] *= 20
+    check(problem)
+    for j, weight in enumerate(problem.weights):
+        out_side = torch.linalg.matrix_norm(weight.flatten(1).double(), 2)
+        in_side = torch.linalg.matrix_norm(weight.transpose(0, 1).flatten(1).double(), 2)
+        assert problem.sigma[j].item() == pytest.approx(((out_side + in_side) / 2).item(), rel=1e-4)
+
+
+def test_zero_weight(mode):
+    problem = Problem(LAYERS[:3])
+    stored = [v.clone() for v in problem.vectors]
+    problem.weights[0].zero_()
+    problem.forward().backward()
+    assert problem.sigma[0] == 0
+    assert (problem.normalized[0] == 0).all()
+    assert (problem.grad_weights[0] == 0).all()
+    for v, before, kept in zip(problem.vectors[:4], stored, problem.snapshots(), strict=False):
+        assert torch.equal(v, before)
+        assert torch.equal(v, kept)
+    assert not torch.equal(problem.vectors[4], stored[4])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("n_power_iterations", [0, 1])
+def test_weight_not_finite(value, n_power_iterations):
+    problem = Problem(LAYERS[:3], n_power_iterations=n_power_iterations)
+    stored = [v.clone() for v in problem.vectors]
+    problem.weights[0][2, 3, 1, 1] = value
+    problem.forward().backward()
+    assert problem.sigma[0].isnan()
+    assert problem.normalized[0].isnan().all()
+    for v, before in zip(problem.vectors[:4], stored, strict=False):
+        assert torch.equal(v, before)
+    assert problem.sigma[1:].isfinite().all()
+    assert all(x.isfinite().all() for x in problem.normalized[1:] + problem.grad_weights[1:])
+
+
+def test_vector_in_the_null_space():
+    """The first product is 0: the vectors stay, and sigma is 0, as in the reference."""
+    problem = Problem([((4, 8), 0, False, "contiguous")])
+    problem.weights[0][:, 0] = 0
+    problem.vectors[1].zero_()[0] = 1
+    exact = problem.copy(torch.float64).forward(reference)
+    problem.forward()
+    assert exact.sigma == 0
+    assert problem.sigma == 0
+    assert torch.equal(problem.vectors[1].double(), exact.vectors[1])
+
+
+@pytest.mark.parametrize("factor", [1e-15, 1e15])
+def test_small_and_large_weights(factor):
+    """At 1e-15 eps matters: the new vectors are shorter than 1, as in the reference."""
+    problem = Problem(LAYERS[:4])
+    for weight in problem.weights:
+        weight *= factor
+    exact = problem.copy(torch.float64).forward(reference)
+    problem.forward()
+    for name in ("vectors", "normalized", "sigma"):
+        for x, y in zip(problem.results()[name], exact.results()[name], strict=True):
+            assert error(x, y) < 1e-5, name
+
+
+def test_layers_left_to_the_reference():
+    problem = Problem(
+        [LAYERS[0], ((2, 0, 3, 3), 0, True, "contiguous"), ((2, 2, 2100), 0, True, "contiguous"), LAYERS[-1]]
+    )
+    exact = problem.copy(torch.float64).forward(reference).backward(reference)
+    problem.forward().backward()
+    problem.check_margins()
+    for name, values in problem.results().items():
+        for x, y in zip(values, exact.results()[name], strict=True):
+            assert error(x, y) < 1e-5, name
+
+
+def test_a_failed_launch_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setenv("BSSN_FAST_TRITON_LAUNCH", "single")
+    problem = Problem(LAYERS[:3]).forward()
+    whole = kernels.forward_kernel
+
+    class Interrupted:
+        def __getitem__(self, grid):
+            def run(*arguments, **options):
+                arguments[2].add_(1)  # as if a tile had been taken and never run
+                raise KeyboardInterrupt
+
+            return run
+
+    monkeypatch.setattr(kernels, "forward_kernel", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        problem.forward()
+    monkeypatch.setattr(kernels, "forward_kernel", whole)
+    check(problem)
+
+
+def test_unknown_mode(monkeypatch):
+    monkeypatch.setenv("BSSN_FAST_TRITON_LAUNCH", "both")
+    with pytest.raises(ValueError, match="must be single or phases"):
+        Problem(LAYERS[:1]).forward()
