@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from operator import is_
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bssn_fast.backends import extension
 from bssn_fast.functional import Normalizer, Values
 from bssn_fast.layout import compute_dtype
 
@@ -166,7 +168,7 @@ class _Kept:
         self.weights = [w.detach() for w in weights]
         self.vectors, self.dtype = list(vectors), dtype
         self.versions = _versions(states, weights, vectors)
-        self.samples = [_sample(x) for x in _watched(weights, vectors)]
+        self.fingerprint = _Fingerprint([*weights, *vectors]) if _has_fingerprints(weights[0]) else None
 
     def current(
         self, states: Sequence[LayerState], weights: Sequence[Tensor], vectors: Sequence[Tensor], dtype: torch.dtype
@@ -177,38 +179,40 @@ class _Kept:
             and all(w.data_ptr() == old.data_ptr() for w, old in zip(weights, self.weights, strict=True))
             and all(map(is_, vectors, self.vectors))
             and self.versions == _versions(states, weights, vectors)
-            and all(_unchanged(x, old) for x, old in zip(_watched(weights, vectors), self.samples, strict=True))
+            and (self.fingerprint is None or self.fingerprint.unchanged())
         )
 
 
 def _versions(states: Sequence[LayerState], weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[int] | None:
-    """Return all versions; None where one is not kept, and on a GPU.
-
-    There, what `.data` changes cannot be looked up without waiting for the device, and evaluating takes microseconds.
-    """
-    if weights[0].device.type != "cpu" and not all(s.cached for s in states):
+    """Return all versions; None where they are not kept or cannot be relied on, as writes through `.data` go unseen."""
+    if not _has_fingerprints(weights[0]) and not all(s.cached for s in states):
         return None
     found = [version(x) for x in (*weights, *vectors)]
     return None if -1 in found else found + [s.generation for s in states]
 
 
-def _watched(weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors to take samples of: a layer's vectors change together, so that some of them will do."""
-    return [*weights, *vectors[:: len(vectors) // len(weights)]]
+def _has_fingerprints(weight: Tensor) -> bool:
+    # On a GPU looking at elements would mean to wait for the device, and evaluating again takes microseconds.
+    return weight.device.type == "cpu" and extension.module is not None
 
 
-def _sampled(weight: Tensor) -> Tensor:
-    count = min(_SAMPLES, weight.numel())
-    return weight.detach().as_strided((count,), (weight.numel() // count,))
+class _Fingerprint:
+    """A hash of some elements of each tensor: writing through `.data` leaves a tensor's version as it was."""
 
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        fields: list[int] = []
+        for x in tensors:
+            count = min(_SAMPLES, x.numel())
+            fields += (x.data_ptr(), count, x.numel() // count * x.element_size(), x.element_size())
+        self._table, self._tensors = array("q", fields), len(tensors)
+        self._value = self._compute()
 
-def _sample(weight: Tensor) -> Tensor | None:
-    """Return some elements: writing through `.data`, as many moving averages do, leaves the version as it was."""
-    return _sampled(weight).clone() if weight.device.type == "cpu" else None
+    def _compute(self) -> int:
+        return extension.module.cpu_fingerprint(self._table.buffer_info()[0], self._tensors)  # type: ignore[no-any-return]
 
-
-def _unchanged(weight: Tensor, old: Tensor | None) -> bool:
-    return old is None or torch.equal(_sampled(weight), old)
+    def unchanged(self) -> bool:
+        """Whether the hash of what lies at the same addresses now is the same."""
+        return self._compute() == self._value
 
 
 def _result_dtype(weight: Tensor, autocast: bool) -> torch.dtype:

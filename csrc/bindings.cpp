@@ -36,6 +36,12 @@ PYBIND11_MODULE(_C, module) {
                                    DType(weight_type), DType(grad_type), scale, threads);
       },
       "Gradients of the weights of n layers; returns an error code.");
+  module.def(
+      "cpu_fingerprint",
+      [](uintptr_t samples, int64_t n) {
+        return bssn::cpu::fingerprint(reinterpret_cast<const bssn::cpu::Sample*>(samples), n);
+      },
+      "Hash of n samples of tensors.");
   module.def("cpu_set_openmp", &bssn::cpu::set_openmp, "Give the address of GOMP_parallel, or 0.");
   module.def("cpu_instruction_set", &bssn::cpu::instruction_set, "Name of the instruction set in use.");
   module.def("cpu_set_instruction_set", &bssn::cpu::set_instruction_set, "Choose one; false if it is not to be had.");

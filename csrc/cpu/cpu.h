@@ -18,6 +18,15 @@ int forward(const Geometry* geometry, int64_t n, void* const* pointers, void* sn
 int backward(const Geometry* geometry, int64_t n, void* const* pointers, void* snapshot, DType weight_type,
              DType grad_type, double scale, int threads);
 
+// Some elements of a tensor, at equal distances.
+struct Sample {
+  const unsigned char* first;
+  int64_t count, stride, element_size;  // the latter two in bytes
+};
+
+// A hash of n samples.
+uint64_t fingerprint(const Sample* samples, int64_t n);
+
 // Best instruction set of this processor among those built, or the one chosen by set_instruction_set.
 const char* instruction_set();
 
