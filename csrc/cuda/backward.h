@@ -26,22 +26,22 @@ BSSN_HD double dot_elements(const W* weight, const G* grad, uint32_t first, uint
     const GradPiece* const grads = reinterpret_cast<const GradPiece*>(grad);
     const uint32_t pieces_end = end / kPiece;
     BSSN_UNROLL_BY(1)
-    for (uint32_t x = first / kPiece + thread; x < pieces_end; x += kThreads * kAhead) {
+    for (uint32_t x = first / kPiece + thread; x < pieces_end; x += kBackwardThreads * kAhead) {
       WeightPiece w[kAhead];
       GradPiece g[kAhead];
       BSSN_UNROLL
       for (int a = 0; a < kAhead; ++a) {
-        if (x + a * kThreads < pieces_end) {
-          w[a] = weights[x + a * kThreads];
-          g[a] = grads[x + a * kThreads];
+        if (x + a * kBackwardThreads < pieces_end) {
+          w[a] = weights[x + a * kBackwardThreads];
+          g[a] = grads[x + a * kBackwardThreads];
         }
       }
       BSSN_UNROLL
       for (int a = 0; a < kAhead; ++a) {
-        if (x + a * kThreads < pieces_end) {
+        if (x + a * kBackwardThreads < pieces_end) {
           float sum = 0;
           BSSN_UNROLL
-          for (int j = 0; j < kPiece; ++j) sum += to_float(w[a].x[j]) * to_float(g[a].x[j]);
+          for (int j = 0; j < kPiece; ++j) sum += w[a].get(j) * g[a].get(j);
           total += sum;
         }
       }
@@ -49,7 +49,7 @@ BSSN_HD double dot_elements(const W* weight, const G* grad, uint32_t first, uint
     done = pieces_end * kPiece;
   }
   BSSN_UNROLL_BY(1)
-  for (uint32_t x = done + thread; x < end; x += kThreads) total += to_float(weight[x]) * to_float(grad[x]);
+  for (uint32_t x = done + thread; x < end; x += kBackwardThreads) total += to_float(weight[x]) * to_float(grad[x]);
   return total;
 }
 
@@ -87,51 +87,50 @@ BSSN_HD float direction_at(const BackwardLayer& layer, const Place& place) {
 template <class W, class G>
 BSSN_HD void write_gradient(const BackwardLayer& layer, const BackwardRecord& record, uint32_t first, uint32_t end,
                             int thread) {
-  constexpr int kPiece = kBackwardPiece, kAhead = 1;
+  constexpr int kPiece = kBackwardPiece, kAhead = 2;
   using GradPiece = Pack<G, kPiece>;
   using OutputPiece = Pack<W, kPiece>;
   const G* const grad = static_cast<const G*>(layer.grad);
   W* const output = static_cast<W*>(layer.output);
   const float multiplier = record.multiplier, ratio = record.ratio;
-  const auto value = [&](G g, const Place& place) {
-    return multiplier * (to_float(g) - ratio * direction_at(layer, place));
-  };
+  const auto value = [&](float g, const Place& place) { return multiplier * (g - ratio * direction_at(layer, place)); };
   uint32_t done = first;
   if (is_aligned(reinterpret_cast<const GradPiece*>(grad)) && is_aligned(reinterpret_cast<OutputPiece*>(output))) {
     const GradPiece* const grads = reinterpret_cast<const GradPiece*>(grad);
     OutputPiece* const outputs = reinterpret_cast<OutputPiece*>(output);
     const uint32_t pieces_end = end / kPiece;
     BSSN_UNROLL_BY(1)
-    for (uint32_t x = first / kPiece + thread; x < pieces_end; x += kThreads * kAhead) {
+    for (uint32_t x = first / kPiece + thread; x < pieces_end; x += kBackwardThreads * kAhead) {
       GradPiece g[kAhead];
       BSSN_UNROLL
       for (int a = 0; a < kAhead; ++a) {
-        if (x + a * kThreads < pieces_end) g[a] = grads[x + a * kThreads];
+        if (x + a * kBackwardThreads < pieces_end) g[a] = grads[x + a * kBackwardThreads];
       }
       BSSN_UNROLL
       for (int a = 0; a < kAhead; ++a) {
-        if (x + a * kThreads < pieces_end) {
+        if (x + a * kBackwardThreads < pieces_end) {
           OutputPiece result;
-          Place place(layer, (x + a * kThreads) * kPiece);
+          Place place(layer, (x + a * kBackwardThreads) * kPiece);
           BSSN_UNROLL
           for (int j = 0; j < kPiece; ++j) {
-            from_float(value(g[a].x[j], place), result.x[j]);
+            result.set(j, value(g[a].get(j), place));
             place.to_next(layer);
           }
-          outputs[x + a * kThreads] = result;
+          outputs[x + a * kBackwardThreads] = result;
         }
       }
     }
     done = pieces_end * kPiece;
   }
   BSSN_UNROLL_BY(1)
-  for (uint32_t x = done + thread; x < end; x += kThreads) from_float(value(grad[x], Place(layer, x)), output[x]);
+  for (uint32_t x = done + thread; x < end; x += kBackwardThreads)
+    from_float(value(to_float(grad[x]), Place(layer, x)), output[x]);
 }
 
 template <class Block>
 BSSN_HD void finish_gradient_layer(Block& block, const BackwardCall& call, const BackwardLayer& layer, int index) {
   const double* const totals = block_sums<1>(block, [&](int thread, double* sums) {
-    for (uint32_t x = thread; x < layer.tiles; x += kThreads) sums[0] += call.sums[layer.sums + x];
+    for (uint32_t x = thread; x < layer.tiles; x += kBackwardThreads) sums[0] += call.sums[layer.sums + x];
   });
   block.each([&](int thread) {
     if (thread != 0) return;

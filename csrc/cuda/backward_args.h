@@ -15,9 +15,9 @@ struct BackwardLayer {
   const float* vectors[4];  // those of the forward
   const float* sigma;
   uint32_t size;
-  Divisor inner, plane;   // sizes of dimension 0, and of dimensions 0 and 1 together
-  uint32_t middle;        // size of dimension 1
-  uint32_t steps[4][3];   // how far one step along each dimension leads in each of the vectors
+  Divisor inner, plane;      // sizes of dimension 0, and of dimensions 0 and 1 together
+  uint32_t middle;           // size of dimension 1
+  uint32_t steps[4][3];      // how far one step along each dimension leads in each of the vectors
   uint32_t first[2], tiles;  // tickets; both phases have the same tiles
   uint32_t sums;             // index of the first tile's sum
 
@@ -25,7 +25,8 @@ struct BackwardLayer {
 };
 
 constexpr int kBackwardPhases = 2;
-constexpr int kBackwardBlocks = 2;  // on a multiprocessor at a time
+constexpr int kBackwardThreads = 256;  // of a block; at most 80 registers each
+constexpr int kBackwardBlocks = 3;     // on a multiprocessor at a time
 
 struct BackwardRecord {
   float multiplier, ratio;  // dW = multiplier (G - ratio S)

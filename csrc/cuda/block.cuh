@@ -7,8 +7,11 @@ namespace bssn::cuda {
 
 extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
+template <int Threads>
 class DeviceBlock {
  public:
+  static constexpr int kThreads = Threads;
+
   // A thread's registers; on the CPU, an array over the threads.
   template <class T>
   struct PerThread {
@@ -73,11 +76,11 @@ class DeviceBlock {
   // Asks for the block's next ticket; hand_out_ticket gives it to all threads. The answer takes a while, so it is asked
   // for before the work on the ticket in hand. That is safe: the smaller ticket is finished first.
   __device__ __forceinline__ void ask_for_ticket(uint32_t* counter) {
-    if (threadIdx.x == 0) ticket_ = atomicAdd(counter, 1u);
+    if (threadIdx.x == 0) word()[1] = atomicAdd(counter, 1u);
   }
 
   __device__ __forceinline__ uint32_t hand_out_ticket() {
-    if (threadIdx.x == 0) *word() = ticket_;
+    if (threadIdx.x == 0) word()[0] = word()[1];
     return broadcast();
   }
 

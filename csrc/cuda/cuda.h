@@ -1,27 +1,31 @@
 // The CUDA backend's entry points: integers in, error codes out, nothing thrown. Works without any CUDA header.
 //
 // Vectors, snapshots and sigma are float; weights, outputs and gradients f32, bf16 or f16; a weight has less than 2^31
-// elements, is dense, and the offsets of its kernel positions are equally spaced. At most max_layers() layers a call.
+// elements, is dense, and the offsets of its kernel positions are equally spaced.
 #pragma once
 
 #include "../layer.h"
 
 namespace bssn::cuda {
 
-int max_layers();
+// 0 if the kernels can run on this device, else the error code of the reason: no driver, too old a driver, or no code for
+// this architecture.
+int status(int device);
 
 // Bytes of device memory, aligned to 16, that a call needs; if negative, minus an error code.
-int64_t forward_workspace(const Layer* layers, int64_t n, DType weight_type, int device);
-int64_t backward_workspace(const Layer* layers, int64_t n, int device);
+int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int device);
+int64_t backward_workspace(const Geometry* geometry, int64_t n, int device);
 
-// Normalises n layers: puts one launch for each iteration (one_launch), or one for each phase, on the stream.
+// Normalises n layers: puts one launch for each iteration (one_launch), or one for each phase, on the stream. More than
+// 200 layers are several such calls. `pointers`: n weights, n outputs, then each layer's two or four vectors.
 // iterations = 0 evaluates with the vectors as they are. Returns 0 or an error code.
-int forward(const Layer* layers, int64_t n, DType weight_type, DType output_type, double scale, double eps,
-            int64_t iterations, uintptr_t workspace, bool one_launch, int device, uintptr_t stream);
+int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, float* sigma,
+            DType weight_type, DType output_type, double scale, double eps, int64_t iterations, void* workspace,
+            bool one_launch, int device, void* stream);
 
-// Gradients of the weights of n layers; layer.vectors and layer.sigma are those that the forward wrote.
-int backward(const Layer* layers, int64_t n, DType weight_type, DType grad_type, double scale, uintptr_t workspace,
-             bool one_launch, int device, uintptr_t stream);
+// Gradients of the weights of n layers. `pointers`: n weights, n gradients, n outputs, n addresses of sigmas.
+int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, DType weight_type,
+             DType grad_type, double scale, void* workspace, bool one_launch, int device, void* stream);
 
 // CUDA's own words for an error code.
 const char* error_string(int error);

@@ -7,8 +7,6 @@
 
 namespace bssn::cuda {
 
-int max_layers() { return kMaxLayers; }
-
 cudaError_t query_device(int device, Device& limits) {
   int shared_bytes = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);

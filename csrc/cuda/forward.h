@@ -30,24 +30,23 @@ template <class Block>
 BSSN_HD void reduce_tile(Block& block, const ForwardCall& call, const ForwardLayer& layer, int index, uint32_t tile) {
   block.wait(counter_of(call.counters, index, power_done), layer.tiles[power]);
   const int row = layer.row(), size = call.update ? row + (layer.two_sided() ? layer.c_in : 0) : 0;
-  const int elements_log2 = kThreadsLog2 - layer.slices_log2, elements = 1 << elements_log2;
-  const int slices = 1 << layer.slices_log2;
+  const int slices = layer.slices, elements = kThreads / slices, first = int(tile) * elements;
   const float* const slots = call.slots + 4 * uint64_t(layer.slots);
   float* const parts = block.template shared<float>(kLanesAt);  // [slices][elements]
   typename Block::template PerThread<float> totals;
   block.each([&](int thread) {
-    const int x = (int(tile) << elements_log2) + (thread & (elements - 1));
+    const int x = first + thread % elements;
     float sum = 0;
     if (x < size) {
       BSSN_UNROLL_BY(8)
-      for (uint32_t slot = thread >> elements_log2; slot < layer.tiles[power]; slot += slices) {
+      for (uint32_t slot = thread / elements; slot < layer.tiles[power]; slot += slices) {
         sum += block.load_l2(slots + uint64_t(slot) * layer.slot_size() + x);
       }
     }
     parts[thread] = sum;
   });
   block.each([&](int thread) {
-    const int x = (int(tile) << elements_log2) + thread;
+    const int x = first + thread;
     if (thread >= elements || x >= size) {
       totals[thread] = 0;
       return;
@@ -64,7 +63,7 @@ BSSN_HD void reduce_tile(Block& block, const ForwardCall& call, const ForwardLay
   });
   const double* const sums = block_sums<kReduceSums>(block, [&](int thread, double* mine) {
     const double x = totals[thread];
-    const bool is_t = (int(tile) << elements_log2) + thread < row;
+    const bool is_t = first + thread < row;
     mine[0] = is_t ? x * x : 0.0;
     mine[1] = is_t ? 0.0 : x * x;
   });
@@ -99,7 +98,7 @@ BSSN_HD void scale_elements(const W* weight, N* output, float multiplier, uint32
         if (x + a * kThreads < pieces_end) {
           Target scaled;
           BSSN_UNROLL
-          for (int j = 0; j < kPiece; ++j) from_float(to_float(loaded[a].x[j]) * multiplier, scaled.x[j]);
+          for (int j = 0; j < kPiece; ++j) scaled.set(j, loaded[a].get(j) * multiplier);
           to[x + a * kThreads] = scaled;
         }
       }

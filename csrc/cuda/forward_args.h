@@ -5,10 +5,9 @@
 
 namespace bssn::cuda {
 
-constexpr int kThreadsLog2 = 9;
-constexpr int kForwardBlocks = 1;  // on a multiprocessor at a time
-constexpr int kThreads = 1 << kThreadsLog2;  // of a block; 128 registers each, so that one block fills a multiprocessor
-constexpr int kColumns = 28;   // input channels that one thread of the staged power iteration can be given
+constexpr int kForwardBlocks = 1;            // on a multiprocessor at a time
+constexpr int kThreads = 384;  // of a block; 168 registers each, so that one block fills a multiprocessor
+constexpr int kColumns = 38;   // input channels that one thread of the staged power iteration can be given
 constexpr int kMaxStages = 4;  // steps of channels in shared memory at a time
 constexpr int kMaxGroups = kThreads / 32;
 constexpr int kSumParts = 16;  // partial sums that the last addition of a reduction over threads reads
@@ -43,9 +42,10 @@ struct ForwardLayer {
   uint32_t sums;                                 // where its sums of squares and products begin, in doubles
   uint32_t stage_bytes;                          // one step of channels in shared memory; 0: too large for that
   int32_t channels;                              // of a power tile
-  uint8_t group_log2;                            // threads that share an output channel
+  uint16_t group_threads;                        // threads that share an output channel
+  uint8_t groups;                                // of them in a block
   uint8_t stages;
-  uint8_t slices_log2;   // threads that share an element of a reduce tile
+  uint8_t slices;        // threads that share an element of a reduce tile
   uint8_t kernel_major;  // [o][k][i] rather than [o][i][k]
 
   BSSN_HD bool two_sided() const { return vectors[2] != nullptr; }

@@ -34,9 +34,9 @@ class DeviceGuard {
 cudaError_t query_device(int device, Device& limits);
 
 // Works through the launch's tickets: process(block, ticket). See Phase for why that cannot hang.
-template <class Call, class Process>
+template <int Threads, class Call, class Process>
 __device__ __forceinline__ void work_through(const Call& call, Process process) {
-  DeviceBlock block;
+  DeviceBlock<Threads> block;
   uint32_t* const counter = call.counters + call.ticket_counter;
   block.ask_for_ticket(counter);
   for (;;) {
@@ -47,18 +47,18 @@ __device__ __forceinline__ void work_through(const Call& call, Process process) 
   }
 }
 
-// One block for each multiprocessor at most: that is how many fit.
+// As many blocks as fit at a time, if there are tickets for them.
 template <class Args>
-cudaError_t launch_kernel(void (*kernel)(Args), Args& args, const Device& limits, uint32_t shared_bytes,
-                          cudaStream_t stream) {
+cudaError_t launch_kernel(void (*kernel)(Args), Args& args, int threads, int blocks_each, const Device& limits,
+                          uint32_t shared_bytes, cudaStream_t stream) {
   const void* const function = reinterpret_cast<const void*>(kernel);
   const cudaError_t error =
       cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(limits.shared_bytes));
   if (error != cudaSuccess) return error;
   const uint32_t tickets = args.call.end_ticket - args.call.first_ticket;
-  const uint32_t blocks = std::min(tickets, uint32_t(limits.multiprocessors));
+  const uint32_t blocks = std::min(tickets, uint32_t(limits.multiprocessors * blocks_each));
   void* arguments[] = {&args};
-  return cudaLaunchKernel(function, dim3(blocks), dim3(kThreads), arguments, shared_bytes, stream);
+  return cudaLaunchKernel(function, dim3(blocks), dim3(threads), arguments, shared_bytes, stream);
 }
 
 }  // namespace bssn::cuda

@@ -51,6 +51,15 @@ BSSN_HD float float_of(uint32_t bits) {
 #endif
 }
 
+// Returns x. What is computed from the result is computed here, not once before the loop around it, which would keep it in
+// registers all the while.
+BSSN_HD int not_before_here(int x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 BSSN_HD float to_float(float x) { return x; }
 
 BSSN_HD float to_float(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
@@ -109,10 +118,29 @@ BSSN_HD void with_element_type(int32_t type, F f) {
   }
 }
 
-// V neighbouring elements, moved as one.
+// V neighbouring elements, moved as one. Half precisions lie in words, as they do in the GPU's registers.
 template <class T, int V>
 struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
-  T x[V];
+  uint32_t words[sizeof(T) * V / 4];
+
+  BSSN_HD float get(int j) const {
+    if constexpr (sizeof(T) == 4) {
+      return float_of(words[j]);
+    } else {
+      return to_float(T{uint16_t(j % 2 ? words[j / 2] >> 16 : words[j / 2] & 0xffffu)});
+    }
+  }
+
+  // In order: j = 0, 1, ...
+  BSSN_HD void set(int j, float value) {
+    if constexpr (sizeof(T) == 4) {
+      words[j] = bits_of(value);
+    } else {
+      T element;
+      from_float(value, element);
+      words[j / 2] = j % 2 ? words[j / 2] | uint32_t(element.bits) << 16 : element.bits;
+    }
+  }
 };
 
 template <class T>

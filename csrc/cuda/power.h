@@ -19,9 +19,9 @@ struct Lane {
   bool active;
 
   BSSN_HD Lane(const ForwardLayer& layer, int thread) {
-    const int threads = 1 << layer.group_log2;
-    group = thread >> layer.group_log2;
-    lane = thread & (threads - 1);
+    const int threads = layer.group_threads;
+    group = thread / threads;
+    lane = thread - group * threads;
     per_kernel = layer.kernel < threads ? threads / layer.kernel : 1;
     // Neighbouring threads take neighbouring elements of the row.
     k = layer.kernel_major ? lane / per_kernel : lane % layer.kernel;
@@ -44,7 +44,7 @@ struct LaneSums {
   BSSN_HD static int q_count(const Lane& at) { return at.per_kernel < 8 ? at.per_kernel : 8; }
 
   BSSN_HD void combine_s(const ForwardLayer& layer, const Lane& at) const {
-    const int threads = 1 << layer.group_log2, base = at.group << layer.group_log2;
+    const int threads = layer.group_threads, base = at.group * threads;
     const int from_end = threads - 1 - at.lane;
     if (from_end < kSumParts) {
       float sum = 0;
@@ -55,7 +55,7 @@ struct LaneSums {
 
   BSSN_HD void combine(const ForwardLayer& layer, const Lane& at) const {
     combine_s(layer, at);
-    const int base = at.group << layer.group_log2;
+    const int base = at.group * layer.group_threads;
     const int count = q_count(at), k = at.lane % layer.kernel, part = at.lane / layer.kernel;
     if (layer.two_sided() && part < count) {
       const int stride_column = layer.kernel_major ? 1 : layer.kernel;
@@ -76,7 +76,7 @@ struct LaneSums {
   BSSN_HD float q(const ForwardLayer& layer, const Lane& at) const {
     const int count = q_count(at);
     float sum = 0;
-    for (int j = 0; j < count; ++j) sum += q_parts[(at.group << layer.group_log2) + at.k * count + j];
+    for (int j = 0; j < count; ++j) sum += q_parts[(at.group * layer.group_threads) + at.k * count + j];
     return sum;
   }
 };
@@ -90,10 +90,12 @@ BSSN_HD void stage_rows(const ForwardLayer& layer, int first, int end, unsigned 
   const int shift = int(reinterpret_cast<uintptr_t>(source) % 16 / sizeof(W));
   const int size = (end - first) * layer.row();
   W* const target = reinterpret_cast<W*>(stage);
+  BSSN_UNROLL_BY(1)
   for (int x = thread * kPiece - shift; x < size; x += kThreads * kPiece) {
     if (x >= 0 && x + kPiece <= size) {
       copy16(target + shift + x, source + x);
     } else {
+      BSSN_UNROLL_BY(1)
       for (int j = x < 0 ? 0 : x; j < x + kPiece && j < size; ++j) target[shift + j] = source[j];
     }
   }
@@ -105,6 +107,23 @@ BSSN_HD const W* staged_rows(const ForwardLayer& layer, int first, unsigned char
   return reinterpret_cast<const W*>(stage) + reinterpret_cast<uintptr_t>(source) % 16 / sizeof(W);
 }
 
+// Calls f(n) for n < count. Every n is a constant once the loops are unrolled, so that arrays indexed with it lie in
+// registers; the branch before every few keeps the compiler from loading for all of them at once.
+template <class F>
+BSSN_HD void for_columns(int count, F f) {
+  constexpr int kBatch = 2;
+  static_assert(kColumns % kBatch == 0, "whole batches");
+  BSSN_UNROLL
+  for (int first = 0; first < kColumns; first += kBatch) {
+    if (first < count) {
+      BSSN_UNROLL
+      for (int n = first; n < first + kBatch; ++n) {
+        if (n < count) f(n);
+      }
+    }
+  }
+}
+
 struct PowerThread {
   float v[kColumns], t[kColumns], r[kColumns];
 };
@@ -112,7 +131,7 @@ struct PowerThread {
 // Adds the threads' t and r, over groups and for r over kernel positions, and writes the tile's share.
 template <class Block, class Registers>
 BSSN_HD void write_share(Block& block, const ForwardLayer& layer, Registers& registers, float* slot) {
-  const int row = layer.row(), groups = kThreads >> layer.group_log2;
+  const int row = layer.row(), groups = layer.groups;
   const int stride_in = layer.kernel_major ? 1 : layer.kernel, stride_kernel = layer.kernel_major ? layer.c_in : 1;
   float* const table = block.template shared<float>(kAreaAt);  // [groups][row]
   block.each([&](int thread) {
@@ -160,7 +179,7 @@ BSSN_HD void write_share(Block& block, const ForwardLayer& layer, Registers& reg
 template <class W, class Block>
 BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLayer& layer, int first, int end,
                           float* slot) {
-  const int groups = kThreads >> layer.group_log2, row = layer.row(), ahead = layer.stages - 1;
+  const int groups = layer.groups, row = layer.row(), ahead = layer.stages - 1;
   const int steps = (end - first + groups - 1) / groups;
   const LaneSums sums(block);
   float* const u_in = block.template shared<float>(kAreaAt);
@@ -196,7 +215,7 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
     const auto elements = [&](const Lane& at, int& offset, int& stride) {
       const int stride_in = layer.kernel_major ? 1 : layer.kernel, stride_kernel = layer.kernel_major ? layer.c_in : 1;
       offset = at.group * row + at.column * stride_in + at.k * stride_kernel;
-      stride = at.per_kernel * stride_in;
+      stride = not_before_here(at.per_kernel * stride_in);
       const bool some = at.active && begin_of(step) + at.group < end && at.column < layer.c_in;
       return some ? (layer.c_in - at.column + at.per_kernel - 1) / at.per_kernel : 0;
     };
@@ -211,19 +230,14 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
       const PowerThread& my = registers[thread];
       float s = 0, q = 0;
       if (layer.two_sided()) {
-        BSSN_UNROLL
-        for (int n = 0; n < kColumns; ++n) {
-          if (n < count) {
-            const float w = to_float(rows[offset + n * stride]);
-            s += w * my.v[n];
-            q += w * u_in[at.column + n * at.per_kernel];
-          }
-        }
+        const int per_kernel = not_before_here(at.per_kernel);
+        for_columns(count, [&](int n) {
+          const float w = to_float(rows[offset + n * stride]);
+          s += w * my.v[n];
+          q += w * u_in[at.column + n * per_kernel];
+        });
       } else {
-        BSSN_UNROLL
-        for (int n = 0; n < kColumns; ++n) {
-          if (n < count) s += to_float(rows[offset + n * stride]) * my.v[n];
-        }
+        for_columns(count, [&](int n) { s += to_float(rows[offset + n * stride]) * my.v[n]; });
       }
       sums.s_lanes[thread] = s;
       sums.q_lanes[thread] = q;
@@ -240,14 +254,11 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
       if (at.lane == 0) layer.snapshot[0][o] = s;
       if (layer.two_sided() && at.column == 0) layer.snapshot[3][int64_t(o) * layer.kernel + at.k] = q;
       if (!call.update) return;
-      BSSN_UNROLL
-      for (int n = 0; n < kColumns; ++n) {
-        if (n < count) {
-          const float w = to_float(rows[offset + n * stride]);
-          my.t[n] += s * w;
-          my.r[n] += q * w;
-        }
-      }
+      for_columns(count, [&](int n) {
+        const float w = to_float(rows[offset + n * stride]);
+        my.t[n] += s * w;
+        my.r[n] += q * w;
+      });
     });
   }
   if (call.update) write_share(block, layer, registers, slot);

@@ -28,13 +28,13 @@ BSSN_HD const double* block_sums(Block& block, Get get) {
     double x[N] = {};
     get(thread, x);
     BSSN_UNROLL
-    for (int j = 0; j < N; ++j) scratch[j * kThreads + thread] = x[j];
+    for (int j = 0; j < N; ++j) scratch[j * Block::kThreads + thread] = x[j];
   });
   block.each([&](int thread) {
     if (thread >= N * kSumParts) return;
     double sum = 0;
-    const double* const mine = scratch + thread / kSumParts * kThreads + thread % kSumParts;
-    for (int j = 0; j < kThreads; j += kSumParts) sum += mine[j];
+    const double* const mine = scratch + thread / kSumParts * Block::kThreads + thread % kSumParts;
+    for (int j = 0; j < Block::kThreads; j += kSumParts) sum += mine[j];
     parts[thread] = sum;
   });
   block.each([&](int thread) {

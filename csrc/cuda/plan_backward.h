@@ -1,0 +1,72 @@
+// How a backward call is cut into tiles.
+#pragma once
+
+#include "backward_args.h"
+#include "plan.h"
+
+namespace bssn::cuda {
+
+// Describes how a layer's memory order leads through its vectors.
+inline void plan_memory_order(const Layer& layer, BackwardLayer& out) {
+  struct Dimension {
+    int64_t size, stride;
+    uint32_t steps[4];  // in u_out [o], v_out [i, k], u_in [i], v_in [o, k]
+  };
+  const Strides strides = strides_of(layer);
+  const uint32_t kernel = uint32_t(layer.kernel);
+  Dimension dimensions[3] = {{layer.c_out, strides.out, {1, 0, 0, kernel}},
+                             {layer.c_in, strides.in, {0, kernel, 1, 0}},
+                             {layer.kernel, strides.kernel, {0, 1, 0, 1}}};
+  // The stride of a dimension of size 1 means nothing: it goes last.
+  std::sort(dimensions, dimensions + 3, [](const Dimension& a, const Dimension& b) {
+    return (a.size == 1) != (b.size == 1) ? b.size == 1 : a.stride < b.stride;
+  });
+  for (int d = 0; d < 3; ++d) {
+    for (int v = 0; v < 4; ++v) out.steps[v][d] = dimensions[d].steps[v];
+  }
+  out.inner = divisor(dimensions[0].size);
+  out.plane = divisor(dimensions[0].size * dimensions[1].size);
+  out.middle = uint32_t(dimensions[1].size);
+}
+
+inline Plan plan_backward(const Layer* layers, int n, const Device& device, BackwardCall& call, BackwardLayer* out) {
+  const int64_t total = total_size(layers, n);
+  int order[kMaxLayers];
+  order_by_size(layers, n, order);
+  Plan plan = {0, counter_bytes(n), kMinShared};
+  call.n_layers = n;
+  call.tile_elements = flat_tile(total, device, 16384);
+  uint32_t tiles = 0;
+  for (int j = 0; j < n; ++j) {
+    const Layer& layer = layers[order[j]];
+    BackwardLayer& to = out[j];
+    to.weight = layer.weight;
+    to.grad = layer.grad;
+    to.output = layer.output;
+    for (int v = 0; v < 4; ++v) to.vectors[v] = static_cast<const float*>(layer.snapshot[v]);
+    to.sigma = static_cast<const float*>(layer.sigma);
+    to.size = uint32_t(layer.size());
+    plan_memory_order(layer, to);
+    to.tiles = uint32_t(divide_up(layer.size(), call.tile_elements));
+    to.sums = to.first[0] = tiles;
+    tiles += to.tiles;
+  }
+  for (int j = 0; j < n; ++j) out[j].first[1] = tiles + out[j].first[0];
+  for (int phase = 0; phase <= kBackwardPhases; ++phase) call.phase_first[phase] = tiles * uint32_t(phase);
+
+  const int64_t records_at = plan.counter_bytes;
+  const int64_t sums_at = records_at + n * int64_t(sizeof(BackwardRecord));
+  call.counters = nullptr;
+  call.records = reinterpret_cast<BackwardRecord*>(records_at);
+  call.sums = reinterpret_cast<double*>(sums_at);
+  plan.workspace_bytes = sums_at + tiles * int64_t(sizeof(double));
+  return plan;
+}
+
+inline void set_workspace(BackwardCall& call, uintptr_t workspace) {
+  add_address(call.counters, workspace);
+  add_address(call.records, workspace);
+  add_address(call.sums, workspace);
+}
+
+}  // namespace bssn::cuda

@@ -1,0 +1,133 @@
+// How a forward call is cut into tiles.
+#pragma once
+
+#include "forward_args.h"
+#include "plan.h"
+
+namespace bssn::cuda {
+
+// Output channels of a power tile. Each tile writes a share of t and r that is read again, so few large tiles move
+// less; two tiles for each multiprocessor even out better than one.
+inline int64_t channels_per_tile(const Layer& layer, int64_t total, const Device& device) {
+  const double share = double(layer.size()) / double(total) * device.multiprocessors;
+  const auto channels = [&](double tiles) { return int64_t(std::ceil(double(layer.c_out) / std::max(tiles, 1.0))); };
+  constexpr int64_t kEnough = 16;
+  return channels(2 * share) >= kEnough ? channels(2 * share) : std::min(channels(share), kEnough);
+}
+
+// Chooses how many threads share a row, and how many steps of rows lie in shared memory; leaves stage_bytes 0 if the
+// rows cannot be staged. Returns the shared memory that the layer needs.
+inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels, const Device& device,
+                           ForwardLayer& out) {
+  out.group_threads = kThreads;
+  out.groups = 1;
+  out.stages = 0;
+  out.stage_bytes = 0;
+  if (layer.order == Order::strided) return kMinShared;  // rows do not follow each other in memory
+  const int64_t u_in = layer.two_sided ? round_up(4 * layer.c_in, 16) : 0;
+  for (const int64_t threads : {32, 64, 96, 128, 192, kThreads}) {
+    const int64_t groups = kThreads / threads;
+    const bool is_last = groups == 1;
+    const bool has_lanes = layer.kernel <= threads && threads / layer.kernel * kColumns >= layer.c_in;
+    if (!has_lanes || (groups > channels && !is_last)) continue;
+    const int64_t stage = round_up(groups * layer.columns() * element + 16, 16);
+    const int64_t steps = divide_up(channels, groups), room = device.shared_bytes - kAreaAt;
+    const int64_t stages = std::min({(room - u_in) / stage, steps, int64_t(kMaxStages)});
+    const int64_t table = 4 * groups * layer.columns();
+    const bool may_improve = !is_last && steps > 1 && stages < 2;
+    if (stages < 1 || table > room || may_improve) continue;
+    out.group_threads = uint16_t(threads);
+    out.groups = uint8_t(groups);
+    out.stages = uint8_t(stages);
+    out.stage_bytes = uint32_t(stage);
+    return std::max({int64_t(kMinShared), kAreaAt + u_in + stages * stage, kAreaAt + table});
+  }
+  return kMinShared;
+}
+
+// Fills in `call` and `out` but for the workspace's address (offsets stand in its place) and what is not the plan's.
+inline Plan plan_forward(const Layer* layers, int n, DType weight_type, const Device& device, ForwardCall& call,
+                         ForwardLayer* out) {
+  const int64_t total = total_size(layers, n);
+  int order[kMaxLayers];
+  order_by_size(layers, n, order);
+  Plan plan = {0, counter_bytes(n), kMinShared};
+  call.n_layers = n;
+  call.write_elements = flat_tile(total, device, 32768);
+  int64_t sums = 0, slots = 0;
+  for (int j = 0; j < n; ++j) {
+    const Layer& layer = layers[order[j]];
+    ForwardLayer& to = out[j];
+    to.weight = layer.weight;
+    to.output = layer.output;
+    for (int v = 0; v < 4; ++v) {
+      to.vectors[v] = static_cast<float*>(layer.vectors[v]);
+      to.snapshot[v] = static_cast<float*>(layer.snapshot[v]);
+    }
+    to.sigma = static_cast<float*>(layer.sigma);
+    to.c_out = int32_t(layer.c_out);
+    to.c_in = int32_t(layer.c_in);
+    to.kernel = int32_t(layer.kernel);
+    to.kernel_major = layer.order == Order::kernel_major;
+    const Strides strides = strides_of(layer);
+    to.stride_out = int32_t(strides.out);
+    to.stride_in = int32_t(strides.in);
+    to.stride_kernel = int32_t(strides.kernel);
+
+    int64_t channels = channels_per_tile(layer, total, device);
+    plan.shared_bytes =
+        std::max(plan.shared_bytes, uint32_t(plan_stages(layer, element_size(weight_type), channels, device, to)));
+    if (to.stage_bytes) channels = round_up(channels, to.groups);
+    to.channels = int32_t(std::min(channels, layer.c_out));
+    to.tiles[power] = uint32_t(divide_up(layer.c_out, to.channels));
+    to.slices = 1;
+    while (to.slices < 16 && to.tiles[power] / to.slices > 16) to.slices *= 2;
+    const int64_t reduced = call.update ? layer.columns() + (layer.two_sided ? layer.c_in : 0) : 0;
+    to.tiles[reduce] = uint32_t(std::max(divide_up(reduced, kThreads / to.slices), int64_t(1)));
+    to.tiles[write] = uint32_t(divide_up(layer.size(), call.write_elements));
+    to.slots = uint32_t(slots / 4);
+    to.sums = uint32_t(sums);
+    if (call.update) slots += int64_t(to.tiles[power]) * to.slot_size();
+    sums += int64_t(to.tiles[power]) * kPowerSums + int64_t(to.tiles[reduce]) * kReduceSums;
+  }
+  uint32_t ticket = 0;
+  for (int phase = 0; phase < kPhases; ++phase) {
+    call.phase_first[phase] = ticket;
+    for (int j = 0; j < n; ++j) {
+      out[j].first[phase] = ticket;
+      ticket += out[j].tiles[phase];
+    }
+  }
+  call.phase_first[kPhases] = ticket;
+
+  const int64_t records_at = plan.counter_bytes, sums_at = records_at + n * int64_t(sizeof(Record));
+  const int64_t slots_at = round_up(sums_at + sums * int64_t(sizeof(double)), 16);
+  call.counters = nullptr;
+  call.records = reinterpret_cast<Record*>(records_at);
+  call.sums = reinterpret_cast<double*>(sums_at);
+  call.slots = reinterpret_cast<float*>(slots_at);
+  plan.workspace_bytes = slots_at + slots * int64_t(sizeof(float));
+  return plan;
+}
+
+inline void set_workspace(ForwardCall& call, uintptr_t workspace) {
+  add_address(call.counters, workspace);
+  add_address(call.records, workspace);
+  add_address(call.sums, workspace);
+  add_address(call.slots, workspace);
+}
+
+// The launches of a forward call: one for each iteration, of which only the last writes the normalised weights.
+// reset() zeroes the counters.
+template <class Reset, class Launch>
+int launch_forward(ForwardCall& call, int64_t iterations, bool one_launch, Reset reset, Launch launch) {
+  const int64_t passes = std::max(iterations, int64_t(1));
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    call.write_output = pass + 1 == passes;
+    if (const int error = reset()) return error;
+    if (const int error = launch_phases(call, kPhases, one_launch, launch)) return error;
+  }
+  return 0;
+}
+
+}  // namespace bssn::cuda

@@ -1,0 +1,160 @@
+// The CUDA kernels on the CPU: the same tile functions, one block after another in the order of their tickets, each
+// block's threads as loops between barriers. Waiting for something that is not there yet is an error, as the order of
+// the tickets is what keeps the kernels from hanging.
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "cuda/backward.h"
+#include "cuda/forward.h"
+#include "cuda/plan_backward.h"
+#include "cuda/plan_forward.h"
+
+namespace {
+
+using namespace bssn;
+using namespace bssn::cuda;
+
+enum Error : int { kWaited = 1, kBadType = 2 };
+
+template <int Threads>
+class HostBlock {
+ public:
+  static constexpr int kThreads = Threads;
+
+  template <class T>
+  class PerThread {
+   public:
+    T& operator[](int thread) { return values_[size_t(thread)]; }
+
+   private:
+    std::vector<T> values_ = std::vector<T>(Threads);
+  };
+
+  HostBlock(unsigned char* shared, bool backwards) : shared_(shared), backwards_(backwards) {}
+
+  // The result must not depend on the order in which threads run between two barriers.
+  template <class F>
+  void each(F f) {
+    for (int thread = 0; thread < Threads; ++thread) f(backwards_ ? Threads - 1 - thread : thread);
+  }
+
+  template <class T>
+  T* shared(uint32_t offset) {
+    return reinterpret_cast<T*>(shared_ + offset);
+  }
+
+  void commit_copies() {}
+  void wait_for_copies(int) {}
+  uint32_t arrive(uint32_t* counter) { return (*counter)++; }
+  void wait(const uint32_t* counter, uint32_t value) { failed_ |= *counter < value; }
+  float load_l2(const float* address) { return *address; }
+  bool failed() const { return failed_; }
+
+ private:
+  unsigned char* shared_;
+  bool backwards_;
+  bool failed_ = false;
+};
+
+struct Shared {
+  explicit Shared(uint32_t bytes) : memory(static_cast<unsigned char*>(std::aligned_alloc(16, bytes)), &std::free) {
+    std::memset(memory.get(), 0xff, bytes);  // NaN
+  }
+  std::unique_ptr<unsigned char, decltype(&std::free)> memory;
+};
+
+// Calls f with a zero of the weights' element type.
+template <class F>
+int with_weight_type(DType type, F f) {
+  switch (type) {
+    case DType::f32:
+      return f(float{});
+    case DType::bf16:
+      return f(BFloat16{});
+    case DType::f16:
+      return f(Float16{});
+    default:
+      return kBadType;
+  }
+}
+
+template <int Threads, class Call, class Process>
+int work_through(const Call& call, uint32_t shared_bytes, Process process) {
+  Shared shared(uint32_t(round_up(shared_bytes, 16)));
+  for (uint32_t ticket = call.first_ticket; ticket < call.end_ticket; ++ticket) {
+    HostBlock<Threads> block(shared.memory.get(), ticket % 2 == 1);
+    process(block, ticket);
+    if (block.failed()) return kWaited;
+  }
+  return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Everything as in csrc/cuda/cuda.h, but for the device, given by its limits.
+int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int multiprocessors, int64_t shared) {
+  return largest_workspace(geometry, n, [&](const Layer* layers, int count) {
+    ForwardCall call = {};
+    ForwardLayer planned[kMaxLayers];
+    call.update = true;
+    return plan_forward(layers, count, weight_type, Device{multiprocessors, shared}, call, planned);
+  });
+}
+
+int64_t backward_workspace(const Geometry* geometry, int64_t n, int multiprocessors, int64_t shared) {
+  return largest_workspace(geometry, n, [&](const Layer* layers, int count) {
+    BackwardCall call = {};
+    BackwardLayer planned[kMaxLayers];
+    return plan_backward(layers, count, Device{multiprocessors, shared}, call, planned);
+  });
+}
+
+int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, float* sigma,
+            DType weight_type, DType output_type, double scale, double eps, int64_t iterations, void* workspace,
+            bool one_launch, int multiprocessors, int64_t shared) {
+  return for_forward_layers(geometry, n, pointers, snapshot, sigma, [&](const Layer* layers, int count) {
+    const auto args = std::make_unique<ForwardArgs<kMaxLayers>>();
+    ForwardCall& call = args->call;
+    call.scale = scale;
+    call.eps = eps;
+    call.output_type = int32_t(output_type);
+    call.update = iterations > 0;
+    const Plan plan = plan_forward(layers, count, weight_type, Device{multiprocessors, shared}, call, args->layers);
+    set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
+    const auto reset = [&] {
+      std::memset(call.counters, 0, size_t(plan.counter_bytes));
+      return 0;
+    };
+    return launch_forward(call, iterations, one_launch, reset, [&] {
+      return with_weight_type(weight_type, [&](auto element) {
+        return work_through<kThreads>(call, plan.shared_bytes, [&](auto& block, uint32_t ticket) {
+          forward_ticket<decltype(element)>(block, *args, ticket);
+        });
+      });
+    });
+  });
+}
+
+int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, DType weight_type,
+             DType grad_type, double scale, void* workspace, bool one_launch, int multiprocessors, int64_t shared) {
+  return for_backward_layers(geometry, n, pointers, snapshot, [&](const Layer* layers, int count) {
+    const auto args = std::make_unique<BackwardArgs<kMaxLayers>>();
+    BackwardCall& call = args->call;
+    call.scale = scale;
+    call.grad_type = int32_t(grad_type);
+    const Plan plan = plan_backward(layers, count, Device{multiprocessors, shared}, call, args->layers);
+    set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
+    std::memset(call.counters, 0, size_t(plan.counter_bytes));
+    return launch_phases(call, kBackwardPhases, one_launch, [&] {
+      return with_weight_type(weight_type, [&](auto element) {
+        return work_through<kBackwardThreads>(call, plan.shared_bytes, [&](auto& block, uint32_t ticket) {
+          backward_ticket<decltype(element)>(block, *args, ticket);
+        });
+      });
+    });
+  });
+}
+}
