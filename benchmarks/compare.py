@@ -1,0 +1,53 @@
+"""Compare two sets of results, so that a regression is visible."""
+
+from __future__ import annotations
+
+from benchmarks.peers import COPY, OURS
+from benchmarks.results import Results, geometric_mean
+
+TOLERATED = 1.15
+"""A case that takes this many times as long as before is a regression, and named."""
+WORTH_A_LOOK_MS = 0.02
+"""Changes of shorter times are those of the machine's timer."""
+
+
+def ratios(old: Results, new: Results) -> dict[str, float]:
+    """Return time now by time before of each of our own cases.
+
+    Where the same runs timed another peer of torch's as well, the machine's own change is divided out: it is the
+    geometric mean of how those changed.
+    """
+    before = {r.key: r for r in old.records if r.median is not None}
+    cases: dict[tuple[str, ...], dict[str, list[tuple[str, float]]]] = {}
+    for r in new.records:
+        was = before.get(r.key)
+        if was is None or r.median is None or was.median is None:
+            continue
+        if abs(r.median - was.median) < WORTH_A_LOOK_MS and r.peer.startswith(OURS):
+            ratio = 1.0
+        else:
+            ratio = r.median / was.median
+        case = cases.setdefault((r.part, r.set, r.variant, r.caches), {"ours": [], "others": []})
+        mine = r.peer.startswith(OURS)
+        case["ours" if mine else "others"].append((f"{r.set} {r.variant} {r.phase} {r.peer}", ratio))
+    found = {}
+    for case in cases.values():
+        others = [ratio for name, ratio in case["others"] if not name.endswith(COPY)]
+        drift = geometric_mean(others) if others else 1.0
+        found |= {name: ratio / drift for name, ratio in case["ours"]}
+    return found
+
+
+def print_comparison(old: Results, new: Results) -> int:
+    """Print what changed, and return 1 if something became slower."""
+    found = ratios(old, new)
+    if not found:
+        print("the two have no case of bssn_fast in common")
+        return 1
+    slower = {name: x for name, x in found.items() if x > TOLERATED}
+    faster = {name: x for name, x in found.items() if x < 1 / TOLERATED}
+    for title, cases in (("slower", slower), ("faster", faster)):
+        for name, x in sorted(cases.items(), key=lambda item: -item[1]):
+            print(f"{title}: {name}: {x:.2f} times the time of before")
+    print(f"{len(found)} cases: {geometric_mean(found.values()):.3f} times the time of before in the geometric mean")
+    return int(bool(slower))

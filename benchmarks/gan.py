@@ -1,0 +1,82 @@
+"""Whole training steps of a GAN, so that normalisation is a percentage of something real."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu
+from torch.nn.utils.parametrizations import spectral_norm
+
+import bssn_fast
+from benchmarks.networks import DISCRIMINATORS, NOISE, Generator, weight_layers
+from benchmarks.problem import EPS, VARIANTS, WrongResultError
+from benchmarks.rivals import BidirectionalNorm, parametrized
+
+NONE = "none"
+CASES = ((NONE, NONE), *((variant, peer) for variant in VARIANTS for peer in ("torch", "bssn_fast")))
+"""(variant, peer) of all discriminators that are compared."""
+
+TOLERANCE = 1e-4
+"""Largest relative difference between the scores of ours and torch's discriminators."""
+
+
+class GanStep:
+    """One step of the discriminator and one of the generator: hinge loss, Adam."""
+
+    def __init__(self, discriminator: nn.Module, batch: int, device: torch.device | str, width: int = 64) -> None:
+        torch.manual_seed(1)
+        self._d = discriminator
+        self._g = Generator(width).to(device)
+        self._real = torch.rand(batch, 3, 32, 32, device=device) * 2 - 1
+        self._noise = torch.randn(2, batch, NOISE, device=device)
+        self._optimize_d = torch.optim.Adam(discriminator.parameters(), 2e-4, (0.0, 0.9))
+        self._optimize_g = torch.optim.Adam(self._g.parameters(), 2e-4, (0.0, 0.9))
+
+    def __call__(self) -> None:
+        with torch.no_grad():
+            fake = self._g(self._noise[0])
+        loss = relu(1 - self._d(self._real)).mean() + relu(1 + self._d(fake)).mean()
+        self._optimize_d.zero_grad()
+        loss.backward()
+        self._optimize_d.step()
+        loss = -self._d(self._g(self._noise[1])).mean()
+        self._optimize_g.zero_grad()
+        loss.backward()
+        self._optimize_g.step()
+
+
+def discriminators(
+    kind: str, device: torch.device | str = "cpu", width: int | None = None
+) -> dict[tuple[str, str], nn.Module]:
+    """Return equal discriminators by (variant, peer): without normalisation, by torch and by bssn_fast.
+
+    Raises WrongResultError if they do not give the same scores.
+    """
+    torch.manual_seed(0)
+    plain = (DISCRIMINATORS[kind](width) if width else DISCRIMINATORS[kind]()).to(device)
+    images = torch.rand(4, 3, 32, 32, device=device) * 2 - 1
+    found: dict[tuple[str, str], nn.Module] = {(NONE, NONE): plain}
+    for variant, (_, scale) in VARIANTS.items():
+        ours = copy.deepcopy(plain)
+        bssn_fast.apply(ours, variant, scale=None if variant == "sn" else scale, eps=EPS)
+        rival = copy.deepcopy(plain)
+        if variant == "sn":
+            for layer in weight_layers(rival):
+                spectral_norm(layer, eps=EPS)
+            rival.load_state_dict(ours.state_dict())
+        else:
+            for layer, mine in zip(weight_layers(rival), weight_layers(ours), strict=True):
+                norm = mine.parametrizations.weight[0]
+                vectors = tuple(norm.get_buffer(name) for name in norm.vector_names)
+                parametrized(layer, BidirectionalNorm(vectors, norm.dim, scale))
+        _check_equal(f"{kind}, {variant}", ours(images), rival(images))
+        found[variant, "torch"], found[variant, "bssn_fast"] = rival, ours
+    return found
+
+
+def _check_equal(what: str, a: Tensor, b: Tensor) -> None:
+    error = torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)
+    if not error <= TOLERANCE:
+        raise WrongResultError(f"{what}: scores differ by {error:.1e}")

@@ -1,0 +1,165 @@
+"""Everything that is timed against each other, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+import bssn_fast
+from benchmarks import rivals
+from benchmarks.problem import EPS, Problem
+from benchmarks.rivals import Rival
+from bssn_fast import backends
+
+COPY = "copy"
+TORCH = "torch"
+REFERENCE = "reference"
+OURS = "bssn_fast"
+
+
+class Peer:
+    """Computes a problem in stages: `forward` keeps its outputs, `backward` uses them, `release` lets go of both."""
+
+    stages: tuple[str, ...] = ("forward", "backward")
+
+    def __init__(self, problem: Problem, rival: Rival, run: Callable[[], Sequence[Tensor]] | None = None) -> None:
+        self._problem, self._rival = problem, rival
+        self._run = rival.module if run is None else run
+        self.about: dict[str, object] = {}  # what else is known of it, for the notes of a benchmark
+        self.outputs: Sequence[Tensor] | None = None
+        self.gradients: Sequence[Tensor] | None = None
+
+    def forward(self) -> None:
+        self.outputs = self._run()
+
+    def backward(self) -> None:
+        self.gradients = torch.autograd.grad(self.outputs, self._problem.weights, self._problem.grads)
+
+    def release(self) -> None:
+        self.outputs = self.gradients = None
+
+    def first_run(self) -> None:
+        """Run every stage once, with nothing allocated before."""
+        for stage in self.stages:
+            getattr(self, stage)()
+
+    def check(self, name: str) -> None:
+        """Raise WrongResultError if the first run gave anything but the right results."""
+        self._problem.check(name, list(self.outputs or ()), self._rival.vectors(), list(self.gradients or ()))
+        self.release()
+
+
+class CopyPeer(Peer):
+    """The plain copy of the weights' bytes into memory that is there already: the physical yardstick."""
+
+    stages = ("forward",)
+
+    def __init__(self, problem: Problem) -> None:
+        self.about = {}
+        size = sum(w.numel() for w in problem.weights)
+        self._source = torch.ones(size, dtype=problem.weights[0].dtype, device=problem.device)
+        self._target = torch.zeros_like(self._source)
+
+    def forward(self) -> None:
+        self._target.copy_(self._source)
+
+    def release(self) -> None:
+        pass
+
+    def check(self, name: str) -> None:
+        assert torch.equal(self._source, self._target)
+
+
+class GraphPeer(Peer):
+    """Another peer's two stages, each captured in a CUDA graph and replayed."""
+
+    def __init__(self, problem: Problem, rival: Rival) -> None:
+        super().__init__(problem, rival)
+        kept = [tuple(v.clone() for v in vectors) for vectors in rival.vectors()]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what is allocated or compiled in first calls cannot be captured
+            for _ in range(3):
+                super().forward()
+                super().backward()
+                self.release()
+        torch.cuda.current_stream().wait_stream(side)
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._forward):
+            super().forward()
+        with torch.cuda.graph(self._backward, pool=self._forward.pool()):
+            super().backward()
+        self._static = self.outputs, self.gradients
+        with torch.no_grad():
+            for vectors, old in zip(rival.vectors(), kept, strict=True):
+                for vector, value in zip(vectors, old, strict=True):
+                    vector.copy_(value)
+
+    def forward(self) -> None:
+        self._forward.replay()
+        self.outputs = self._static[0]
+
+    def backward(self) -> None:
+        self._backward.replay()
+        self.gradients = self._static[1]
+
+
+def _ours(problem: Problem, backend: str) -> Rival:
+    model: nn.Module = problem.model()
+    scale = None if problem.variant == "sn" else problem.scale
+    bssn_fast.apply(model, problem.variant, scale=scale, eps=EPS, backend=backend)
+    norms = [layer.parametrizations.weight[0] for layer in model.layers]
+
+    def vectors() -> list[tuple[Tensor, ...]]:
+        return [tuple(norm.get_buffer(name) for name in norm.vector_names) for norm in norms]
+
+    with torch.no_grad():
+        for mine, given in zip(vectors(), problem.vectors, strict=True):
+            for vector, value in zip(mine, given, strict=True):
+                vector.copy_(value)
+    return Rival(model, vectors)
+
+
+def _compiled(problem: Problem, make: Callable[[Problem], Rival], mode: str | None) -> Peer:
+    torch._dynamo.reset()  # or the limit of recompilations turns the next model's into eager code
+    rival = make(problem)
+    return Peer(problem, rival, torch.compile(rival.module, mode=mode, fullgraph=True))
+
+
+_ANYWHERE: dict[str, Callable[[Problem], Peer]] = {
+    COPY: CopyPeer,
+    TORCH: lambda problem: Peer(problem, rivals.torch_eager(problem)),
+    "torch.compile": lambda problem: _compiled(problem, rivals.torch_eager, None),
+    "foreach": lambda problem: Peer(problem, rivals.foreach(problem)),
+    REFERENCE: lambda problem: Peer(problem, rivals.reference_loop(problem)),
+}
+_ON_CUDA: dict[str, Callable[[Problem], Peer]] = {
+    "torch.compile reduce-overhead": lambda problem: _compiled(problem, rivals.torch_eager, "reduce-overhead"),
+    "torch graph": lambda problem: GraphPeer(problem, rivals.torch_eager(problem)),
+}
+COMPILED = ("torch.compile", "torch.compile reduce-overhead")
+
+
+def names(device: torch.device | str = "cpu") -> list[str]:
+    """Return the peers there are for a device; ours, with its backend in the name, come last."""
+    kind = torch.device(device).type
+    mine = [b for b in backends.NAMES if b != "reference" and backends.why_unavailable(b, kind) is None]
+    found = [*_ANYWHERE, *(_ON_CUDA if kind == "cuda" else ())]
+    for backend in mine:
+        found.append(f"{OURS} {backend}")
+        if kind == "cuda":
+            found.append(f"{OURS} {backend} graph")
+    return found
+
+
+def make(name: str, problem: Problem) -> Peer:
+    """Return a peer that is ready for its first run; building some of them takes seconds."""
+    if name in _ANYWHERE:
+        return _ANYWHERE[name](problem)
+    if name in _ON_CUDA:
+        return _ON_CUDA[name](problem)
+    _, backend, *graph = name.split()
+    rival = _ours(problem, backend)
+    return GraphPeer(problem, rival) if graph else Peer(problem, rival)

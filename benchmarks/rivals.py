@@ -1,0 +1,151 @@
+"""Spectral normalisation in torch operations, as users write it: what bssn_fast is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
+
+from benchmarks.layer_sets import Weights
+from benchmarks.problem import EPS, Problem
+from bssn_fast import reference
+from bssn_fast.reference import unfold
+
+
+class Rival:
+    """A module whose forward returns the normalised weights, and a look at its vectors."""
+
+    def __init__(self, module: nn.Module, vectors: Callable[[], list[tuple[Tensor, ...]]]) -> None:
+        self.module, self.vectors = module, vectors
+
+
+def torch_eager(problem: Problem) -> Rival:
+    """torch's own parametrization for "sn"; for "bssn" the same thing for two directions."""
+    model = problem.model()
+    if problem.variant != "sn":
+        return _parametrized(problem, model, BidirectionalNorm)
+    for layer, vectors in zip(model.layers, problem.vectors, strict=True):
+        spectral_norm(layer, eps=EPS)
+        norm = layer.parametrizations.weight[0]
+        with torch.no_grad():
+            norm._u.copy_(vectors[0])
+            norm._v.copy_(vectors[1])
+    norms = [layer.parametrizations.weight[0] for layer in model.layers]
+    return Rival(model, lambda: [(n._u, n._v) for n in norms])
+
+
+def reference_loop(problem: Problem) -> Rival:
+    """The definition, `bssn_fast.reference`, as a parametrization of each layer."""
+    return _parametrized(problem, problem.model(), ReferenceNorm)
+
+
+def _parametrized(problem: Problem, model: Weights, kind: type[_Vectors]) -> Rival:
+    norms = [
+        parametrized(layer, kind(vectors, dim, problem.scale))
+        for layer, vectors, dim in zip(model.layers, problem.vectors, problem.dims, strict=True)
+    ]
+    return Rival(model, lambda: [n.vectors() for n in norms])
+
+
+def parametrized(layer: nn.Module, norm: _Vectors) -> _Vectors:
+    """Put a normalisation on a layer's weight and return it."""
+    parametrize.register_parametrization(layer, "weight", norm, unsafe=True)
+    return norm
+
+
+class _Vectors(nn.Module):
+    """Holds one layer's vectors, in buffers, with its settings."""
+
+    def __init__(self, vectors: tuple[Tensor, ...], dim: int, scale: float) -> None:
+        super().__init__()
+        self.dim, self.scale, self.n_vectors = dim, scale, len(vectors)
+        for j, vector in enumerate(vectors):
+            self.register_buffer(f"_{j}", vector.clone())
+
+    def vectors(self) -> tuple[Tensor, ...]:
+        return tuple(self.get_buffer(f"_{j}") for j in range(self.n_vectors))
+
+
+class BidirectionalNorm(_Vectors):
+    """Both directions' spectral norms, written as torch's `spectral_norm` is; one direction where they are equal.
+
+    New vectors take the old ones' places instead of being written into them: under torch.compile (2.13, CPU) the
+    gradients are wrong otherwise, because the backward pass repeats operations on buffers that have changed.
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        vectors = list(self.vectors())
+        matrix = unfold(weight, self.dim)
+        across = unfold(weight, 1 - self.dim)
+        with torch.no_grad():
+            vectors[0] = normalize(torch.mv(matrix, vectors[1]), dim=0, eps=EPS)
+            vectors[1] = normalize(torch.mv(matrix.T, vectors[0]), dim=0, eps=EPS)
+            if len(vectors) == 4:
+                vectors[3] = normalize(torch.mv(across.T, vectors[2]), dim=0, eps=EPS)
+                vectors[2] = normalize(torch.mv(across, vectors[3]), dim=0, eps=EPS)
+        for j, vector in enumerate(vectors):
+            setattr(self, f"_{j}", vector)
+        sigma = torch.vdot(vectors[0], torch.mv(matrix, vectors[1]))
+        if len(vectors) == 4:
+            sigma = (sigma + torch.vdot(vectors[2], torch.mv(across, vectors[3]))) / 2
+        return weight * (self.scale / sigma)
+
+
+class ReferenceNorm(_Vectors):
+    """`bssn_fast.reference.normalize` with vectors that persist."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        old = self.vectors()
+        out, new, _ = reference.normalize(weight, old, self.dim, scale=self.scale, eps=EPS, n_power_iterations=1)
+        for vector, value in zip(old, new, strict=True):
+            vector.copy_(value)
+        return out
+
+
+class ForeachNorm(nn.Module):
+    """All layers at once where torch has an operation for lists of tensors: lengths, divisions and products."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(problem.weights)
+        self.dims, self.scale = problem.dims, problem.scale
+        self.vectors = [tuple(v.clone() for v in vectors) for vectors in problem.vectors]
+        self.shared = [j for j, two in enumerate(problem.two_sided) if two]
+
+    def forward(self) -> list[Tensor]:
+        weights = list(self.weights)
+        both = [weights[j] for j in self.shared]
+        matrices = [unfold(w, d) for w, d in zip(weights, self.dims, strict=True)]
+        across = [unfold(w, 1 - self.dims[j]) for j, w in zip(self.shared, both, strict=True)]
+        # The first and second vector to update, of the out side of all layers and the in side of those that have one.
+        first = [v[0] for v in self.vectors] + [self.vectors[j][3] for j in self.shared]
+        second = [v[1] for v in self.vectors] + [self.vectors[j][2] for j in self.shared]
+        maps = matrices + [m.T for m in across]
+        with torch.no_grad():
+            _update(first, [m @ v for m, v in zip(maps, second, strict=True)])
+            _update(second, [m.T @ u for m, u in zip(maps, first, strict=True)])
+            # torch saves vectors for the backward pass: the next forward must not change those.
+            left, right = [v.clone() for v in first], [v.clone() for v in second]
+        sigmas = [torch.dot(u, m @ v) for u, m, v in zip(left, maps, right, strict=True)]
+        for j, other in zip(self.shared, sigmas[len(weights) :], strict=True):
+            sigmas[j] = (sigmas[j] + other) / 2
+        factors = torch._foreach_mul(torch._foreach_reciprocal(sigmas[: len(weights)]), self.scale)
+        return torch._foreach_mul(weights, factors)
+
+
+def _update(vectors: list[Tensor], new: list[Tensor]) -> None:
+    """Set vectors to the unit vectors along `new`."""
+    lengths = torch._foreach_norm(new)
+    torch._foreach_clamp_min_(lengths, EPS)
+    torch._foreach_div_(new, lengths)
+    torch._foreach_copy_(vectors, new)
+
+
+def foreach(problem: Problem) -> Rival:
+    """One module for all layers, with torch._foreach_ operations."""
+    module = ForeachNorm(problem)
+    return Rival(module, lambda: module.vectors)

@@ -1,0 +1,6 @@
+"""Makes the benchmarks importable, as they are from the repository's root."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
