@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 
-from bssn_fast.parametrization import SpectralNormalization
+from bssn_fast.parametrization import SpectralNormalization, original_of, parametrizations_of
 
 WEIGHT = "weight"
 
@@ -30,7 +31,8 @@ class TorchSpectralNorm:
 def find(module: nn.Module, name: str) -> SpectralNormalization | TorchSpectralNorm | None:
     """Return the spectral norm on the module's weight; raise ValueError if something else sits there."""
     if parametrize.is_parametrized(module, WEIGHT):
-        parametrizations = module.parametrizations[WEIGHT]  # type: ignore[index]
+        parametrizations = parametrizations_of(module, WEIGHT)
+        weight = cast(nn.Parameter, original_of(parametrizations))
         found = list(parametrizations)
         if len(found) == 1 and isinstance(found[0], SpectralNormalization):
             return found[0]
@@ -41,11 +43,9 @@ def find(module: nn.Module, name: str) -> SpectralNormalization | TorchSpectralN
                     f"{name}: torch's spectral norm of a one-dimensional weight; remove it or leave it out"
                 )
             # torch keeps the dimension as a negative number where it was given as one.
-            dim = old.dim % parametrizations.original.ndim
+            dim = old.dim % weight.ndim
             _check_dim(dim, name)
-            return TorchSpectralNorm(
-                None, parametrizations.original, old._u, old._v, dim, old.eps, old.n_power_iterations
-            )
+            return TorchSpectralNorm(None, weight, old._u, old._v, dim, old.eps, old.n_power_iterations)
         kinds = ", ".join(type(p).__name__.lstrip("_") for p in found)
         raise ValueError(
             f"{name}: the weight already carries {kinds}; call "
@@ -60,9 +60,9 @@ def find(module: nn.Module, name: str) -> SpectralNormalization | TorchSpectralN
                 "(torch.nn.utils.remove_weight_norm for weight_norm), or leave the layer out"
             )
         _check_dim(hook.dim, name)
-        weight = module._parameters[f"{WEIGHT}_orig"]
-        u, v = module._buffers[f"{WEIGHT}_u"], module._buffers[f"{WEIGHT}_v"]
-        return TorchSpectralNorm(hook, weight, u, v, hook.dim, hook.eps, hook.n_power_iterations)  # type: ignore[arg-type]
+        weight = cast(nn.Parameter, module._parameters[f"{WEIGHT}_orig"])
+        u, v = (cast(Tensor, module._buffers[f"{WEIGHT}_{name}"]) for name in "uv")
+        return TorchSpectralNorm(hook, weight, u, v, hook.dim, hook.eps, hook.n_power_iterations)
     if module._parameters.get(WEIGHT) is None:
         raise ValueError(
             f"{name}: the weight is not a parameter of the layer; undo what replaced it first "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,10 +99,10 @@ class Normalizer:
         batch = self.batch
         if not self.dense:
             weights = [w if is_dense(w) else w.contiguous() for w in weights]
+        given = [_with_strides(g, w) for g, w in zip(grads, weights, strict=True) if g is not None]
         layers = [j for j, g in enumerate(grads) if g is not None]
         if not layers:
             return [None] * len(weights)
-        given = [_with_strides(grads[j], weights[j]) for j in layers]
         if len(layers) == len(weights):
             results = self._grads.take(weights[0].dtype, weights[0].device, batch.views)
         else:
@@ -166,7 +167,7 @@ class _Attach(torch.autograd.Function):
     # With `setup_context` as a method of its own, every call would inspect the signature of `forward`: tens of
     # microseconds.
     @staticmethod
-    def forward(ctx, normalizer: Normalizer, values: Values, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, normalizer: Normalizer, values: Values, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.normalizer = normalizer
         ctx.values = Values([], values.snapshot, values.sigma)
         ctx.save_for_backward(*weights)
@@ -177,7 +178,7 @@ class _Attach(torch.autograd.Function):
         return tuple(values.normalized)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)]
         differentiate = ctx.normalizer.gradients
         if torch.is_grad_enabled():
@@ -187,7 +188,7 @@ class _Attach(torch.autograd.Function):
 
 def check_weight(weight: Tensor, dim: int, name: str) -> None:
     """Raise ValueError or TypeError, naming the layer and the remedy, for a weight that cannot be normalised."""
-    if isinstance(weight, torch.nn.parameter.UninitializedTensorMixin):
+    if isinstance(weight, torch.nn.UninitializedParameter):
         raise ValueError(f"{name}: the weight is not initialised yet; run one forward of the lazy module first")
     if weight.is_meta:
         raise ValueError(
@@ -251,22 +252,22 @@ def normalize(
 
     Raises ValueError or TypeError for arguments that do not fit, before any vector has changed.
     """
-    weights, vectors = list(weights), [tuple(v) for v in vectors]
+    weights, groups = list(weights), [tuple(v) for v in vectors]
     dims = [dims] * len(weights) if isinstance(dims, int) else list(dims)
     check_settings(scale, eps, n_power_iterations)
     if not weights:
         raise ValueError("there are no weights to normalise")
-    if not len(weights) == len(vectors) == len(dims):
-        raise ValueError(f"{len(weights)} weights, {len(vectors)} tuples of vectors and {len(dims)} dims do not match")
-    for j, (weight, group, dim) in enumerate(zip(weights, vectors, dims, strict=True)):
+    if not len(weights) == len(groups) == len(dims):
+        raise ValueError(f"{len(weights)} weights, {len(groups)} tuples of vectors and {len(dims)} dims do not match")
+    for j, (weight, group, dim) in enumerate(zip(weights, groups, dims, strict=True)):
         check_weight(weight, dim, f"weights[{j}]")
         _check_vectors(weights[0], weight, group, dim, j)
     dtype = dtype or weights[0].dtype
     if dtype not in WEIGHT_DTYPES:
         raise TypeError(f"results of {dtype} are not supported; choose float32, float64, bfloat16 or float16")
-    two_sided = [len(group) == 4 for group in vectors]
+    two_sided = [len(group) == 4 for group in groups]
     normalizer = Normalizer(weights, dims, two_sided, scale=float(scale), eps=float(eps), backend=backend)
-    values = normalizer.compute(weights, [v for group in vectors for v in group], n_power_iterations, dtype)
+    values = normalizer.compute(weights, [v for group in groups for v in group], n_power_iterations, dtype)
     return normalizer.attach(values, weights), values.sigma
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.hooks import RemovableHandle
 
-from bssn_fast.parametrization import SpectralNormalization, Usage, in_backward
+from bssn_fast.parametrization import SpectralNormalization, Usage, in_backward, original_of
 from bssn_fast.plan import Plan, partition, signature
 
 
@@ -26,7 +27,7 @@ class Group:
 
     def _set_layers(self, layers: Sequence[ParametrizationList]) -> None:
         self._layers = list(layers)
-        self._members: list[SpectralNormalization] = [layer[0] for layer in layers]  # type: ignore[misc]
+        self._members: list[SpectralNormalization] = [cast(SpectralNormalization, layer[0]) for layer in layers]
         self._signature: object = None
         self._plans: list[tuple[Plan, list[int]]] = []
 
@@ -67,7 +68,7 @@ class Group:
         members: list[SpectralNormalization] = []
         weights: list[Tensor] = []
         for member, layer in zip(self._members, self._layers, strict=True):
-            weight: Tensor = layer._parameters["original"]  # type: ignore[assignment]
+            weight = original_of(layer)
             # A later `apply` or `remove` on a submodule may have taken layers out of the group.
             if member.settings.update == "forward" and member.state.usable(weight) is None:
                 members.append(member)
@@ -123,10 +124,11 @@ def _is_nested(model: nn.Module) -> bool:
 
     `end` does not hear of a call that KeyboardInterrupt, which is no Exception, has ended.
     """
-    running, frame = 0, sys._getframe(1)
+    running = 0
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         running += frame.f_code is _CALL and frame.f_locals.get("self") is model
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return running != 1
 
 

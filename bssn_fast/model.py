@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,15 @@ from bssn_fast import backends, convert
 from bssn_fast.convert import WEIGHT, TorchSpectralNorm
 from bssn_fast.functional import check_settings, check_weight
 from bssn_fast.group import Group, groups_of
-from bssn_fast.parametrization import VARIANTS, Settings, SpectralNormalization, Usage, quick_access
+from bssn_fast.parametrization import (
+    VARIANTS,
+    Settings,
+    SpectralNormalization,
+    Usage,
+    original_of,
+    parametrizations_of,
+    quick_access,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -88,7 +96,7 @@ def apply(
     for name, module in layers:
         settings = Settings(variant, scale, eps or 0, n_power_iterations or 0, update, backend)
         _normalize_layer(module, existing[name], settings, together if update == "forward" else Usage(1))
-    lists = [module.parametrizations[WEIGHT] for _, module in layers]  # type: ignore[index]
+    lists = [parametrizations_of(module, WEIGHT) for _, module in layers]
     for group in list(groups_of(model)):
         group.discard(lists)
     if update == "forward":
@@ -148,8 +156,8 @@ def _weight_of(module: nn.Module, norm: SpectralNormalization | TorchSpectralNor
     if isinstance(norm, TorchSpectralNorm):
         return norm.weight, norm.dim
     if isinstance(norm, SpectralNormalization):
-        return module.parametrizations[WEIGHT].original, norm.dim  # type: ignore[index, union-attr, return-value]
-    return module._parameters[WEIGHT], int(isinstance(module, _TRANSPOSED))  # type: ignore[return-value]
+        return original_of(parametrizations_of(module, WEIGHT)), norm.dim
+    return cast(Tensor, module._parameters[WEIGHT]), int(isinstance(module, _TRANSPOSED))
 
 
 def _check_layer(module: nn.Module, weight: Tensor, name: str) -> None:
@@ -193,7 +201,7 @@ def _normalized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Spect
     found = False
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module, WEIGHT):
-            for parametrization in module.parametrizations[WEIGHT]:  # type: ignore[index]
+            for parametrization in parametrizations_of(module, WEIGHT):
                 if isinstance(parametrization, SpectralNormalization):
                     found = True
                     yield name, module, parametrization
@@ -232,7 +240,7 @@ def sigma(model: nn.Module) -> dict[str, Tensor]:
 
     Raises ValueError if no layer of the model is normalised.
     """
-    return {name: p.state.sigma[p.state.index].detach() for name, _, p in _normalized_layers(model)}  # type: ignore[index]
+    return {name: p.state.current_sigma() for name, _, p in _normalized_layers(model)}
 
 
 def summary(model: nn.Module) -> str:
@@ -243,11 +251,11 @@ def summary(model: nn.Module) -> str:
     rows = [("layer", "type", "weight", "variant", "sigma")]
     for name, module, p in _normalized_layers(model):
         kind = type(module).__name__.removeprefix("Parametrized")
-        shape = "x".join(map(str, module.parametrizations[WEIGHT].original.shape))  # type: ignore[index, union-attr]
+        shape = "x".join(map(str, original_of(parametrizations_of(module, WEIGHT)).shape))
         variant = p.settings.variant
         if VARIANTS[variant][1]:
             variant += f" x {p.settings.scale:.4g}"
-        rows.append((name or "(model)", kind, shape, variant, f"{p.state.sigma[p.state.index].item():.4g}"))  # type: ignore[index]
+        rows.append((name or "(model)", kind, shape, variant, f"{p.state.current_sigma().item():.4g}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -261,9 +269,8 @@ def remove(model: Model) -> Model:
     baked = []
     with torch.no_grad():
         for _, module, p in layers:
-            weight = module.parametrizations[WEIGHT].original  # type: ignore[index, union-attr]
-            baked.append(p.evaluate(weight))  # type: ignore[arg-type]
-    lists = [module.parametrizations[WEIGHT] for _, module, _ in layers]  # type: ignore[index]
+            baked.append(p.evaluate(original_of(parametrizations_of(module, WEIGHT))))
+    lists = [parametrizations_of(module, WEIGHT) for _, module, _ in layers]
     for group in list(groups_of(model)):
         group.discard(lists)
     for (_, module, p), normalized in zip(layers, baked, strict=True):

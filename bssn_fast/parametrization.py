@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from bssn_fast.functional import Normalizer
 from bssn_fast.layout import compute_dtype, needs_two_sides, vector_sizes
@@ -146,7 +147,7 @@ class SpectralNormalization(nn.Module):
         """
         self.settings, self.usage = settings, usage
         self.two_sided = VARIANTS[settings.variant][0] and needs_two_sides(weight.shape)
-        known = known or [self._buffers[name] for name in self.vector_names]  # type: ignore[misc]
+        known = known or self._stored()
         for name in self.vector_names:
             del self._buffers[name]
         self.vector_names = ("_u", "_v", "_u_in", "_v_in") if self.two_sided else ("_u", "_v")
@@ -156,8 +157,8 @@ class SpectralNormalization(nn.Module):
             self.register_buffer(name, kept[j].clone() if j < len(kept) else random_direction(weight, size))
         if len(kept) < len(self.vector_names):
             self._compute(weight, FIRST_ITERATIONS)
-            for name, vector in zip(self.vector_names, kept, strict=False):
-                self._buffers[name].copy_(vector)  # type: ignore[union-attr]
+            for stored, vector in zip(self._stored(), kept, strict=False):
+                stored.copy_(vector)
         self.state.generation += 1
         self.evaluate(weight)
 
@@ -172,10 +173,13 @@ class SpectralNormalization(nn.Module):
         """Return the normalised weight, without a graph, that the vectors as they are give."""
         return self._compute(weight, 0)
 
+    def _stored(self) -> list[Tensor]:
+        return [cast(Tensor, self._buffers[name]) for name in self.vector_names]
+
     def vectors(self, weight: Tensor) -> list[Tensor]:
         """Return the buffers u_out, v_out[, u_in, v_in], made to fit the weight's dtype and device."""
-        found = [self._buffers[name] for name in self.vector_names]
-        checked = checked_vectors(found, weight)  # type: ignore[arg-type]
+        found = self._stored()
+        checked = checked_vectors(found, weight)
         if checked is not found:
             for name, vector in zip(self.vector_names, checked, strict=True):
                 self._buffers[name] = vector
@@ -218,13 +222,22 @@ class SpectralNormalization(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SpectralNormalization:
         # `.half()` and `.bfloat16()` reach the vectors too, which must keep their precision.
-        kept = {name: self._buffers[name] for name in self.vector_names}
+        kept = self._stored()
         super()._apply(fn, recurse)
-        for name, old in kept.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and compute_dtype(new.dtype) != new.dtype:
+        for name, old, new in zip(self.vector_names, kept, self._stored(), strict=True):
+            if compute_dtype(new.dtype) != new.dtype:
                 self._buffers[name] = old.to(new.device, torch.float32)
         return self
+
+
+def parametrizations_of(module: nn.Module, tensor_name: str) -> ParametrizationList:
+    """Return what torch's parametrize keeps for a parametrized tensor of a module."""
+    return cast(ParametrizationList, cast(Any, module).parametrizations[tensor_name])
+
+
+def original_of(layer: ParametrizationList) -> Tensor:
+    """Return the weight before normalisation; quicker than the attribute `original`."""
+    return cast(Tensor, layer._parameters["original"])
 
 
 def quick_access(module: nn.Module, tensor_name: str) -> None:
@@ -235,15 +248,13 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
     kind = type(module)  # the class that parametrize has made for this module alone
     slow = kind.__dict__[tensor_name]
 
-    def get(self: nn.Module) -> Tensor:
-        parametrizations = self._modules["parametrizations"]._modules[tensor_name]  # type: ignore[union-attr]
-        if len(parametrizations._modules) == 1:  # type: ignore[union-attr]
-            state = parametrizations._modules["0"].state  # type: ignore[union-attr]
-            weight = parametrizations._parameters["original"]  # type: ignore[union-attr]
-            ready = state.usable(weight)
+    def get(self: Any) -> Any:
+        layer = self._modules["parametrizations"]._modules[tensor_name]
+        if len(layer._modules) == 1:
+            ready = layer._modules["0"].state.usable(layer._parameters["original"])
             if ready is not None:
-                return ready  # type: ignore[no-any-return]
-        return slow.fget(self)  # type: ignore[no-any-return]
+                return ready
+        return slow.fget(self)
 
     setattr(kind, tensor_name, property(get, slow.fset))
 

@@ -30,23 +30,22 @@ class LayerState:
 
     __slots__ = ("cached", "generation", "index", "plan", "ready", "sigma", "version", "weight")
 
-    def __init__(self) -> None:
+    def __init__(self, sigma: Tensor | None = None, generation: int = 0) -> None:
         self.ready: Tensor | None = None
         self.weight: Tensor | None = None
         self.version = 0
-        self.sigma: Tensor | None = None
-        self.index = 0
-        self.generation = 0
+        self.sigma, self.index = sigma, 0
+        self.generation = generation
         self.cached = 0
         self.plan: Plan | None = None
 
-    def __getstate__(self) -> dict[str, Any]:  # copies and pickles begin with no result at hand
-        sigma = None if self.sigma is None else self.sigma[self.index : self.index + 1].clone()
-        return {"sigma": sigma, "generation": self.generation}
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles begin with no result at hand
+        return LayerState, (None if self.sigma is None else self.current_sigma().clone()[None], self.generation)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
-        self.sigma, self.generation = state["sigma"], state["generation"]
+    def current_sigma(self) -> Tensor:
+        """Return sigma of the last normalisation, a scalar."""
+        assert self.sigma is not None, "a layer is evaluated before anyone can ask"
+        return self.sigma[self.index].detach()
 
     def usable(self, weight: Tensor) -> Tensor | None:
         """Return `ready` if it belongs to this weight as it is now and has a graph if one is wanted now."""
@@ -208,7 +207,7 @@ class _Fingerprint:
         self._value = self._compute()
 
     def _compute(self) -> int:
-        return extension.module.cpu_fingerprint(self._table.buffer_info()[0], self._tensors)  # type: ignore[no-any-return]
+        return int(extension.module.cpu_fingerprint(self._table.buffer_info()[0], self._tensors))
 
     def unchanged(self) -> bool:
         """Whether the hash of what lies at the same addresses now is the same."""

@@ -59,7 +59,7 @@ def why_unavailable(name: str, device_type: str) -> str | None:
         return f"there is no such backend; choose one of {', '.join(NAMES)}"
     if not serves(name, device_type):
         return f"it serves {' and '.join(_module(name).DEVICES)} tensors, not {device_type}"
-    return _module(name).why_unavailable()  # type: ignore[no-any-return]
+    return _module(name).why_unavailable()
 
 
 def default(device_type: str) -> str:
