@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     setting("lr_generator", "learning rate")
     setting("lr_discriminator", "learning rate")
     setting("seed", "of everything random")
-    parser.add_argument("--steps", type=int, default=2000, help="in total, also when resuming (default: 2000)")
+    parser.add_argument("--steps", type=int, default=1500, help="in total, also when resuming (default: 1500)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     parser.add_argument("--out", type=Path, default=None, help="folder for the results (default: runs/DATA-NORM)")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (default: 500)")

@@ -22,14 +22,12 @@ class Settings:
     data: str = "digits"
     size: int = 16
     norm: str = "bssn"
-    scale: float = sqrt(
-        2
-    )  # as bssn_fast's own default; 0.7 gives about twice the Frechet distance, and 1.0 three times
+    scale: float = sqrt(2)  # bssn_fast's own default
     width: int = 24
     noise_dim: int = 64
     batch: int = 64
-    lr_generator: float = 4e-4
-    lr_discriminator: float = 4e-4
+    lr_generator: float = 1e-3
+    lr_discriminator: float = 1e-3
     ema_decay: float = 0.995
     log_every: int = 25
     seed: int = 0
