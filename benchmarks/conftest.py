@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
@@ -53,9 +54,13 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.config.getoption("device")
 
 
-@pytest.fixture(scope="session")
-def quick(request: pytest.FixtureRequest) -> bool:
-    return request.config.getoption("quick")
+@pytest.fixture(scope="session", autouse=True)
+def quick(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether only a small part runs: then on one thread, which waits for no other process."""
+    threads, small = torch.get_num_threads(), request.config.getoption("quick")
+    torch.set_num_threads(1 if small else threads)
+    yield small
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

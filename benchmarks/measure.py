@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 
 from benchmarks import gan, peers
-from benchmarks.clock import CpuClock, CudaClock, Lap, Stage, clock_for, launches, peak_memory
+from benchmarks.clock import CpuClock, CudaClock, Lap, clock_for, launches, peak_memory
 from benchmarks.layer_sets import LayerSet
 from benchmarks.machine import last_level_cache
 from benchmarks.problem import Problem, WrongResultError
 
 BOTH = "forward + backward"
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
+
+Case = TypeVar("Case", bound=Hashable)
 
 
 @dataclass
@@ -54,20 +57,22 @@ class Record:
         return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
-def round_robin(runs: dict[str, Callable[[], Lap]], seconds: float, *, discard: int, keep: int) -> dict[str, list[Lap]]:
+def round_robin(
+    runs: dict[Case, Callable[[], Lap]], seconds: float, *, discard: int, keep: int
+) -> dict[Case, list[Lap]]:
     """Let each run several times in turn, for about this many seconds in all.
 
     At each turn the first `discard` laps, in which the caches fill, do not count; the next `keep` do.
     """
-    laps: dict[str, list[Lap]] = {name: [] for name in runs}
+    laps: dict[Case, list[Lap]] = {case: [] for case in runs}
     start = perf_counter()
     for turn in range(MOST_ROUNDS):
         if turn >= FEWEST_ROUNDS and perf_counter() - start > seconds:
             break
-        for name, run in runs.items():
+        for case, run in runs.items():
             for _ in range(discard):
                 run()
-            laps[name] += [run() for _ in range(keep)]
+            laps[case] += [run() for _ in range(keep)]
     return laps
 
 
@@ -117,35 +122,33 @@ def layer_set(
     if not seconds:
         return records
     large = problem.bytes > (last_level_cache() or 0)
-    runs = {name: partial(_lap, clock, peer) for name, peer in ready.items()}
+    cases = [(name, stages) for name, peer in ready.items() for stages in dict.fromkeys((("forward",), peer.stages))]
+    runs = {case: partial(_lap, clock, ready[case[0]], case[1]) for case in cases}
     laps = round_robin(runs, seconds, discard=0 if large else 1, keep=1 if large else 4)
-    for name, peer in ready.items():
-        caches = "cold" if cold else "hot"
-        phases = {stage: [j] for j, stage in enumerate(peer.stages)}
-        if len(phases) > 1:
-            phases[BOTH] = list(range(len(peer.stages)))
+    for name, stages in cases:
+        phases = {"forward": [0]} if len(stages) == 1 else {"backward": [1], BOTH: [0, 1]}
+        found = laps[name, stages]
+        counts = _launches(ready[name], stages) if isinstance(clock, CudaClock) else None
         for phase, indices in phases.items():
-            record = new(name, phase, caches=caches, peak_megabytes=memory[name])
-            host = None if isinstance(clock, CpuClock) else [sum(x.host[j] for j in indices) for x in laps[name]]
-            _fill(record, [sum(x.device[j] for j in indices) for x in laps[name]], host)
-            if isinstance(clock, CudaClock):
-                stages = [getattr(peer, stage) for stage in peer.stages]
-                record.launches = _launches_of(stages, indices)
-                peer.release()
+            record = new(name, phase, caches="cold" if cold else "hot", peak_megabytes=memory[name])
+            host = None if isinstance(clock, CpuClock) else [sum(x.host[j] for j in indices) for x in found]
+            _fill(record, [sum(x.device[j] for j in indices) for x in found], host)
+            record.launches = counts and sum(counts[j] for j in indices)
             records.append(record)
     _compare_with_copy(records)
     return records
 
 
-def _lap(clock: CpuClock | CudaClock, peer: peers.Peer) -> Lap:
-    lap = clock.lap([getattr(peer, stage) for stage in peer.stages])
+def _lap(clock: CpuClock | CudaClock, peer: peers.Peer, stages: Sequence[str]) -> Lap:
+    lap = clock.lap([getattr(peer, stage) for stage in stages])
     peer.release()
     return lap
 
 
-def _launches_of(stages: list[Stage], indices: list[int]) -> int:
-    counts = [launches(stage) for stage in stages]
-    return sum(counts[j] for j in indices)
+def _launches(peer: peers.Peer, stages: Sequence[str]) -> list[int]:
+    counts = [launches(getattr(peer, stage)) for stage in stages]
+    peer.release()
+    return counts
 
 
 def _compare_with_copy(records: list[Record]) -> None:
@@ -169,12 +172,12 @@ def gan_steps(
     if not seconds:
         return []
     steps = {key: gan.GanStep(model, batch, device, width or 64) for key, model in models.items()}
-    runs = {"/".join(key): partial(clock.lap, [step]) for key, step in steps.items()}
+    runs = {key: partial(clock.lap, [step]) for key, step in steps.items()}
     for run in runs.values():
         run()
     laps = round_robin(runs, seconds, discard=0, keep=1)
     records = []
-    for (variant, peer), found in zip(steps, laps.values(), strict=True):
+    for (variant, peer), found in laps.items():
         layers = len(gan.weight_layers(models[variant, peer]))
         record = Record("gan", f"{kind}, batch {batch}", variant, peer, "step", layers, 0.0)
         host = None if isinstance(clock, CpuClock) else [x.host[0] for x in found]

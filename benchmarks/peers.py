@@ -122,21 +122,21 @@ def _ours(problem: Problem, backend: str) -> Rival:
     return Rival(model, vectors)
 
 
-def _compiled(problem: Problem, make: Callable[[Problem], Rival], mode: str | None) -> Peer:
+def _compiled(problem: Problem, mode: str | None) -> Peer:
     torch._dynamo.reset()  # or the limit of recompilations turns the next model's into eager code
-    rival = make(problem)
+    rival = rivals.torch_compilable(problem)
     return Peer(problem, rival, torch.compile(rival.module, mode=mode, fullgraph=True))
 
 
 _ANYWHERE: dict[str, Callable[[Problem], Peer]] = {
     COPY: CopyPeer,
     TORCH: lambda problem: Peer(problem, rivals.torch_eager(problem)),
-    "torch.compile": lambda problem: _compiled(problem, rivals.torch_eager, None),
+    "torch.compile": lambda problem: _compiled(problem, None),
     "foreach": lambda problem: Peer(problem, rivals.foreach(problem)),
     REFERENCE: lambda problem: Peer(problem, rivals.reference_loop(problem)),
 }
 _ON_CUDA: dict[str, Callable[[Problem], Peer]] = {
-    "torch.compile reduce-overhead": lambda problem: _compiled(problem, rivals.torch_eager, "reduce-overhead"),
+    "torch.compile reduce-overhead": lambda problem: _compiled(problem, "reduce-overhead"),
     "torch graph": lambda problem: GraphPeer(problem, rivals.torch_eager(problem)),
 }
 COMPILED = ("torch.compile", "torch.compile reduce-overhead")
