@@ -78,7 +78,9 @@ def grid(results: Results) -> pyplot.Figure | None:
     kinds = [kind for kind in GRID if results.ours(kind)]
     if not kinds:
         return None
-    figure, axes = pyplot.subplots(2, len(kinds), figsize=(5.5 * len(kinds), 7), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        2, len(kinds), figsize=(4.5 * len(kinds) + 2.5, 7), layout="constrained", squeeze=False
+    )
     for column, kind in enumerate(kinds):
         for axis, variant in zip(axes[:, column], VARIANTS, strict=True):
             for color, n in enumerate(GRID[kind][0]):
@@ -90,7 +92,8 @@ def grid(results: Results) -> pyplot.Figure | None:
                     label = f"{n} layers, {peer}"
                     axis.plot(list(points), list(points.values()), style, color=f"C{color}", label=label)
             axis.set(xscale="log", yscale="log", xlabel="width", ylabel="ms", title=f"{kind} layers, {variant} forward")
-            axis.legend(fontsize=7)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     return figure
 
 

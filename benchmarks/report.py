@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--peers", nargs="+", help="only these peers (the plain copy is always there)")
     parser.add_argument("--without", nargs="+", default=[], help="leave out these peers")
-    parser.add_argument("--seconds", type=float, default=5, help="about, for each set and variant (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=3, help="about, for each set and variant (%(default)s)")
     parser.add_argument("--batch", type=int, help="of the training steps; 64 on a GPU and 8 on a CPU by default")
     parser.add_argument("--check-only", action="store_true", help="compare results with the reference, time nothing")
     parser.add_argument("--render-only", action="store_true", help="renew plots and tables from earlier results")
