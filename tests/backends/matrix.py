@@ -1,0 +1,267 @@
+"""What every backend must do, as cases that know nothing of the backend: `check(backend, case, device)`.
+
+Tolerances come from float64. The exact result is the reference in float64 on the very same inputs; the error of a
+backend may be FACTOR times that of the reference at the inputs' own precision, and FLOOR units of rounding more, for
+where that one happens to be exact.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+
+from bssn_fast import ops
+from bssn_fast.layout import Batch, compute_dtype, needs_two_sides, vector_sizes
+from bssn_fast.reference import power_iteration, unit
+
+FACTOR = 3.0
+FACTOR_HALF = 1.2  # where rounding the result to 16 bits is the error; cutting digits off would double it
+FLOOR = 4
+
+DTYPES = (
+    # weights, results
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+)
+MEMORY = ("contiguous", "channels_last", "transposed", "reversed")
+
+SHAPES = (
+    (8, 5, 3, 3),
+    (1, 300),
+    (64, 3, 3, 3),
+    (33, 17, 4, 4),
+    (5, 7),
+    (20, 6, 15),
+    (130, 30, 3, 3),
+    (12, 9, 5, 5),
+    (3, 4, 7, 7),
+    (40, 8, 41),
+    (6, 5, 2, 3, 3),
+    (1, 1, 3, 3),
+    (1, 1),
+    (1, 24, 4, 4),
+    (256, 16, 1, 1),
+    (9, 1, 2, 2),
+    (1, 37, 1, 1),
+    (300, 33),
+)
+"""One call of many layers: rows shorter and longer than any vector, kernels of odd, even and long periods, heads."""
+
+
+@dataclass(frozen=True)
+class Case:
+    shapes: tuple[tuple[int, ...], ...] = SHAPES
+    weight_dtype: torch.dtype = torch.float32
+    result_dtype: torch.dtype = torch.float32
+    memory: str = "contiguous"
+    both: bool = True
+    n_power_iterations: int = 1
+    dims: tuple[int, ...] | None = None  # alternating by default
+    layers: tuple[int, ...] | None = None  # of the backward; all by default
+    offset: int = 0  # elements by which weights and gradients miss the alignment of an allocation
+    magnitude: float = 1.0
+    scale: float = 1.3
+    eps: float = 1e-12
+    seed: int = 0
+
+    def __str__(self) -> str:
+        sides = "both" if self.both else "one"
+        types = "-".join(str(t).removeprefix("torch.") for t in dict.fromkeys((self.weight_dtype, self.result_dtype)))
+        return f"{types}-{self.memory}-{sides}-{self.n_power_iterations}"
+
+    @property
+    def two_sided(self) -> list[bool]:
+        return [self.both and needs_two_sides(s) for s in self.shapes]
+
+    @property
+    def dim_list(self) -> list[int]:
+        return list(self.dims) if self.dims is not None else [j % 2 for j in range(len(self.shapes))]
+
+    @property
+    def layer_list(self) -> list[int]:
+        return list(self.layers) if self.layers is not None else list(range(len(self.shapes)))
+
+
+CASES = [
+    *(
+        Case(weight_dtype=w, result_dtype=r, memory=m, both=both)
+        for (w, r), m, both in itertools.product(DTYPES, MEMORY, (True, False))
+    ),
+    *(
+        Case(weight_dtype=t, result_dtype=t, memory=m, both=both, n_power_iterations=n)
+        for t, m, both, n in itertools.product((torch.float32, torch.bfloat16), MEMORY[:3], (True, False), (0, 3))
+    ),
+]
+
+
+def place(weight: Tensor, memory: str, offset: int = 0) -> Tensor:
+    """The same numbers in another order of memory, `offset` elements into an allocation."""
+    order = list(range(weight.ndim))
+    if memory == "channels_last":
+        order = [0, *order[2:], 1]
+    elif memory == "transposed":
+        order = [1, 0, *order[2:]]
+    elif memory == "reversed":
+        order.reverse()
+    else:
+        assert memory == "contiguous"
+    stored = weight.permute(order)
+    room = torch.empty(offset + weight.numel(), dtype=weight.dtype, device=weight.device)
+    target = room[offset:].view(stored.shape)
+    target.copy_(stored)
+    return target.permute([order.index(d) for d in range(weight.ndim)])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equality that holds for NaN too."""
+    bits = [t.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8) for t in (a, b)]
+    return a.dtype == b.dtype and torch.equal(*bits)
+
+
+@dataclass
+class Inputs:
+    weights: list[Tensor]
+    vectors: list[Tensor]
+    grads: list[Tensor]
+
+
+@dataclass
+class Results:
+    normalized: list[Tensor]
+    vectors: list[Tensor]
+    snapshot: list[Tensor] = field(default_factory=list)
+    sigma: list[Tensor] = field(default_factory=list)
+    grad_weights: list[Tensor] = field(default_factory=list)
+
+
+def inputs(case: Case, device: str = "cpu") -> Inputs:
+    """Random inputs, the same on every device."""
+    generator = torch.Generator().manual_seed(case.seed)
+    working = compute_dtype(case.weight_dtype)
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weights, vectors, grads = [], [], []
+    for j, (shape, dim, both) in enumerate(zip(case.shapes, case.dim_list, case.two_sided, strict=True)):
+        weight = normal(shape).mul_(case.magnitude)
+        first = tuple(unit(normal((size,)), case.eps) for size in vector_sizes(shape, dim, both))
+        if case.n_power_iterations == 0:  # as in evaluation: random vectors would give a sigma of mere rounding errors
+            first = power_iteration(weight, first, dim, case.eps)
+        weights.append(place(weight.to(case.weight_dtype).to(device), case.memory, case.offset))
+        vectors.extend(v.to(working).to(device) for v in first)
+        grad = normal(shape)
+        if j in case.layer_list:
+            grads.append(place(grad.to(case.result_dtype).to(device), case.memory, case.offset))
+    return Inputs(weights, vectors, grads)
+
+
+def in_dtype(x: Inputs, dtype: torch.dtype) -> Inputs:
+    return Inputs(*([t.to(dtype) for t in part] for part in (x.weights, x.vectors, x.grads)))
+
+
+MARGIN = 64
+
+
+class Poisoned:
+    """Tensors like others, full of NaN, with NaN before and behind them, where nothing may be written."""
+
+    def __init__(self, like: list[Tensor], dtype: torch.dtype) -> None:
+        self.rooms = [torch.full((t.numel() + 2 * MARGIN,), float("nan"), dtype=dtype, device=t.device) for t in like]
+        self.tensors = [r.as_strided(t.shape, t.stride(), MARGIN) for r, t in zip(self.rooms, like, strict=True)]
+
+    def check(self) -> None:
+        for room in self.rooms:
+            assert room[:MARGIN].isnan().all(), "written before the beginning"
+            assert room[-MARGIN:].isnan().all(), "written behind the end"
+
+
+def run(backend: str, case: Case, x: Inputs, result_dtype: torch.dtype | None = None) -> Results:
+    """Run forward and backward on copies of the vectors; check that nothing else is written but the results."""
+    result_dtype = result_dtype or case.result_dtype
+    working, device = x.vectors[0].dtype, x.weights[0].device
+    dims, both, layers = case.dim_list, case.two_sided, case.layer_list
+    batch = Batch(x.weights, dims, both)
+    before = [t.clone() for t in (*x.weights, *x.grads)]
+    vectors = [v.clone() for v in x.vectors]
+    out = Poisoned(x.weights, result_dtype)
+    memory = Poisoned([torch.empty(batch.snapshot_size, device=device), torch.empty(len(dims), device=device)], working)
+    snapshot, sigma = memory.tensors
+    ops.normalize(
+        x.weights, vectors, dims, both, case.scale, case.eps, case.n_power_iterations, out.tensors, snapshot, sigma,
+        backend,
+    )  # fmt: skip
+    grad_out = Poisoned([x.weights[j] for j in layers], x.weights[0].dtype)
+    ops.normalize_backward(
+        x.grads, x.weights, layers, dims, both, case.scale, snapshot, sigma, grad_out.tensors, backend
+    )
+    for poisoned in (out, memory, grad_out):
+        poisoned.check()
+    for old, new in zip(before, (*x.weights, *x.grads), strict=True):
+        assert same_bits(old, new), "an input was changed"
+    kept = [v for vectors_of_layer in batch.snapshot_views(snapshot) for v in vectors_of_layer]
+    return Results(out.tensors, vectors, kept, list(sigma), grad_out.tensors)
+
+
+def errors(found: Results, exact: Results, case: Case) -> dict[str, list[float]]:
+    """Errors relative to what a result's size is made of: a gradient may be the small rest of a difference."""
+
+    def error(a: Tensor, b: Tensor, size: float) -> float:
+        return float((a.double().cpu() - b).norm()) / size
+
+    sigma = [float(s.abs()) for s in exact.sigma]
+    grad_sizes = [case.scale / sigma[j] * prod(case.shapes[j]) ** 0.5 for j in case.layer_list]
+    sizes = {
+        "normalized": [float(w.norm()) for w in exact.normalized],
+        "vectors": [1.0] * len(exact.vectors),
+        "sigma": sigma,
+        "grad_weights": grad_sizes,
+    }
+    return {
+        name: list(map(error, getattr(found, name), getattr(exact, name), sizes_of_kind))
+        for name, sizes_of_kind in sizes.items()
+    }
+
+
+@functools.lru_cache(maxsize=512)
+def exact_and_bounds(case: Case) -> tuple[Results, dict[str, float]]:
+    """The exact results, and the error that each kind may have."""
+    x = inputs(case)
+    exact = run("reference", case, in_dtype(x, torch.float64), torch.float64)
+    rounding = torch.finfo(compute_dtype(case.weight_dtype)).eps
+    if case.weight_dtype == torch.float64:  # what float32 loses, in units of its rounding, float64 may lose in its own
+        single, units = in_dtype(x, torch.float32), rounding / torch.finfo(torch.float32).eps
+        truth = run("reference", case, in_dtype(single, torch.float64), torch.float64)
+        plain = errors(run("reference", case, single, torch.float32), truth, case)
+    else:
+        plain, units = errors(run("reference", case, x), exact, case), 1.0
+    bounds = {name: units * FACTOR * max(values) + FLOOR * rounding for name, values in plain.items()}
+    for name, dtype in (("normalized", case.result_dtype), ("grad_weights", case.weight_dtype)):
+        if dtype.itemsize == 2:
+            bounds[name] = FACTOR_HALF * max(plain[name])
+    return exact, bounds
+
+
+def check(backend: str, case: Case, device: str = "cpu") -> Results:
+    """Compare a backend with the reference; return what the backend found."""
+    x = inputs(case, device)
+    found = run(backend, case, x)
+    for kept, vector in zip(found.snapshot, found.vectors, strict=True):
+        assert same_bits(kept, vector), "the snapshot is not what the vectors are"
+    if case.n_power_iterations == 0:
+        for old, new in zip(x.vectors, found.vectors, strict=True):
+            assert same_bits(old, new), "evaluation changed a vector"
+    exact, bounds = exact_and_bounds(case)
+    for name, values in errors(found, exact, case).items():
+        for j, value in enumerate(values):
+            assert value <= bounds[name], f"{name}[{j}]: error {value:.2e}, allowed {bounds[name]:.2e}"  # NaN fails too
+    return found

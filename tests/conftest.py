@@ -1,0 +1,37 @@
+"""Makes the tests' helper modules importable and pins what would make results depend on the machine."""
+
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE / "backends")]
+
+hypothesis.settings.register_profile("bssn_fast", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("bssn_fast")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # the tensors are small; tests of threads set their own number
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What the default CPU backend is asked for: a growing list of (number of layers, power iterations)."""
+    from bssn_fast import backends
+
+    backend = backends.get("", torch.device("cpu"))
+    forward = backend.forward
+    seen: list[tuple[int, int]] = []
+
+    def counting(weights, vectors, dims, two_sided, scale, eps, n_power_iterations, *outputs):
+        seen.append((len(weights), n_power_iterations))
+        forward(weights, vectors, dims, two_sided, scale, eps, n_power_iterations, *outputs)
+
+    monkeypatch.setattr(backend, "forward", counting)
+    return seen
