@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress
 from types import FrameType
 from typing import Any, cast
 
@@ -65,14 +66,14 @@ class Group:
             self._depth = 1
             self._withdraw()
         self._usage.model_called = True
-        members: list[SpectralNormalization] = []
-        weights: list[Tensor] = []
-        for member, layer in zip(self._members, self._layers, strict=True):
-            weight = original_of(layer)
-            # A later `apply` or `remove` on a submodule may have taken layers out of the group.
-            if member.settings.update == "forward" and member.state.usable(weight) is None:
-                members.append(member)
-                weights.append(weight)
+        members, weights = self._members, [original_of(layer) for layer in self._layers]
+        if any(m.state.ready is not None or m.settings.update != "forward" for m in members):
+            # Layers may have been normalised already, or a later `apply` or `remove` may have taken them out of the group.
+            wanted = [
+                m.settings.update == "forward" and m.state.usable(w) is None
+                for m, w in zip(members, weights, strict=True)
+            ]
+            members, weights = list(compress(members, wanted)), list(compress(weights, wanted))
         if members:
             self._offering = True
             self._normalize(members, weights)
@@ -81,7 +82,8 @@ class Group:
         self._recomputing = in_backward()
         training = [m.training for m in members]
         iterating = [
-            m.training and not self._recomputing and not m.state.holds(w) for m, w in zip(members, weights, strict=True)
+            m.training and not self._recomputing and (m.state.ready is None or not m.state.holds(w))
+            for m, w in zip(members, weights, strict=True)
         ]
         flags = iterating if len(set(iterating)) > 1 else [True] * len(members)
         key = (list(map(id, members)), signature(weights), flags, [m.settings for m in members])

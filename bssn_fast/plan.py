@@ -51,15 +51,15 @@ class LayerState:
         """Return `ready` if it belongs to this weight as it is now and has a graph if one is wanted now."""
         ready = self.ready  # read once: another thread may withdraw it
         if (
-            ready is not None
-            and self.weight is weight
-            and self.version == version(weight)
-            and (ready.requires_grad or not weight.requires_grad or not torch.is_grad_enabled())
+            ready is None
+            or self.weight is not weight
+            or self.version != version(weight)
+            or not (ready.requires_grad or not weight.requires_grad or not torch.is_grad_enabled())
             # What was made for autocast is of no use where a model switches autocast off.
-            and (ready.dtype == weight.dtype or ready.dtype == _result_dtype(weight, True))
+            or not (ready.dtype == weight.dtype or ready.dtype == _result_dtype(weight, True))
         ):
-            return ready
-        return None
+            return None
+        return ready
 
     def holds(self, weight: Tensor) -> bool:
         """Whether `ready` was made of this weight as it is now: it needs no other power iteration."""
@@ -89,7 +89,10 @@ class Member(Protocol):
 
 def version(tensor: Tensor) -> int:
     """Return the tensor's version, which grows with every change in place; -1 where torch keeps none."""
-    return -1 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # a tensor made in inference mode
+        return -1
 
 
 def signature(weights: Iterable[Tensor]) -> tuple[object, ...]:
