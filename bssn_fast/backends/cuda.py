@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from bssn_fast.backends import extension, reference
-from bssn_fast.backends.cpu import _DTYPES, _kernel_offsets, _Table, _table
+from bssn_fast.layout import channels, snapshot_offsets
 
 DEVICES = ("cuda",)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 single_launch = os.environ.get("BSSN_FAST_CUDA_LAUNCH", "single") == "single"
 
@@ -29,7 +31,7 @@ def why_unavailable() -> str | None:
     if extension.module is None:
         return extension.why_missing()
     if not hasattr(extension.module, "cuda_forward"):
-        reason = importlib_build_info().get("cuda", "nvcc was not found")
+        reason = _not_built().get("cuda", "nvcc was not found")
         return f"the extension was built without CUDA: {reason}"
     if not torch.cuda.is_available() or torch.version.hip:
         return "torch sees no NVIDIA GPU; check the driver and that torch was installed with CUDA"
@@ -43,8 +45,8 @@ _REMEDY = (
 )
 
 
-def importlib_build_info() -> dict[str, str]:
-    """Return what setup.py noted down about backends that it did not build."""
+def _not_built() -> dict[str, str]:
+    """Return what setup.py noted down about backends that it left out."""
     try:
         from bssn_fast._build_info import NOT_BUILT
     except ImportError:
@@ -62,25 +64,59 @@ def _check(error: int, what: str, device: torch.device) -> None:
         raise RuntimeError(f"bssn_fast: {what} on {device} failed: CUDA says '{_words(error)}' (error {error})")
 
 
-@lru_cache(maxsize=256)
-def _addressable(shapes: tuple[tuple[int, ...], ...], strides: tuple[tuple[int, ...], ...]) -> bool:
-    """Whether the kernels can find their way through all these weights."""
-    for shape, stride in zip(shapes, strides, strict=True):
-        offsets = _kernel_offsets(shape, stride)
-        step = offsets[1] if len(offsets) > 1 else 1
-        if not 0 < prod(shape) < 2**31 or offsets != array("q", range(0, len(offsets) * step, step)):
-            return False
-    return True
+class _Table:
+    """The geometries of some layers as `struct Geometry` of csrc/cuda/layer.h, while this object lives."""
+
+    def __init__(
+        self,
+        shapes: tuple[tuple[int, ...], ...],
+        strides: tuple[tuple[int, ...], ...],
+        dims: tuple[int, ...],
+        two_sided: tuple[bool, ...],
+        layers: tuple[int, ...],
+    ) -> None:
+        starts, _ = snapshot_offsets(shapes, dims, two_sided)
+        fields: list[int] = []
+        self.addressable = True
+        self._workspace: dict[tuple[bool, torch.dtype, torch.device], int] = {}
+        for j in layers:
+            step = _kernel_stride(shapes[j], strides[j])
+            self.addressable &= step is not None and 0 < prod(shapes[j]) < 2**31
+            fields += (*channels(shapes[j], dims[j]), two_sided[j])
+            fields += (strides[j][dims[j]], strides[j][1 - dims[j]], step or 0)
+            fields += starts[j] if two_sided[j] else (*starts[j], 0, 0)
+        self._fields = array("q", fields)
+        self._n = len(layers)
+        self.address = self._fields.buffer_info()[0]
+
+    def workspace(self, forward: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Allocate the device memory that a call needs."""
+        key = forward, dtype, device
+        if key not in self._workspace:
+            if forward:
+                size = extension.module.cuda_forward_workspace(self.address, self._n, _DTYPES[dtype], device.index)
+            else:
+                size = extension.module.cuda_backward_workspace(self.address, self._n, device.index)
+            _check(max(-size, 0), "asking for the limits", device)
+            self._workspace[key] = size
+        return torch.empty(self._workspace[key], dtype=torch.uint8, device=device)
 
 
-@lru_cache(maxsize=256)
-def _workspace_bytes(table: _Table, n: int, forward: bool, dtype: torch.dtype, device: torch.device) -> int:
-    if forward:
-        size: int = extension.module.cuda_forward_workspace(table.address, n, _DTYPES[dtype], device.index)
-    else:
-        size = extension.module.cuda_backward_workspace(table.address, n, device.index)
-    _check(max(-size, 0), "asking for the limits", device)
-    return size
+def _kernel_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+    """Return the distance between neighbouring kernel positions in elements, or None if it is not always the same."""
+    step, span = 1, None
+    for size, stride in reversed(list(zip(shape[2:], strides[2:], strict=True))):
+        if size == 1:
+            continue
+        if span is None:
+            step = span = stride
+        elif stride != span:
+            return None
+        span *= size
+    return step
+
+
+_table = lru_cache(maxsize=256)(_Table)
 
 
 def _stream(device: torch.device) -> int:
@@ -100,16 +136,15 @@ def forward(
     sigma: Tensor,
 ) -> None:
     shapes, strides = tuple([w.shape for w in weights]), tuple([w.stride() for w in weights])
-    if sigma.dtype == torch.float64 or not _addressable(shapes, strides):
+    n, device, dtype = len(weights), sigma.device, weights[0].dtype
+    table = _table(shapes, strides, tuple(dims), tuple(two_sided), tuple(range(n)))
+    if not table.addressable or not {dtype, normalized[0].dtype} <= _DTYPES.keys():
         reference.forward(
             weights, vectors, dims, two_sided, scale, eps, n_power_iterations, normalized, snapshot, sigma
         )
         return
-    n, device, dtype = len(weights), sigma.device, weights[0].dtype
-    table = _table(shapes, strides, tuple(dims), tuple(two_sided))
     pointers = array("q", [x.data_ptr() for x in (*weights, *normalized, *vectors)])
-    size = _workspace_bytes(table, n, True, dtype, device)
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    workspace = table.workspace(True, dtype, device)
     error = extension.module.cuda_forward(
         table.address,
         n,
@@ -141,17 +176,16 @@ def backward(
     grad_weights: list[Tensor],
 ) -> None:
     shapes, strides = tuple([w.shape for w in weights]), tuple([w.stride() for w in weights])
-    if sigma.dtype == torch.float64 or grads[0].dtype == torch.float64 or not _addressable(shapes, strides):
-        reference.backward(grads, weights, layers, dims, two_sided, scale, snapshot, sigma, grad_weights)
-        return
     n, device, dtype = len(layers), sigma.device, weights[0].dtype
     table = _table(shapes, strides, tuple(dims), tuple(two_sided), tuple(layers))
+    if not table.addressable or not {dtype, grads[0].dtype} <= _DTYPES.keys():
+        reference.backward(grads, weights, layers, dims, two_sided, scale, snapshot, sigma, grad_weights)
+        return
     pointers = array("q", [weights[j].data_ptr() for j in layers])
     pointers.extend([x.data_ptr() for x in (*grads, *grad_weights)])
     first, element = sigma.data_ptr(), sigma.element_size()
     pointers.extend([first + element * j for j in layers])
-    size = _workspace_bytes(table, n, False, dtype, device)
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    workspace = table.workspace(False, dtype, device)
     error = extension.module.cuda_backward(
         table.address,
         n,

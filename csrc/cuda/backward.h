@@ -31,10 +31,8 @@ BSSN_HD double dot_elements(const W* weight, const G* grad, uint32_t first, uint
       GradPiece g[kAhead];
       BSSN_UNROLL
       for (int a = 0; a < kAhead; ++a) {
-        if (x + a * kBackwardThreads < pieces_end) {
-          w[a] = weights[x + a * kBackwardThreads];
-          g[a] = grads[x + a * kBackwardThreads];
-        }
+        w[a] = weights[lesser(x + a * kBackwardThreads, pieces_end - 1)];
+        g[a] = grads[lesser(x + a * kBackwardThreads, pieces_end - 1)];
       }
       BSSN_UNROLL
       for (int a = 0; a < kAhead; ++a) {
@@ -103,9 +101,7 @@ BSSN_HD void write_gradient(const BackwardLayer& layer, const BackwardRecord& re
     for (uint32_t x = first / kPiece + thread; x < pieces_end; x += kBackwardThreads * kAhead) {
       GradPiece g[kAhead];
       BSSN_UNROLL
-      for (int a = 0; a < kAhead; ++a) {
-        if (x + a * kBackwardThreads < pieces_end) g[a] = grads[x + a * kBackwardThreads];
-      }
+      for (int a = 0; a < kAhead; ++a) g[a] = grads[lesser(x + a * kBackwardThreads, pieces_end - 1)];
       BSSN_UNROLL
       for (int a = 0; a < kAhead; ++a) {
         if (x + a * kBackwardThreads < pieces_end) {

@@ -15,8 +15,8 @@ T* pointer(uintptr_t address) {
 }  // namespace
 
 void register_cuda(py::module_& module) {
-  using bssn::DType;
-  using bssn::Geometry;
+  using bssn::cuda::DType;
+  using bssn::cuda::Geometry;
   module.def(
       "cuda_forward_workspace",
       [](uintptr_t geometry, int64_t n, int64_t weight_type, int device) {

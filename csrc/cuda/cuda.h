@@ -4,12 +4,12 @@
 // elements, is dense, and the offsets of its kernel positions are equally spaced.
 #pragma once
 
-#include "../layer.h"
+#include "layer.h"
 
 namespace bssn::cuda {
 
-// 0 if the kernels can run on this device, else the error code of the reason: no driver, too old a driver, or no code for
-// this architecture.
+// 0 if the kernels can run on this device, else the error code of the reason: no driver, too old a driver, or no code
+// for this architecture.
 int status(int device);
 
 // Bytes of device memory, aligned to 16, that a call needs; if negative, minus an error code.

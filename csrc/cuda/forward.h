@@ -38,7 +38,7 @@ BSSN_HD void reduce_tile(Block& block, const ForwardCall& call, const ForwardLay
     const int x = first + thread % elements;
     float sum = 0;
     if (x < size) {
-      BSSN_UNROLL_BY(8)
+      BSSN_UNROLL_BY(16)
       for (uint32_t slot = thread / elements; slot < layer.tiles[power]; slot += slices) {
         sum += block.load_l2(slots + uint64_t(slot) * layer.slot_size() + x);
       }
@@ -78,7 +78,7 @@ BSSN_HD void reduce_tile(Block& block, const ForwardCall& call, const ForwardLay
 // Scales elements [first, end) in memory order, which W and the result share. Aligned: in pieces of 16 bytes of W.
 template <class W, class N>
 BSSN_HD void scale_elements(const W* weight, N* output, float multiplier, uint32_t first, uint32_t end, int thread) {
-  constexpr int kPiece = 16 / int(sizeof(W)), kAhead = 4;
+  constexpr int kPiece = 16 / int(sizeof(W)), kAhead = 8;
   using Source = Pack<W, kPiece>;
   using Target = Pack<N, kPiece>;
   uint32_t done = first;
@@ -90,9 +90,7 @@ BSSN_HD void scale_elements(const W* weight, N* output, float multiplier, uint32
     for (uint32_t x = first / kPiece + thread; x < pieces_end; x += kThreads * kAhead) {
       Source loaded[kAhead];
       BSSN_UNROLL
-      for (int a = 0; a < kAhead; ++a) {
-        if (x + a * kThreads < pieces_end) loaded[a] = from[x + a * kThreads];
-      }
+      for (int a = 0; a < kAhead; ++a) loaded[a] = from[lesser(x + a * kThreads, pieces_end - 1)];
       BSSN_UNROLL
       for (int a = 0; a < kAhead; ++a) {
         if (x + a * kThreads < pieces_end) {

@@ -5,10 +5,10 @@
 
 namespace bssn::cuda {
 
-constexpr int kForwardBlocks = 1;            // on a multiprocessor at a time
-constexpr int kThreads = 384;  // of a block; 168 registers each, so that one block fills a multiprocessor
-constexpr int kColumns = 38;   // input channels that one thread of the staged power iteration can be given
-constexpr int kMaxStages = 4;  // steps of channels in shared memory at a time
+constexpr int kForwardBlocks = 1;  // on a multiprocessor at a time
+constexpr int kThreads = 256;      // of a block; 255 registers each, so that one block fills a multiprocessor
+constexpr int kColumns = 56;       // input channels that one thread of the staged power iteration can be given
+constexpr int kMaxStages = 4;      // steps of channels in shared memory at a time
 constexpr int kMaxGroups = kThreads / 32;
 constexpr int kSumParts = 16;  // partial sums that the last addition of a reduction over threads reads
 

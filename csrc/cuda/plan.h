@@ -68,7 +68,7 @@ int for_forward_layers(const Geometry* geometry, int64_t n, void* const* pointer
       layer.weight = pointers[j];
       layer.output = pointers[n + j];
       for (int v = 0; v < (layer.two_sided ? 4 : 2); ++v) {
-        layer.vectors[v] = *vector++;
+        layer.vectors[v] = static_cast<float*>(*vector++);
         layer.snapshot[v] = snapshot + layer.snapshot_offsets[v];
       }
       layer.sigma = sigma + j;
@@ -89,7 +89,7 @@ int for_backward_layers(const Geometry* geometry, int64_t n, void* const* pointe
       layer.weight = pointers[j];
       layer.grad = pointers[n + j];
       layer.output = pointers[2 * n + j];
-      layer.sigma = pointers[3 * n + j];
+      layer.sigma = static_cast<float*>(pointers[3 * n + j]);
       for (int v = 0; v < (layer.two_sided ? 4 : 2); ++v) layer.snapshot[v] = snapshot + layer.snapshot_offsets[v];
     }
     if (const int error = f(layers, count)) return error;
@@ -108,17 +108,6 @@ int64_t largest_workspace(const Geometry* geometry, int64_t n, MakePlan plan) {
     bytes = std::max(bytes, plan(layers, count).workspace_bytes);
   }
   return bytes;
-}
-
-struct Strides {
-  int64_t out, in, kernel;
-};
-
-// Strides in elements. The offsets of a strided layer's kernel positions are equally spaced: Python copies others.
-inline Strides strides_of(const Layer& layer) {
-  if (layer.order == Order::channel_major) return {layer.columns(), layer.kernel, 1};
-  if (layer.order == Order::kernel_major) return {layer.columns(), 1, layer.c_in};
-  return {layer.stride_out, layer.stride_in, layer.kernel > 1 ? layer.kernel_offsets[1] - layer.kernel_offsets[0] : 1};
 }
 
 // Puts the workspace's address in place of the offset that the plan left.

@@ -12,11 +12,10 @@ inline void plan_memory_order(const Layer& layer, BackwardLayer& out) {
     int64_t size, stride;
     uint32_t steps[4];  // in u_out [o], v_out [i, k], u_in [i], v_in [o, k]
   };
-  const Strides strides = strides_of(layer);
   const uint32_t kernel = uint32_t(layer.kernel);
-  Dimension dimensions[3] = {{layer.c_out, strides.out, {1, 0, 0, kernel}},
-                             {layer.c_in, strides.in, {0, kernel, 1, 0}},
-                             {layer.kernel, strides.kernel, {0, 1, 0, 1}}};
+  Dimension dimensions[3] = {{layer.c_out, layer.stride_out, {1, 0, 0, kernel}},
+                             {layer.c_in, layer.stride_in, {0, kernel, 1, 0}},
+                             {layer.kernel, layer.stride_kernel, {0, 1, 0, 1}}};
   // The stride of a dimension of size 1 means nothing: it goes last.
   std::sort(dimensions, dimensions + 3, [](const Dimension& a, const Dimension& b) {
     return (a.size == 1) != (b.size == 1) ? b.size == 1 : a.stride < b.stride;
@@ -43,8 +42,8 @@ inline Plan plan_backward(const Layer* layers, int n, const Device& device, Back
     to.weight = layer.weight;
     to.grad = layer.grad;
     to.output = layer.output;
-    for (int v = 0; v < 4; ++v) to.vectors[v] = static_cast<const float*>(layer.snapshot[v]);
-    to.sigma = static_cast<const float*>(layer.sigma);
+    for (int v = 0; v < 4; ++v) to.vectors[v] = layer.snapshot[v];
+    to.sigma = layer.sigma;
     to.size = uint32_t(layer.size());
     plan_memory_order(layer, to);
     to.tiles = uint32_t(divide_up(layer.size(), call.tile_elements));

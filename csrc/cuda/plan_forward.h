@@ -23,9 +23,9 @@ inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels
   out.groups = 1;
   out.stages = 0;
   out.stage_bytes = 0;
-  if (layer.order == Order::strided) return kMinShared;  // rows do not follow each other in memory
+  if (!layer.channel_major() && !layer.kernel_major()) return kMinShared;
   const int64_t u_in = layer.two_sided ? round_up(4 * layer.c_in, 16) : 0;
-  for (const int64_t threads : {32, 64, 96, 128, 192, kThreads}) {
+  for (const int64_t threads : {32, 64, 128, kThreads}) {
     const int64_t groups = kThreads / threads;
     const bool is_last = groups == 1;
     const bool has_lanes = layer.kernel <= threads && threads / layer.kernel * kColumns >= layer.c_in;
@@ -61,18 +61,17 @@ inline Plan plan_forward(const Layer* layers, int n, DType weight_type, const De
     to.weight = layer.weight;
     to.output = layer.output;
     for (int v = 0; v < 4; ++v) {
-      to.vectors[v] = static_cast<float*>(layer.vectors[v]);
-      to.snapshot[v] = static_cast<float*>(layer.snapshot[v]);
+      to.vectors[v] = layer.vectors[v];
+      to.snapshot[v] = layer.snapshot[v];
     }
-    to.sigma = static_cast<float*>(layer.sigma);
+    to.sigma = layer.sigma;
     to.c_out = int32_t(layer.c_out);
     to.c_in = int32_t(layer.c_in);
     to.kernel = int32_t(layer.kernel);
-    to.kernel_major = layer.order == Order::kernel_major;
-    const Strides strides = strides_of(layer);
-    to.stride_out = int32_t(strides.out);
-    to.stride_in = int32_t(strides.in);
-    to.stride_kernel = int32_t(strides.kernel);
+    to.kernel_major = layer.kernel_major();
+    to.stride_out = int32_t(layer.stride_out);
+    to.stride_in = int32_t(layer.stride_in);
+    to.stride_kernel = int32_t(layer.stride_kernel);
 
     int64_t channels = channels_per_tile(layer, total, device);
     plan.shared_bytes =

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../layer.h"
+#include "layer.h"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -51,8 +51,8 @@ BSSN_HD float float_of(uint32_t bits) {
 #endif
 }
 
-// Returns x. What is computed from the result is computed here, not once before the loop around it, which would keep it in
-// registers all the while.
+// Returns x. What is computed from the result is computed here, not once before the loop around it, which would keep it
+// in registers all the while.
 BSSN_HD int not_before_here(int x) {
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+r"(x));
@@ -147,6 +147,10 @@ template <class T>
 BSSN_HD bool is_aligned(const T* address) {
   return reinterpret_cast<uintptr_t>(address) % alignof(T) == 0;
 }
+
+// The lesser of two. Loads beyond the end of a tile repeat the last piece instead of being left out: a register array
+// that is written only under a condition is kept alive by the compiler through the whole kernel.
+BSSN_HD uint32_t lesser(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
 // Copies 16 bytes into shared memory; where the chip can, without waiting for them: see Block::wait_for_copies.
 BSSN_HD void copy16(void* shared, const void* global) {

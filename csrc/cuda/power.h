@@ -16,8 +16,12 @@ namespace bssn::cuda {
 
 struct Lane {
   int group, lane, k, column, per_kernel;
+  int count;   // of its elements of a row, of which the first and the distance to the next are:
+  int offset;  // from the group's row
+  int stride;
   bool active;
 
+  Lane() = default;
   BSSN_HD Lane(const ForwardLayer& layer, int thread) {
     const int threads = layer.group_threads;
     group = thread / threads;
@@ -27,6 +31,10 @@ struct Lane {
     k = layer.kernel_major ? lane / per_kernel : lane % layer.kernel;
     column = layer.kernel_major ? lane % per_kernel : lane / layer.kernel;
     active = k < layer.kernel && column < per_kernel;
+    count = active && column < layer.c_in ? (layer.c_in - 1 - column) / per_kernel + 1 : 0;
+    const int stride_in = layer.kernel_major ? 1 : layer.kernel, stride_kernel = layer.kernel_major ? layer.c_in : 1;
+    offset = column * stride_in + k * stride_kernel;
+    stride = per_kernel * stride_in;
   }
 };
 
@@ -107,17 +115,20 @@ BSSN_HD const W* staged_rows(const ForwardLayer& layer, int first, unsigned char
   return reinterpret_cast<const W*>(stage) + reinterpret_cast<uintptr_t>(source) % 16 / sizeof(W);
 }
 
-// Calls f(n) for n < count. Every n is a constant once the loops are unrolled, so that arrays indexed with it lie in
-// registers; the branch before every few keeps the compiler from loading for all of them at once.
+// Calls f(n) for n < count. Every n is a constant once the loops are unrolled, so that arrays indexed
+// with it lie in registers; the branch before every few keeps the compiler from loading for all of them at once.
 template <class F>
 BSSN_HD void for_columns(int count, F f) {
-  constexpr int kBatch = 2;
+  constexpr int kBatch = 8;
   static_assert(kColumns % kBatch == 0, "whole batches");
   BSSN_UNROLL
   for (int first = 0; first < kColumns; first += kBatch) {
-    if (first < count) {
+    if (first + kBatch <= count) {
       BSSN_UNROLL
-      for (int n = first; n < first + kBatch; ++n) {
+      for (int n = first; n < first + kBatch; ++n) f(n);
+    } else if (first < count) {
+      BSSN_UNROLL
+      for (int n = first; n < first + kBatch - 1; ++n) {
         if (n < count) f(n);
       }
     }
@@ -125,6 +136,7 @@ BSSN_HD void for_columns(int count, F f) {
 }
 
 struct PowerThread {
+  Lane at;
   float v[kColumns], t[kColumns], r[kColumns];
 };
 
@@ -135,13 +147,9 @@ BSSN_HD void write_share(Block& block, const ForwardLayer& layer, Registers& reg
   const int stride_in = layer.kernel_major ? 1 : layer.kernel, stride_kernel = layer.kernel_major ? layer.c_in : 1;
   float* const table = block.template shared<float>(kAreaAt);  // [groups][row]
   block.each([&](int thread) {
-    const Lane at(layer, thread);
-    if (!at.active) return;
-    BSSN_UNROLL
-    for (int n = 0; n < kColumns; ++n) {
-      const int i = at.column + n * at.per_kernel;
-      if (i < layer.c_in) table[at.group * row + i * stride_in + at.k * stride_kernel] = registers[thread].t[n];
-    }
+    const PowerThread& my = registers[thread];
+    float* const mine = table + my.at.group * row + my.at.offset;
+    for_columns(my.at.count, [&](int n) { mine[n * my.at.stride] = my.t[n]; });
   });
   block.each([&](int thread) {
     for (int p = thread; p < row; p += kThreads) {
@@ -152,13 +160,9 @@ BSSN_HD void write_share(Block& block, const ForwardLayer& layer, Registers& reg
   });
   if (!layer.two_sided()) return;
   block.each([&](int thread) {
-    const Lane at(layer, thread);
-    if (!at.active) return;
-    BSSN_UNROLL
-    for (int n = 0; n < kColumns; ++n) {
-      const int i = at.column + n * at.per_kernel;
-      if (i < layer.c_in) table[at.group * row + i * stride_in + at.k * stride_kernel] = registers[thread].r[n];
-    }
+    const PowerThread& my = registers[thread];
+    float* const mine = table + my.at.group * row + my.at.offset;
+    for_columns(my.at.count, [&](int n) { mine[n * my.at.stride] = my.r[n]; });
   });
   block.each([&](int thread) {
     for (int i = thread; i < layer.c_in; i += kThreads) {
@@ -185,23 +189,24 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
   float* const u_in = block.template shared<float>(kAreaAt);
   unsigned char* const stages = block.template shared<unsigned char>(
       kAreaAt + (layer.two_sided() ? (uint32_t(layer.c_in) * 4u + 15u) & ~15u : 0u));
-  const auto stage_of = [&](int step) { return stages + step % layer.stages * layer.stage_bytes; };
   const auto begin_of = [&](int step) { return first + step * groups; };
   const auto end_of = [&](int step) { return begin_of(step) + groups < end ? begin_of(step) + groups : end; };
-  const auto begin_copy = [&](int step, int thread) {
-    if (step < steps) stage_rows<W>(layer, begin_of(step), end_of(step), stage_of(step), thread);
+  const auto begin_copy = [&](int step, int stage, int thread) {
+    unsigned char* const target = stages + uint32_t(stage) * layer.stage_bytes;
+    if (step < steps) stage_rows<W>(layer, begin_of(step), end_of(step), target, thread);
     block.commit_copies();
   };
 
   typename Block::template PerThread<PowerThread> registers;
   block.each([&](int thread) {
-    for (int step = 0; step < ahead; ++step) begin_copy(step, thread);
-    const Lane at(layer, thread);
+    for (int step = 0; step < ahead; ++step) begin_copy(step, step, thread);
     PowerThread& my = registers[thread];
+    my.at = Lane(layer, thread);
+    const float* const v_out = layer.vectors[1] + my.at.column * layer.kernel + my.at.k;
+    const int stride = my.at.per_kernel * layer.kernel;
     BSSN_UNROLL
     for (int n = 0; n < kColumns; ++n) {
-      const int i = at.column + n * at.per_kernel;
-      my.v[n] = at.active && i < layer.c_in ? layer.vectors[1][i * layer.kernel + at.k] : 0.0f;
+      my.v[n] = n < my.at.count ? v_out[n * stride] : 0.0f;
       my.t[n] = my.r[n] = 0.0f;
     }
     if (layer.two_sided()) {
@@ -209,53 +214,46 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
     }
   });
 
-  for (int step = 0; step < steps; ++step) {
-    const W* const rows = staged_rows<W>(layer, begin_of(step), stage_of(step));
-    // A thread's elements of its row: offset + n * stride for n < count.
-    const auto elements = [&](const Lane& at, int& offset, int& stride) {
-      const int stride_in = layer.kernel_major ? 1 : layer.kernel, stride_kernel = layer.kernel_major ? layer.c_in : 1;
-      offset = at.group * row + at.column * stride_in + at.k * stride_kernel;
-      stride = not_before_here(at.per_kernel * stride_in);
-      const bool some = at.active && begin_of(step) + at.group < end && at.column < layer.c_in;
-      return some ? (layer.c_in - at.column + at.per_kernel - 1) / at.per_kernel : 0;
-    };
+  for (int step = 0, stage = 0; step < steps; ++step, stage = stage == ahead ? 0 : stage + 1) {
+    const W* const rows = staged_rows<W>(layer, begin_of(step), stages + uint32_t(stage) * layer.stage_bytes);
+    const int active_groups = end_of(step) - begin_of(step);
     block.each([&](int thread) {
-      begin_copy(step + ahead, thread);
+      begin_copy(step + ahead, stage == 0 ? ahead : stage - 1, thread);
       block.wait_for_copies(ahead);
     });
     block.each([&](int thread) {
-      const Lane at(layer, thread);
-      int offset, stride;
-      const int count = elements(at, offset, stride);
       const PowerThread& my = registers[thread];
+      const W* const mine = rows + my.at.group * row + my.at.offset;
+      const int count = my.at.group < active_groups ? my.at.count : 0;
+      const int stride = not_before_here(my.at.stride);
       float s = 0, q = 0;
       if (layer.two_sided()) {
-        const int per_kernel = not_before_here(at.per_kernel);
+        const float* const u = u_in + my.at.column;
+        const int u_stride = not_before_here(my.at.per_kernel);
         for_columns(count, [&](int n) {
-          const float w = to_float(rows[offset + n * stride]);
+          const float w = to_float(mine[n * stride]);
           s += w * my.v[n];
-          q += w * u_in[at.column + n * per_kernel];
+          q += w * u[n * u_stride];
         });
       } else {
-        for_columns(count, [&](int n) { s += to_float(rows[offset + n * stride]) * my.v[n]; });
+        for_columns(count, [&](int n) { s += to_float(mine[n * stride]) * my.v[n]; });
       }
       sums.s_lanes[thread] = s;
       sums.q_lanes[thread] = q;
     });
-    block.each([&](int thread) { sums.combine(layer, Lane(layer, thread)); });
+    block.each([&](int thread) { sums.combine(layer, registers[thread].at); });
     block.each([&](int thread) {
-      const Lane at(layer, thread);
-      int offset, stride;
-      const int count = elements(at, offset, stride);
-      if (count == 0) return;
       PowerThread& my = registers[thread];
-      const int o = begin_of(step) + at.group;
-      const float s = sums.s(at), q = layer.two_sided() ? sums.q(layer, at) : 0.0f;
-      if (at.lane == 0) layer.snapshot[0][o] = s;
-      if (layer.two_sided() && at.column == 0) layer.snapshot[3][int64_t(o) * layer.kernel + at.k] = q;
+      if (my.at.count == 0 || my.at.group >= active_groups) return;
+      const int o = begin_of(step) + my.at.group;
+      const float s = sums.s(my.at), q = layer.two_sided() ? sums.q(layer, my.at) : 0.0f;
+      if (my.at.lane == 0) layer.snapshot[0][o] = s;
+      if (layer.two_sided() && my.at.column == 0) layer.snapshot[3][int64_t(o) * layer.kernel + my.at.k] = q;
       if (!call.update) return;
-      for_columns(count, [&](int n) {
-        const float w = to_float(rows[offset + n * stride]);
+      const W* const mine = rows + my.at.group * row + my.at.offset;
+      const int stride = not_before_here(my.at.stride);
+      for_columns(my.at.count, [&](int n) {
+        const float w = to_float(mine[n * stride]);
         my.t[n] += s * w;
         my.r[n] += q * w;
       });

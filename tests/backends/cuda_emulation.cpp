@@ -12,7 +12,6 @@
 
 namespace {
 
-using namespace bssn;
 using namespace bssn::cuda;
 
 enum Error : int { kWaited = 1, kBadType = 2 };
