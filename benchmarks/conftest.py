@@ -73,7 +73,7 @@ def problem(request: pytest.FixtureRequest, device: str) -> Problem:
 def copy_seconds(problem: Problem) -> float:
     """What copying the set's weights takes."""
     copy, clock = peers.make(peers.COPY, problem), clock_for(problem.device)
-    return median(clock.lap([copy.forward]).device[0] for _ in range(10))
+    return median(clock.lap([copy.forward]).device[0] for _ in range(30))
 
 
 @pytest.fixture(scope="module")

@@ -106,11 +106,8 @@ def gan_steps(results: Results) -> pyplot.Figure | None:
     cases = dict.fromkeys((r.variant, r.peer) for r in results.records if r.part == "gan" and r.variant != NONE)
     series = {}
     for variant, peer in cases:
-        added = []
-        for name in names:
-            plain, record = (results.find("gan", name, *case, "step") for case in ((NONE, NONE), (variant, peer)))
-            added.append(100 * (record.median / plain.median - 1) if plain and record else 0)
-        series[f"{variant}, {peer}"] = added
+        found = [results.find("gan", name, variant, peer, "step") for name in names]
+        series[f"{variant}, {peer}"] = [r.added if r and r.added is not None else 0 for r in found]
     _bars(axis, names, series)
     axis.set_ylabel("% added to a training step")
     axis.set_title("cost of normalisation in whole training steps")

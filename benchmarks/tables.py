@@ -137,10 +137,9 @@ def gan_steps(results: Results) -> str:
     """Return what normalisation adds to whole training steps."""
     rows = []
     for name in results.sets("gan"):
-        plain = results.find("gan", name, NONE, NONE, "step")
         for r in results.records:
-            if plain and r.part == "gan" and r.set == name and r.median:
-                added = "" if r.variant == NONE else f"{100 * (r.median / plain.median - 1):+.1f} %"
+            if r.part == "gan" and r.set == name and r.median:
+                added = "" if r.variant == NONE else f"{r.added:+.1f} %"
                 rows.append([name, r.variant, r.peer if r.variant != NONE else "", _ms(r.median), added])
     if not rows:
         return ""

@@ -88,6 +88,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch, what):
 def test_gan_steps_are_timed_with_and_without_normalisation():
     records = measure.gan_steps("cnn", batch=2, seconds=1e-9, width=4)
     assert [(r.variant, r.peer) for r in records] == list(gan.CASES)
+    assert records[0].added == 0
     with pytest.raises(WrongResultError, match="differ"):
         gan._check_equal("x", torch.ones(3), torch.tensor([1, 1, 1.01]))
 
@@ -106,7 +107,7 @@ def invented(time_of_ours: float = 1.0) -> Results:
                     r = Record(part, name, variant, peer, phase, 2, megabytes, median=median, copies=copies, runs=9)
                     results.records.append(r)
     for variant, peer in gan.CASES:
-        results.records.append(Record("gan", "cnn", variant, peer, "step", 2, 0, median=10.0, runs=9))
+        results.records.append(Record("gan", "cnn", variant, peer, "step", 2, 0, median=10.0, runs=9, added=0.0))
     return results
 
 
