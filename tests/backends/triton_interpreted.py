@@ -176,8 +176,9 @@ def mode(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("n_power_iterations", [0, 1, 3])
-def test_fp32(mode, n_power_iterations):
+@pytest.mark.parametrize(("mode", "n_power_iterations"), [("single", 0), ("single", 1), ("phases", 2)])
+def test_fp32(monkeypatch, mode, n_power_iterations):
+    monkeypatch.setenv("BSSN_FAST_TRITON_LAUNCH", mode)
     check(Problem(n_power_iterations=n_power_iterations))
 
 
@@ -188,11 +189,11 @@ def test_fp32(mode, n_power_iterations):
         (torch.bfloat16, None),
         (torch.float16, None),
         (torch.float32, torch.bfloat16),
-        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.float32),
     ],
 )
 def test_dtypes(dtype, out_dtype):
-    check(Problem(dtype=dtype, out_dtype=out_dtype))
+    check(Problem(LAYERS[:8], dtype, out_dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -204,7 +205,7 @@ def test_modes_and_repetitions_give_the_same_bits(monkeypatch):
     results = []
     for mode in ("single", "single", "phases"):
         monkeypatch.setenv("BSSN_FAST_TRITON_LAUNCH", mode)
-        results.append(Problem().forward().backward().results())
+        results.append(Problem([*LAYERS[:5], LAYERS[-2]]).forward().backward().results())
     for other in results[1:]:
         for name, values in results[0].items():
             for x, y in zip(values, other[name], strict=True):
@@ -212,9 +213,9 @@ def test_modes_and_repetitions_give_the_same_bits(monkeypatch):
 
 
 def test_one_program_serves_many_calls(mode):
-    problem = Problem(LAYERS[:3])
+    problem = Problem(LAYERS[:2])
     exact = problem.copy(torch.float64)
-    for _ in range(4):
+    for _ in range(3):
         problem.poison_outputs()
         exact.forward(reference).backward(reference)
         problem.forward().backward()
@@ -223,7 +224,7 @@ def test_one_program_serves_many_calls(mode):
             assert error(x, y) < 1e-5, name
 
 
-def test_some_gradients_missing(mode):
+def test_some_gradients_missing():
     problem = Problem(LAYERS[:4]).forward()
     exact = Problem(LAYERS[:4], torch.float32).forward(reference).backward(reference)
     problem.backward(layers=[3, 1])
@@ -241,10 +242,10 @@ def test_groups_of_layers(monkeypatch):
 def test_one_dominant_input_direction():
     """An unfolding without the permutation gives a wrong sigma here."""
     problem = Problem(
-        [((6, 4, 3, 3), 0, True, "contiguous"), ((4, 4, 3, 3), 0, True, "contiguous")], n_power_iterations=30
+        [((6, 4, 3, 3), 0, True, "contiguous"), ((4, 4, 3, 3), 0, True, "contiguous")], n_power_iterations=6
     )
     for weight in problem.weights:
-        weight[:, 1] *= 20
+        weight[:, 1] *= 50
     check(problem)
     for j, weight in enumerate(problem.weights):
         out_side = torch.linalg.matrix_norm(weight.flatten(1).double(), 2)
@@ -252,7 +253,7 @@ def test_one_dominant_input_direction():
         assert problem.sigma[j].item() == pytest.approx(((out_side + in_side) / 2).item(), rel=1e-4)
 
 
-def test_zero_weight(mode):
+def test_zero_weight():
     problem = Problem(LAYERS[:3])
     stored = [v.clone() for v in problem.vectors]
     problem.weights[0].zero_()

@@ -45,12 +45,12 @@ def rows_tile(
     weight = pointer(tl.load(row + f.WEIGHT), W_TYPE, VECTORS)
     v_out = pointer(tl.load(row + f.STORED + 1), ACC, VECTORS)
     u_in = pointer(tl.load(row + f.STORED + 2), ACC, VECTORS)
-    s_all = scratch + tl.load(row + f.SOURCE)
-    q_all = scratch + tl.load(row + f.SOURCE + 3)
-    fold = scratch + tl.load(row + f.FOLD)
-    n_out_columns = tl.load(row + f.SIZE + 1)
-    slot_offset = tl.load(row + f.SLOTS) + tile * (n_out_columns + tl.load(row + f.SIZE + 2))
-    slot = scratch + (tl.multiple_of(slot_offset, 4) if V % 4 == 0 else slot_offset)
+    s_all = field(row, f.SOURCE)
+    q_all = field(row, f.SOURCE + 3)
+    fold = field(row, f.FOLD)
+    n_out_columns = field(row, f.SIZE + 1)
+    slot = field(row, f.SLOTS) + tile * (n_out_columns + field(row, f.SIZE + 2))
+    slot = tl.multiple_of(slot, 4) if V % 4 == 0 else slot
 
     d, k, position, j_offset, m_j = place(row, SHAPES, SHAPE)
     rows_per_tile = field(row, f.ROWS_PER_TILE)
@@ -79,18 +79,18 @@ def rows_tile(
                 u = tl.load(u_in + (g * V)[:, None] + d[None, :], mask=m_gj, other=0)
                 b_q += w * u[None, :, :]
         s = tl.sum(tl.sum(b_s, axis=2), axis=1)  # [BO]
-        tl.store(s_all + o, s, mask=m_o)
+        tl.store(scratch + (s_all + o), s, mask=m_o)
         if TWO:
             q = tl.sum(b_q, axis=1)  # [BO, BJ]
             m_oj = m_o[:, None] & m_j[None, :]
             if V > 1:  # a group's V channels have separate sums so far
-                p_fold = fold + (o * (k_size * V))[:, None]
-                tl.store(p_fold + position[None, :], q, mask=m_oj)
+                o_fold = (fold + o * (k_size * V))[:, None]
+                tl.store(scratch + (o_fold + position[None, :]), q, mask=m_oj)
                 tl.debug_barrier()
                 q = tl.zeros([BO, BJ], ACC)
-                for channel in tl.static_range(V):
-                    q += tl.load(p_fold + channel * k_size + k[None, :], mask=m_oj, other=0)
-            tl.store(q_all + (o * k_size)[:, None] + k[None, :], q, mask=m_oj & (d == 0)[None, :])
+                for n in tl.static_range(V):
+                    q += tl.load(scratch + (o_fold + (n * k_size + k)[None, :]), mask=m_oj, other=0)
+            tl.store(scratch + ((q_all + o * k_size)[:, None] + k[None, :]), q, mask=m_oj & (d == 0)[None, :])
 
         if ITERATE:
             for g_start in range(0, groups, BG):
@@ -100,13 +100,13 @@ def rows_tile(
                 m = m_o[:, None, None] & m_gj[None, :, :]
                 g_offset = (g * (group_stride * V))[:, None] + j_offset[None, :]
                 w = tl.load(weight + (o_offset[:, None, None] + g_offset[None, :, :]), mask=m, other=0).to(ACC)
-                p_t = slot + (g * (k_size * V))[:, None] + position[None, :]
+                p_t = scratch + ((slot + g * (k_size * V))[:, None] + position[None, :])
                 t = tl.load(p_t, mask=m_gj & (o_start > first), other=0)
                 tl.store(p_t, t + tl.sum(w * s[:, None, None], axis=0), mask=m_gj)
                 if TWO:
                     wq = tl.sum(w * q[:, None, :], axis=0)  # [BG, BJ]
                     for channel in tl.static_range(V):
-                        p_r = slot + n_out_columns + g * V + channel
+                        p_r = scratch + (slot + n_out_columns + g * V + channel)
                         r = tl.load(p_r, mask=m_g & (o_start > first), other=0)
                         tl.store(p_r, r + tl.sum(tl.where((d == channel)[None, :], wq, 0), axis=1), mask=m_g)
             tl.debug_barrier()  # the next rows add to the slot, perhaps from other threads

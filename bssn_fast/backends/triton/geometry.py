@@ -80,10 +80,11 @@ def _kernel_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
     return dims[-1][1] if dims else 1
 
 
-def _tile_rows(c_out: int, positions: int, vector: int, itemsize: int) -> int:
+def _tile_rows(c_out: int, positions: int, vector: int, two_sided: bool, itemsize: int) -> int:
     if c_out == 1 or positions > TILE_COLUMNS:
         return 1
-    return TILE_ROWS if vector > 1 and positions <= 128 and itemsize <= 4 else 2
+    spills = itemsize > 4 or vector == 1 or (two_sided and not 64 <= positions <= 128)
+    return 2 if spills else TILE_ROWS
 
 
 def geometry(
@@ -115,7 +116,7 @@ def geometry(
     if k * vector > MAX_K:
         vector = 1
     positions = power_of_two(k * vector)
-    rows = _tile_rows(c_out, positions, vector, itemsize)
+    rows = _tile_rows(c_out, positions, vector, two_sided, itemsize)
     tile_shape = TileShape(vector, kernel_innermost, two_sided, rows, max(TILE_COLUMNS // positions, 1), positions)
     group_stride = k if kernel_innermost else 1 if vector > 1 else channel_stride
     return Geometry(tile_shape, c_out, c_in, k, row_stride // vector, group_stride, k_stride // vector, numel)

@@ -40,8 +40,9 @@ def forward_kernel(
     SINGLE: all phases in this launch.
     """
     tile, segment = take_tile(segments, counters, first_tile, SINGLE, N_SEGMENTS)
-    kind = field(segment, f.KIND)
-    layer = field(segment, f.LAYER)
+    kind = field(segments + segment, f.KIND)
+    layer = field(segments + segment, f.LAYER)
+    done = field(segments + segment, f.DONE_COUNTER)
     row = layers + layer * f.LAYER_FIELDS
     eps = float_of(eps_bits)
     if kind == f.ROWS:
@@ -57,9 +58,7 @@ def forward_kernel(
         out = choose(outs, layer)
         scaling_tile(row, tile, out, stats, float_of(scale_bits), eps, ALIGNED, ITERATE, W_TYPE, OUT_TYPE, ACC)
     if SINGLE:
-        done = tl.load(segment + f.DONE_COUNTER)
-        if done > 0:
-            announce(counters + done)
+        announce(counters, done)
 
 
 @triton.jit(do_not_specialize=["scale_bits", "first_tile"])
@@ -85,10 +84,11 @@ def backward_kernel(
 ):
     """One tile of the backward pass; the arguments are those of `forward_kernel`."""
     tile, segment = take_tile(segments, counters, first_tile, SINGLE, N_SEGMENTS)
-    layer = field(segment, f.LAYER)
+    layer = field(segments + segment, f.LAYER)
+    done = field(segments + segment, f.DONE_COUNTER)
     row = layers + layer * f.LAYER_FIELDS
     grad = choose(grads, layer)
-    if field(segment, f.KIND) == f.INNER:
+    if field(segments + segment, f.KIND) == f.INNER:
         inner_tile(row, tile, grad, stats, ALIGNED, W_TYPE, G_TYPE, ACC)
     else:
         out = choose(grad_weights, layer)
@@ -99,9 +99,7 @@ def backward_kernel(
             if shape == n:
                 gradient_tile(row, tile, grad, out, stats, snapshot, sigma, scale, SHAPES, n, W_TYPE, G_TYPE, ACC)
     if SINGLE:
-        done = tl.load(segment + f.DONE_COUNTER)
-        if done > 0:
-            announce(counters + done)
+        announce(counters, done)
 
 
 @triton.jit(do_not_specialize=["start"])

@@ -28,8 +28,9 @@ TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-OPTIONS = {"num_warps": 8} if torch.version.hip else {"num_warps": 8, "maxnreg": 128}
-"""128 registers: two programs on a multiprocessor of 64K registers, so that one loads while the other adds."""
+NUM_WARPS = 8
+MAX_REGISTERS = 128
+"""Two programs on a multiprocessor of 64K registers, so that one loads while the other adds. Not for fp64."""
 
 MAX_LAYERS = 128
 """Layers of one launch: their outputs' addresses are kernel arguments, of which CUDA takes 4 KB. More take several."""
@@ -91,6 +92,9 @@ def _layers(
 def _run(kernel: Any, prepared: Prepared, buffers: Buffers, arguments: tuple[Any, ...], **constants: Any) -> None:
     """Start the program's launches; `arguments` are those between the buffers and the first tile."""
     program = prepared.program
+    options = {"num_warps": NUM_WARPS}
+    if not torch.version.hip and buffers.scratch.dtype != torch.float64:
+        options["maxnreg"] = MAX_REGISTERS
     try:
         for first_tile, n_tiles in program.launches:
             kernel[(n_tiles,)](
@@ -106,7 +110,7 @@ def _run(kernel: Any, prepared: Prepared, buffers: Buffers, arguments: tuple[Any
                 SINGLE=prepared.single,
                 ACC=TYPES[buffers.scratch.dtype],
                 **constants,
-                **OPTIONS,
+                **options,
             )
     except BaseException:
         _cache.clear()

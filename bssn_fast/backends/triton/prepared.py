@@ -27,11 +27,11 @@ class Prepared:
         self.program = program
         self.indices = indices
         self.single = single
-        table = torch.empty(len(program.values), dtype=torch.int64, device=device)
-        for start in range(0, len(program.values), TABLE_CHUNK):
-            start = min(start, max(len(program.values) - TABLE_CHUNK, 0))  # the last chunk overlaps: one kernel for all
-            values = tuple(encode(value) for value in program.values[start : start + TABLE_CHUNK])
-            kernels.table_kernel[(1,)](table, start, values, num_warps=1)
+        values = [*program.values, *[0] * (-len(program.values) % TABLE_CHUNK)]
+        table = torch.empty(len(values), dtype=torch.int64, device=device)
+        for start in range(0, len(values), TABLE_CHUNK):
+            chunk = tuple(encode(value) for value in values[start : start + TABLE_CHUNK])
+            kernels.table_kernel[(1,)](table, start, chunk, num_warps=1)
         split = program.n_segments * SEGMENT_FIELDS.value
         self.segments, self.layers = table[:split], table[split:]
 

@@ -175,6 +175,8 @@ def build(layers: Sequence[Layer], all_stages: Sequence[Sequence[Stage]], *, sin
     scratch, stats = _Offsets(), _Offsets()
     shapes = tuple(sorted({layer.geometry.shape for layer in layers}))
     rows = [_row(x, shapes.index(x.geometry.shape), scratch, stats, backward) for x in layers]
+    if scratch.end >= 2**31:
+        raise ValueError("the layers are too large for the Triton backend; use backend='reference'")
     return Program(
         values=[value for row in (*segments, *rows) for value in row],
         n_segments=n_segments,

@@ -50,24 +50,24 @@ def wait_for(counter, target):
 
 
 @triton.jit
-def announce(counter):
-    """Add one to `counter`, after everything that this tile has written."""
-    tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="release")
+def announce(counters, done):
+    """Add one to counter `done`, after everything that this tile has written; 0 is for tiles that nothing waits for."""
+    if done > 0:
+        tl.debug_barrier()
+        tl.atomic_add(counters + done, 1, sem="release")
 
 
 @triton.jit
 def find_segment(segments, tile, N_SEGMENTS: tl.constexpr):
-    """The row of the segment that `tile` belongs to: the last one that does not start after it."""
+    """Where in the table the segment of `tile` has its row: the last segment that does not start after it."""
     n = tl.arange(0, N_SEGMENTS)
     starts = tl.load(segments + n * f.SEGMENT_FIELDS + f.START)
-    index = tl.sum((starts <= tile).to(tl.int32), axis=0) - 1
-    return segments + index * f.SEGMENT_FIELDS
+    return (tl.sum((starts <= tile).to(tl.int32), axis=0) - 1) * f.SEGMENT_FIELDS
 
 
 @triton.jit
 def take_tile(segments, counters, first_tile, SINGLE: tl.constexpr, N_SEGMENTS: tl.constexpr):
-    """This program's tile number, the row of its segment, and how often its counters have been used before.
+    """This program's tile: its number in its segment, and where in the table that segment's row is.
 
     SINGLE: the next number is taken from counter 0, and all tiles this one builds on have been waited for on return.
     Counters only ever grow: a launch leaves each of them at a multiple of its tiles, so none has to be cleared.
@@ -77,13 +77,13 @@ def take_tile(segments, counters, first_tile, SINGLE: tl.constexpr, N_SEGMENTS: 
         n_tiles = tl.num_programs(0)
         tile = ticket % n_tiles
         segment = find_segment(segments, tile, N_SEGMENTS)
-        count = tl.load(segment + f.WAIT_COUNT)
+        count = tl.load(segments + segment + f.WAIT_COUNT)
         if count > 0:
-            wait_for(counters + tl.load(segment + f.WAIT_COUNTER), (ticket // n_tiles + 1) * count)
+            wait_for(counters + tl.load(segments + segment + f.WAIT_COUNTER), (ticket // n_tiles + 1) * count)
     else:
         tile = first_tile.to(tl.int64) + tl.program_id(0)
         segment = find_segment(segments, tile, N_SEGMENTS)
-    return (tile - tl.load(segment + f.START)).to(tl.int32), segment
+    return (tile - tl.load(segments + segment + f.START)).to(tl.int32), segment
 
 
 @triton.jit

@@ -1,0 +1,189 @@
+"""The Triton kernels as they would be compiled for GPUs that are not there: the same arguments and options as in use.
+
+Run by test_triton.py. Triton brings its own ptxas and cuobjdump.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from bssn_fast import layout
+from bssn_fast.backends import triton as backend
+from bssn_fast.backends.triton import kernels, launch, prepared
+
+RESNET = [  # each shape of tile that a residual discriminator needs
+    ((64, 3, 3, 3), 0, True),
+    ((128, 64, 3, 3), 0, True),
+    ((1024, 512, 1, 1), 0, False),
+    ((1, 1024), 0, False),
+]
+CNN = [((64, 3, 3, 3), 0, True), ((64, 64, 4, 4), 0, True), ((128, 64, 3, 3), 0, True), ((1, 8192), 0, False)]
+GENERATOR = [((256, 128, 4, 4), 1, True), ((256, 128, 4, 4), 1, False), ((100, 77), 0, False)]
+GROUPED = [((128, 32, 41), 0, True), ((256, 8, 41), 0, True), ((1024, 1024, 5), 0, True), ((128, 1, 15), 0, True)]
+
+
+class AbsentGPU:
+    """What Triton asks of a driver when it compiles."""
+
+    def __init__(self, arch):
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+
+class Compiling:
+    """Stands in for a kernel: compiles it where it would have been launched."""
+
+    def __init__(self, kernel, compiled):
+        self.kernel, self.compiled = kernel, compiled
+
+    def __getitem__(self, grid):
+        def compile_only(*arguments, **options):
+            self.compiled.append(self.kernel.warmup(*arguments, grid=grid, **options))
+
+        return compile_only
+
+
+@pytest.fixture
+def compile_calls(monkeypatch):
+    """A function that returns the kernels of a forward and a backward call, by name."""
+
+    def compile_calls(arch, layers, dtype=torch.float32, out_dtype=None, memory_format=None, offset=0):
+        out_dtype = out_dtype or dtype
+        compiled = []
+        monkeypatch.setattr(launch, "_cache", prepared.Cache())
+        for name in ("forward_kernel", "backward_kernel", "table_kernel"):
+            monkeypatch.setattr(kernels, name, Compiling(originals[name], compiled))
+        driver.set_active(AbsentGPU(arch))  # for good: this process does nothing else
+        _call(layers, dtype, out_dtype, memory_format, offset)
+        return {kernel.metadata.name: kernel for kernel in compiled}
+
+    originals = {name: getattr(kernels, name) for name in ("forward_kernel", "backward_kernel", "table_kernel")}
+    return compile_calls
+
+
+def _call(layers, dtype, out_dtype, memory_format, offset):
+    def tensor(shape, dtype):
+        like = torch.empty(shape, device="meta")
+        like = like.to(memory_format=memory_format) if memory_format and len(shape) == 4 else like
+        return torch.empty(like.numel() + offset, dtype=dtype)[offset:].as_strided(shape, like.stride())
+
+    shapes = [shape for shape, _, _ in layers]
+    dims = [dim for _, dim, _ in layers]
+    two_sided = [two for _, _, two in layers]
+    compute_dtype = layout.compute_dtype(dtype)
+    weights = [tensor(shape, dtype) for shape in shapes]
+    outs = [tensor(shape, out_dtype) for shape in shapes]
+    grads = [tensor(shape, out_dtype) for shape in shapes]
+    grad_weights = [tensor(shape, dtype) for shape in shapes]
+    vectors = [torch.empty(size, dtype=compute_dtype) for layer in layers for size in layout.vector_sizes(*layer)]
+    _, size = layout.snapshot_offsets(tuple(shapes), tuple(dims), tuple(two_sided))
+    snapshot, sigma = torch.empty(size, dtype=compute_dtype), torch.empty(len(layers), dtype=compute_dtype)
+    backend.forward(weights, vectors, dims, two_sided, 1.0, 1e-12, 1, outs, snapshot, sigma)
+    backend.backward(grads, weights, list(range(len(layers))), dims, two_sided, 1.0, snapshot, sigma, grad_weights)
+
+
+def resources(kernel, tmp_path):
+    """(registers, bytes of stack) of a thread, from the machine code; registers that spill go to the stack."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups()
+    return int(registers), int(stack) + int(local)
+
+
+def check_resources(kernels_by_name, tmp_path, max_registers=128, max_stack=0):
+    assert set(kernels_by_name) == {"forward_kernel", "backward_kernel", "table_kernel"}
+    for name, kernel in kernels_by_name.items():
+        registers, stack = resources(kernel, tmp_path)
+        assert stack <= max_stack, name
+        assert registers <= max_registers, name
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_no_spills(compile_calls, tmp_path, arch):
+    # On sm_80 one number that lives as long as its tile is kept on the stack; no loop touches it.
+    check_resources(compile_calls(arch, RESNET), tmp_path, max_stack=8 if arch == 80 else 0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "dtype", "out_dtype", "memory_format", "offset"),
+    [
+        (CNN, torch.float32, None, None, 0),
+        (GENERATOR, torch.float32, None, None, 0),
+        (GROUPED, torch.float32, None, None, 0),
+        (RESNET, torch.float32, None, torch.channels_last, 0),
+        (RESNET, torch.float32, None, None, 1),
+        (RESNET, torch.float32, torch.bfloat16, None, 0),
+        (RESNET, torch.bfloat16, None, None, 0),
+        (RESNET, torch.float16, None, None, 0),
+        (RESNET, torch.float64, None, None, 0),
+    ],
+    ids=["cnn", "generator", "grouped", "channels_last", "unaligned", "autocast", "bf16", "fp16", "fp64"],
+)
+def test_no_spills_on_hopper(compile_calls, tmp_path, layers, dtype, out_dtype, memory_format, offset):
+    compiled = compile_calls(90, layers, dtype, out_dtype, memory_format, offset)
+    check_resources(compiled, tmp_path, max_registers=255 if dtype == torch.float64 else 128)
+
+
+def wide(text, access):
+    return len(re.findall(rf"\b{access}\.global\S*\.(v4\.b32|v2\.b64)", text))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("memory_format", [None, torch.channels_last])
+def test_wide_accesses(compile_calls, dtype, memory_format):
+    """16 bytes a thread where weights are read and where results are written; none of that for unaligned weights."""
+    layers = [((1024, 512, 3, 3), 0, False), ((1024, 512, 1, 1), 0, False)]
+    for kernel in ("forward_kernel", "backward_kernel"):
+        access = {
+            offset: compile_calls(90, layers, dtype, None, memory_format, offset)[kernel].asm["ptx"]
+            for offset in (0, 1)
+        }
+        aligned, unaligned = access[0], access[1]
+        assert wide(aligned, "ld") >= wide(unaligned, "ld") + 4
+        assert wide(aligned, "st") >= wide(unaligned, "st") + 2
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_waits_and_announcements(compile_calls, arch):
+    """A barrier directly before the release, and an acquire that is repeated and followed by a barrier."""
+    for name, kernel in compile_calls(arch, RESNET).items():
+        if name == "table_kernel":
+            continue
+        lines = [line.strip() for line in kernel.asm["ptx"].splitlines()]
+        code = [line for line in lines if line and not line.startswith((".loc", "//", "$L__tmp"))]
+        releases = [n for n, line in enumerate(code) if "release" in line]
+        acquires = [n for n, line in enumerate(code) if "acquire" in line]
+        assert len(releases) == 1
+        assert len(acquires) == 1
+        before = code[: releases[0]]
+        barrier = max(n for n, line in enumerate(before) if line.startswith("bar.sync"))
+        assert not any(re.search(r"\b(st|atom|red)\.", line) for line in before[barrier:])
+        loop = max(n for n, line in enumerate(code[: acquires[0]]) if re.match(r"\$L__BB\d+_\d+:", line))
+        label = code[loop].split(":")[0]
+        after = code[acquires[0] :]
+        back = next(n for n, line in enumerate(after) if re.search(rf"\bbra(\.uni)? *\t*{re.escape(label)};", line))
+        assert any(line.startswith("bar.sync") for line in after[:back])
+
+
+def test_a_launch_per_phase(compile_calls, tmp_path, monkeypatch):
+    monkeypatch.setenv("BSSN_FAST_TRITON_LAUNCH", "phases")
+    compiled = compile_calls(90, RESNET)
+    check_resources(compiled, tmp_path)
+    for kernel in compiled.values():
+        assert not re.search(r"acquire|release|\batom\.", kernel.asm["ptx"])

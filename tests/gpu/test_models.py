@@ -1,0 +1,75 @@
+"""Whole models on a GPU: what users call, in autograd's threads, under autocast, in all memory formats."""
+
+import copy
+
+import pytest
+import torch
+from support import Net, images, norms, vectors_of
+
+import bssn_fast
+
+
+def steps(model, x, n=3):
+    """A few steps of training; the model's outputs, and its parameters in the end."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    outputs = []
+    for _ in range(n):
+        optimizer.zero_grad()
+        out = model(x)
+        (out.square().mean() + model(x.flip(0)).mean()).backward()  # two forwards before one backward
+        optimizer.step()
+        outputs.append(out.detach().cpu())
+    return outputs, [p.detach().cpu() for p in model.parameters()], vectors_of(model)
+
+
+class OnDevice(Net):
+    """Net makes its labels on the CPU."""
+
+    def forward(self, x):
+        with torch.device(x.device):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("variant", ["sn", "ssn", "bsn", "bssn"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_training_is_that_of_the_cpu(backend, variant, channels_last):
+    plain, x = OnDevice(), images(4)
+    on_cpu = bssn_fast.apply(copy.deepcopy(plain), variant, backend="reference")
+    on_gpu = bssn_fast.apply(copy.deepcopy(plain), variant, backend=backend)
+    for a, b in zip(norms(on_cpu).values(), norms(on_gpu).values(), strict=True):
+        b.load_state_dict(a.state_dict())
+    on_gpu = on_gpu.to("cuda", memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    outputs, parameters, vectors = steps(on_cpu, x)
+    found, found_parameters, found_vectors = steps(on_gpu, x.cuda())
+    for a, b in zip([*outputs, *parameters], [*found, *found_parameters], strict=True):
+        torch.testing.assert_close(b, a, rtol=2e-3, atol=2e-4)  # TF32 and other orders of sums in the layers
+    for name, vector in vectors.items():
+        torch.testing.assert_close(found_vectors[name].cpu(), vector, rtol=2e-3, atol=2e-3)
+
+
+def test_autocast(backend):
+    model = bssn_fast.apply(OnDevice(), backend=backend).cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        model(images(4).cuda()).float().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_evaluation_changes_nothing(backend):
+    model = bssn_fast.apply(OnDevice(), backend=backend).cuda()
+    model(images(4).cuda())
+    before = vectors_of(model)
+    model.eval()
+    first, second = model(images(4).cuda()).shape, model(images(4).cuda()).shape
+    assert first == second
+    after = vectors_of(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_default_backend_is_one_for_gpus():
+    model = bssn_fast.apply(OnDevice()).cuda()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        model(images(4).cuda())
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events()]
+    assert any("forward_kernel" in name or "bssn" in name for name in names), names
