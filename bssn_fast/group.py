@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.hooks import RemovableHandle
 
-from bssn_fast.parametrization import SpectralNormalization, Usage, in_backward, original_of
-from bssn_fast.plan import Plan, partition, signature
+from bssn_fast.parametrization import SpectralNormalization, Usage, original_of
+from bssn_fast.plan import Plan, in_backward, partition, signature
 
 
 class Group:
@@ -68,7 +68,7 @@ class Group:
         self._usage.model_called = True
         members, weights = self._members, [original_of(layer) for layer in self._layers]
         if any(m.state.ready is not None or m.settings.update != "forward" for m in members):
-            # Layers may have been normalised already, or a later `apply` or `remove` may have taken them out of the group.
+            # Layers may have been normalised already, or taken out of the group by a later `apply` or `remove`.
             wanted = [
                 m.settings.update == "forward" and m.state.usable(w) is None
                 for m, w in zip(members, weights, strict=True)
@@ -92,14 +92,14 @@ class Group:
             self._plans = [(Plan([members[j] for j in part], [weights[j] for j in part]), part) for part in parts]
             self._signature = key
         if self._recomputing and any(training):
-            self._usage.recompute(whole_model=True)
+            self._usage.recompute(inside=True)
         results: list[Tensor] = []
         for plan, part in self._plans:
             iterate = iterating[part[0]]
             keep = not iterate or all(members[j].state.cached for j in part)
             chosen = [weights[j] for j in part]
             for j, normalized in zip(part, plan.normalize(chosen, iterate=iterate, keep=keep), strict=True):
-                members[j].state.offer(weights[j], normalized)
+                members[j].state.offer(weights[j], normalized, recomputed=self._recomputing)
                 results.append(normalized)
         if any(iterating):
             self._usage.count(results)

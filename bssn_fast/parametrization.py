@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from bssn_fast.functional import Normalizer
 from bssn_fast.layout import compute_dtype, needs_two_sides, vector_sizes
-from bssn_fast.plan import LayerState, Plan, checked_vectors, signature
+from bssn_fast.plan import LayerState, Plan, checked_vectors, in_backward, signature
 
 VARIANTS = {
     # name: (both directions, multiplied by a constant)
@@ -26,11 +26,6 @@ VARIANTS = {
 
 FIRST_ITERATIONS = 15
 """Power iterations on random first vectors: as many as torch's parametrization does."""
-
-
-def in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread: a forward is then a recomputation."""
-    return torch._C._current_graph_task_id() != -1
 
 
 class Settings(NamedTuple):
@@ -86,13 +81,17 @@ class Usage:
             self._forwards.clear()
         graph = next((w.grad_fn for w in normalized if w.grad_fn is not None), None)
         latest = _Forward(torch.is_grad_enabled(), None if graph is None else weakref.ref(graph))
-        self._forwards = [f for f in self._forwards if f != latest and not f.finished()]
+        older = [f for f in self._forwards if not f.finished()]
+        # Of those without a graph nothing tells when they are over: one of a kind will do.
+        self._forwards = [f for j, f in enumerate(older) if f.graph or f not in older[:j]]
         self._forwards.append(latest)
 
-    def recompute(self, *, whole_model: bool) -> None:
-        """A forward repeated in a backward pass; raises RuntimeError if it is not known which one."""
-        # A checkpoint around the whole model may have called it without grad mode; around a part of it, it has not.
-        if any((whole_model or f.grad_mode) and not f.finished() for f in self._forwards[:-1]):
+    def recompute(self, *, inside: bool) -> None:
+        """A forward repeated in a backward pass; raises RuntimeError if it is not known which one.
+
+        inside: the normalisation lay inside the checkpoint, which may have switched grad mode off.
+        """
+        if any((inside or f.grad_mode) and not f.finished() for f in self._forwards[:-1]):
             raise RuntimeError(
                 "bssn_fast: a checkpointed forward is recomputed, but the model was normalised several times since the "
                 "last backward pass and it is not known which of these is meant. Run the forwards in "
@@ -194,7 +193,7 @@ class SpectralNormalization(nn.Module):
         recomputation = in_backward()
         iterate = self.training and not recomputation and not state.holds(weight)
         if recomputation and self.training:
-            self.usage.recompute(whole_model=False)
+            self.usage.recompute(inside=self.settings.update == "access")
         elif iterate and self.settings.update == "forward":
             self.usage.normalized_alone()
         if (

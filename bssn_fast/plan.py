@@ -17,6 +17,11 @@ from bssn_fast.layout import compute_dtype
 _SAMPLES = 32
 
 
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread: a forward is then a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class LayerState:
     """What a layer remembers between calls; plain Python, so that none of it is a buffer or a module.
 
@@ -24,16 +29,18 @@ class LayerState:
         of; `ready` is None outside.
     sigma, index: sigma of the last normalisation is `sigma[index]`.
     generation: grows whenever the vectors change in a way that tensor versions do not show.
+    recomputed: `ready` was made in a backward pass, for a checkpointed forward.
     cached: how many `cached` blocks the layer is in.
     plan: for normalising the layer by itself.
     """
 
-    __slots__ = ("cached", "generation", "index", "plan", "ready", "sigma", "version", "weight")
+    __slots__ = ("cached", "generation", "index", "plan", "ready", "recomputed", "sigma", "version", "weight")
 
     def __init__(self, sigma: Tensor | None = None, generation: int = 0) -> None:
         self.ready: Tensor | None = None
         self.weight: Tensor | None = None
         self.version = 0
+        self.recomputed = False
         self.sigma, self.index = sigma, 0
         self.generation = generation
         self.cached = 0
@@ -57,6 +64,8 @@ class LayerState:
             or not (ready.requires_grad or not weight.requires_grad or not torch.is_grad_enabled())
             # What was made for autocast is of no use where a model switches autocast off.
             or not (ready.dtype == weight.dtype or ready.dtype == _result_dtype(weight, True))
+            # A recomputed forward may have a backward pass of its own, which frees the graph.
+            or (self.cached and ready.requires_grad and not self.recomputed and in_backward())
         ):
             return None
         return ready
@@ -65,9 +74,10 @@ class LayerState:
         """Whether `ready` was made of this weight as it is now: it needs no other power iteration."""
         return self.ready is not None and self.weight is weight and self.version == version(weight)
 
-    def offer(self, weight: Tensor, normalized: Tensor) -> None:
+    def offer(self, weight: Tensor, normalized: Tensor, *, recomputed: bool = False) -> None:
         """Make a result available to whoever reads the layer's weight."""
         self.weight, self.version, self.ready = weight, version(weight), normalized
+        self.recomputed = recomputed
 
     def withdraw(self) -> None:
         self.ready = self.weight = None
