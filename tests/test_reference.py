@@ -20,7 +20,7 @@ def output_side(weight, dim):
 
 
 def input_side(weight, dim):
-    """[c_in, c_out k]"""
+    """[c_in, c_out k]."""
     return output_side(weight, 1 - dim)
 
 

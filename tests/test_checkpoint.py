@@ -1,0 +1,211 @@
+"""torch.utils.checkpoint repeats a forward in the backward pass: no second iteration, the same gradients."""
+
+import copy
+
+import pytest
+import torch
+from support import Net, assert_same_gradients, images, norms, plain_copy, same, vectors_of
+from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+import bssn_fast
+
+both_modes = pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+both_updates = pytest.mark.parametrize("update", ["forward", "access"])
+
+
+class Parts(Net):
+    """Checkpoints around parts of the forward."""
+
+    use_reentrant: bool | None = None
+
+    def forward(self, x):
+        if self.use_reentrant is None:
+            return super().forward(x)
+        x = self.first(x)
+        x = checkpoint(self.body, x, use_reentrant=self.use_reentrant).tanh().flatten(1)
+        labels = torch.arange(len(x)) % 3
+        scores = checkpoint(self.head, x, use_reentrant=self.use_reentrant)
+        return scores + (self.embed(labels) * x).sum(1, keepdim=True)
+
+
+def data(n=1):
+    return [images(2, torch.float64).requires_grad_() for _ in range(n)]
+
+
+def compare(model, plain, run, run_plain):
+    """Gradients and vectors as those of plain operations without a checkpoint."""
+    run(), run_plain()
+    assert_same_gradients(model, plain, 1e-10)
+    for name, norm in norms(model).items():
+        expected = norms(plain)[name].vectors
+        torch.testing.assert_close(tuple(norm.buffers()), expected, rtol=1e-10, atol=1e-12)
+
+
+def twin_of(model):
+    twin = plain_copy(model)
+    twin.use_reentrant = None
+    return twin
+
+
+@both_modes
+@both_updates
+def test_parts(use_reentrant, update):
+    model = bssn_fast.apply(Parts().double(), update=update)
+    model.use_reentrant = use_reentrant
+    twin = twin_of(model)
+    for x in data(3):
+        compare(
+            model, twin, lambda x=x: model(x).square().sum().backward(), lambda x=x: twin(x).square().sum().backward()
+        )
+
+
+@both_modes
+@both_updates
+def test_whole_model(use_reentrant, update):
+    model = bssn_fast.apply(Net().double(), update=update)
+    twin = twin_of(model)
+    for x in data(3):
+        compare(
+            model,
+            twin,
+            lambda x=x: checkpoint(model, x, use_reentrant=use_reentrant).square().sum().backward(),
+            lambda x=x: twin(x).square().sum().backward(),
+        )
+
+
+@both_modes
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("inside", [False, True], ids=["backward_after", "backward_inside"])
+def test_several_forwards_share_one_normalisation_in_cached(use_reentrant, whole, inside):
+    model = bssn_fast.apply(Parts().double())
+    model.use_reentrant = None if whole else use_reentrant
+    twin = twin_of(model)
+    x, y = data(2)
+    call = (lambda z: checkpoint(model, z, use_reentrant=use_reentrant)) if whole else model
+
+    def run():
+        with bssn_fast.cached(model):
+            loss = call(x).square().sum() + call(y).sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+
+    def run_plain():
+        with nn.utils.parametrize.cached():
+            (twin(x).square().sum() + twin(y).sum()).backward()
+
+    compare(model, twin, run, run_plain)
+
+
+@both_modes
+@both_updates
+@pytest.mark.parametrize("whole", [False, True])
+def test_ambiguous_recomputation_raises(use_reentrant, update, whole):
+    model = bssn_fast.apply(Parts().double(), update=update)
+    model.use_reentrant = None if whole else use_reentrant
+    call = (lambda z: checkpoint(model, z, use_reentrant=use_reentrant)) if whole else model
+    x, y = data(2)
+    loss = call(x).sum() + call(y).sum()
+    with pytest.raises(RuntimeError, match="cached"):
+        loss.backward()
+
+
+@both_modes
+def test_vectors_changed_since_by_a_forward_without_gradients(use_reentrant):
+    """Silently wrong gradients are worse than an error."""
+    model = bssn_fast.apply(Parts().double())
+    model.use_reentrant = use_reentrant
+    (x,) = data()
+    loss = model(x).sum()
+    with torch.no_grad():
+        model(x)
+    with pytest.raises(RuntimeError, match="cached"):
+        loss.backward()
+
+
+@both_modes
+def test_evaluation_between_forward_and_backward(use_reentrant):
+    model = bssn_fast.apply(Parts().double())
+    model.use_reentrant = use_reentrant
+    twin = twin_of(model)
+    (x,) = data()
+
+    def run():
+        loss = model(x).square().sum()
+        model.eval()
+        with torch.no_grad():
+            model(x)
+        model.train()
+        loss.backward()
+
+    compare(model, twin, run, lambda: twin(x).square().sum().backward())
+
+
+@both_modes
+def test_steps_without_checkpoint_before(use_reentrant):
+    """Forwards whose backward pass is over, or whose results are gone, are not meant any more."""
+    model = bssn_fast.apply(Parts().double())
+    losses = []
+    for x in data(3):
+        model.use_reentrant = None
+        model(x)  # only to look at its shape
+        losses.append(model(x).sum())
+        losses[-1].backward()
+    model.zero_grad()
+    twin = twin_of(model)
+    model.use_reentrant = use_reentrant
+    (x,) = data()
+    compare(model, twin, lambda: model(x).square().sum().backward(), lambda: twin(x).square().sum().backward())
+
+
+@both_modes
+def test_frozen_discriminator(use_reentrant):
+    """The generator's step: gradients pass through, none for the weights."""
+    model = bssn_fast.apply(Parts().double())
+    model.requires_grad_(False)
+    model.use_reentrant = use_reentrant
+    twin = twin_of(model)
+    twin.requires_grad_(False)
+    for (x,) in (data(), data()):
+        (found,) = torch.autograd.grad(model(x).square().sum(), x) if not use_reentrant else by_backward(model, x)
+        (expected,) = torch.autograd.grad(twin(x).square().sum(), x)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def by_backward(model, x):
+    x = x.detach().requires_grad_()
+    model(x).square().sum().backward()
+    return (x.grad,)
+
+
+@both_modes
+def test_checkpoint_sequential(use_reentrant):
+    layers = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(6, 6), nn.Tanh()))).double()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x, plain=False):
+            return self.layers(x) if plain else checkpoint_sequential(self.layers, 3, x, use_reentrant=use_reentrant)
+
+    model = bssn_fast.apply(Model())
+    twin = plain_copy(model)
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    compare(
+        model, twin, lambda: model(x).square().sum().backward(), lambda: twin(x, plain=True).square().sum().backward()
+    )
+
+
+@both_modes
+def test_evaluation_mode(use_reentrant):
+    model = bssn_fast.apply(Parts().double()).eval()
+    model.use_reentrant = use_reentrant
+    before = vectors_of(model)
+    twin = twin_of(copy.deepcopy(model))
+    (x,) = data()
+    compare(model, twin, lambda: model(x).square().sum().backward(), lambda: twin(x).square().sum().backward())
+    assert same(before, vectors_of(model))

@@ -1,0 +1,252 @@
+"""Gradients of whole models: any mix of forwards before one backward, penalties, frozen and unused layers."""
+
+import copy
+import itertools
+from contextlib import nullcontext
+
+import pytest
+import torch
+from support import (
+    LAYER_NAMES,
+    VARIANTS,
+    Net,
+    assert_same_gradients,
+    images,
+    norm_of,
+    original,
+    plain_copy,
+    same,
+    vectors_of,
+)
+from torch.nn.utils import parametrize
+
+import bssn_fast
+from bssn_fast.functional import _Attach
+
+MODES = ("train", "eval", "no_grad", "cached")
+
+
+def forward(model, mode, cached):
+    """A loss of the model in some mode; `cached` is the context in which forwards share their weights."""
+    model.train(mode != "eval")
+    x, y = images(2, torch.float64), images(3, torch.float64)
+    if mode == "no_grad":
+        with torch.no_grad():
+            return model(x).sum()
+    if mode == "cached":
+        with cached():
+            return model(x).square().sum() + model(y).sum()
+    return model(x).square().sum()
+
+
+def run(model, modes, cached):
+    torch.manual_seed(1)
+    losses = [forward(model, mode, cached) for mode in modes]
+    if any(x.requires_grad for x in losses):
+        sum(losses).backward()
+    return [x.detach() for x in losses]
+
+
+@pytest.mark.parametrize(
+    ("variant", "modes"),
+    [
+        *itertools.product(VARIANTS, itertools.product(MODES, repeat=2)),
+        *(("bssn", modes) for modes in itertools.product(MODES, repeat=3)),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)
+def test_forwards_before_one_backward(variant, modes):
+    """The same as the sum over graphs that share nothing but what `cached` shares: those of plain torch operations."""
+    model = bssn_fast.apply(Net().double(), variant)
+    twin = plain_copy(model)
+    ours, theirs = run(model, modes, lambda: bssn_fast.cached(model)), run(twin, modes, parametrize.cached)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=0)
+    assert_same_gradients(model, twin, 1e-10)
+    for name in LAYER_NAMES:
+        found, expected = (norm_of(net.get_submodule(name)) for net in (model, twin))
+        torch.testing.assert_close(tuple(found.buffers()), expected.vectors, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("penalty", ["r1", "wgan_gp"])
+@pytest.mark.parametrize("share", [False, True])
+def test_discriminator_step_with_penalty(variant, penalty, share):
+    model = bssn_fast.apply(Net().double(), variant)
+    twin = plain_copy(model)
+
+    def step(net, context):
+        torch.manual_seed(2)
+        real, fake = images(3, torch.float64), images(3, torch.float64)
+        with context():
+            loss = torch.relu(1 - net(real)).mean() + torch.relu(1 + net(fake)).mean()
+            if penalty == "r1":
+                points = real.requires_grad_()
+            else:
+                mix = torch.rand(3, 1, 1, 1, dtype=torch.float64)
+                points = (mix * real + (1 - mix) * fake).requires_grad_()
+            (grad,) = torch.autograd.grad(net(points).sum(), points, create_graph=True)
+            norm = grad.flatten(1).square().sum(1)
+            loss = loss + 10 * (norm.mean() if penalty == "r1" else (norm.sqrt() - 1).square().mean())
+        loss.backward()
+        return loss.detach()
+
+    ours = step(model, (lambda: bssn_fast.cached(model)) if share else nullcontext)
+    theirs = step(twin, parametrize.cached if share else nullcontext)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=0)
+    assert_same_gradients(model, twin, 1e-9)
+
+
+def test_gradients_of_gradients_of_the_weights():
+    """A penalty on dL/dW itself, whose graph leads through our backward."""
+    model = bssn_fast.apply(Net().double())
+    twin = plain_copy(model)
+    x = images(2, torch.float64)
+    for net in (model, twin):
+        weights = [original(net.get_submodule(n)) for n in LAYER_NAMES]
+        grads = torch.autograd.grad(net(x).square().sum(), weights, create_graph=True)
+        sum(g.square().sum() for g in grads).backward()
+    assert_same_gradients(model, twin, 1e-9)
+
+
+def graph_nodes(tensor):
+    found, todo = set(), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            todo += [n for n, _ in node.next_functions]
+    return found
+
+
+def test_frozen_model_builds_no_graph_for_the_normalisation():
+    model = bssn_fast.apply(Net())
+    x = images().requires_grad_()
+    name = _Attach._backward_cls.__name__
+    assert any(type(n).__name__ == name for n in graph_nodes(model(x)))
+    model.requires_grad_(False)
+    before = vectors_of(model)
+    out = model(x)
+    assert not any(type(n).__name__ == name for n in graph_nodes(out))
+    assert not same(before, vectors_of(model))  # it iterates nevertheless, as torch does
+    out.sum().backward()
+    assert x.grad is not None
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.first.weight.requires_grad
+    model.requires_grad_(True)
+    model(x).sum().backward()
+    assert all(original(model.get_submodule(n)).grad is not None for n in LAYER_NAMES)
+
+
+def test_partially_frozen():
+    model = bssn_fast.apply(Net().double())
+    model.first.requires_grad_(False)
+    original(model.head).requires_grad_(False)
+    twin = plain_copy(model)
+    twin.first.requires_grad_(False)
+    original(twin.head).requires_grad_(False)
+    x = images(2, torch.float64)
+    for net in (model, twin):
+        net(x).square().sum().backward()
+    assert original(model.first).grad is None
+    assert original(model.head).grad is None
+    assert_same_gradients(model, twin, 1e-10)
+
+
+def test_layers_that_the_forward_does_not_use():
+    class Partial(Net):
+        use_embedding = True
+
+        def forward(self, x):
+            return super().forward(x) if self.use_embedding else self.head(self.body(self.first(x)).flatten(1))
+
+    model = bssn_fast.apply(Partial().double())
+    model.use_embedding = False
+    twin = plain_copy(model)
+    x = images(2, torch.float64)
+    for net in (model, twin):
+        net(x).square().sum().backward()
+    assert original(model.embed).grad is None
+    assert_same_gradients(model, twin, 1e-10)
+
+
+def test_gradients_accumulate_and_outlive_the_next_step():
+    """Gradients lie in buffers that are used again only when no one holds them any more."""
+    model = bssn_fast.apply(Net().double())
+    twin = plain_copy(model)
+    kept = []
+    for _ in range(3):
+        x = images(2, torch.float64)
+        for net in (model, twin):
+            net(x).sum().backward()
+        kept.append([(p.grad, p.grad.clone()) for p in model.parameters()])
+        assert_same_gradients(model, twin, 1e-10)
+    for net in (model, twin):
+        net.zero_grad(set_to_none=True)
+    for _ in range(3):
+        model(images(2, torch.float64)).sum().backward()
+        model.zero_grad(set_to_none=True)
+    last = [(grad, copy) for grad, copy in kept[-1]]
+    assert all(torch.equal(grad, copy) for grad, copy in last)
+
+
+def test_normalised_weights_that_are_held_stay_as_they_are():
+    model = bssn_fast.apply(Net())
+    held = []
+    for training in (True, True, False, False, True):
+        model.train(training)
+        with torch.no_grad():
+            model(images())
+            weight = model.first.weight
+        held.append((weight, weight.clone()))
+        with torch.no_grad():
+            original(model.first).add_(torch.randn(8, 3, 3, 3))
+    assert all(torch.equal(a, b) for a, b in held)
+
+
+def test_channels_last_model():
+    model = bssn_fast.apply(Net().double().to(memory_format=torch.channels_last))
+    twin = plain_copy(model)
+    x = images(2, torch.float64).contiguous(memory_format=torch.channels_last)
+    for net in (model, twin):
+        net(x).square().sum().backward()
+    assert original(model.first).grad.stride() == original(model.first).stride()
+    assert_same_gradients(model, twin, 1e-10)
+
+
+class Island(Net):
+    """Parts that must not run in autocast's dtype."""
+
+    peek = False
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            x = self.first(x)
+        if self.peek:
+            self.seen = self.body[1].weight.dtype, self.embed.weight.dtype
+        x = self.body(x).tanh().flatten(1)
+        with torch.autocast("cpu", enabled=False):
+            x = x.to(self.head.bias.dtype)
+            return self.head(x) + (self.embed(torch.arange(len(x))) * x).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """Normalised weights come in autocast's dtype where it applies, gradients and vectors do not."""
+    model = bssn_fast.apply(Island())
+    model.peek = True
+    twin = plain_copy(model)
+    twin.peek = False
+    exact = copy.deepcopy(twin).double()
+    x = images()
+    with torch.autocast("cpu", dtype=dtype):
+        losses = [net(x).square().sum() for net in (model, twin)]
+    losses.append(exact(x.double()).square().sum())
+    for loss in losses:
+        loss.backward()
+    assert model.seen == (dtype, torch.float32)
+    for name in LAYER_NAMES:
+        found, plain, truth = (original(net.get_submodule(name)).grad for net in (model, twin, exact))
+        assert found.dtype == torch.float32
+        assert (found - truth).norm() <= 1.5 * (plain - truth).norm() + 1e-6 * truth.norm(), name
+        ours, expected = norm_of(model.get_submodule(name)), norm_of(twin.get_submodule(name))
+        torch.testing.assert_close(tuple(ours.buffers()), expected.vectors)  # also: one iteration, not two
