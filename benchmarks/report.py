@@ -42,8 +42,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measurements(args: argparse.Namespace) -> Iterator[list[Record]]:
-    """Yield records as they are made."""
+def measurements(args: argparse.Namespace) -> Iterator[tuple[str, list[Record]]]:
+    """Yield what was measured, and the records of it, as they are made."""
     seconds = 0 if args.check_only else args.seconds
     run = partial(measure.layer_set, device=args.device)
     cold = (False, True) if torch.device(args.device).type == "cuda" else (False,)
@@ -52,7 +52,7 @@ def measurements(args: argparse.Namespace) -> Iterator[list[Record]]:
             batch = args.batch or (64 if torch.device(args.device).type == "cuda" else 8)
             for kind in measure.gan.DISCRIMINATORS:
                 if not args.sets or kind in args.sets:
-                    yield measure.gan_steps(kind, device=args.device, batch=batch, seconds=4 * seconds)
+                    yield kind, measure.gan_steps(kind, device=args.device, batch=batch, seconds=4 * seconds)
             continue
         found = list(layer_sets.load().values()) if part == "layers" else layer_sets.grid(part)
         for chosen in found:
@@ -60,7 +60,11 @@ def measurements(args: argparse.Namespace) -> Iterator[list[Record]]:
                 if not args.sets or chosen.name in args.sets:
                     for state in cold:
                         duration = seconds if part == "layers" else seconds / 5
-                        yield run(part, chosen, variant, _peers(args, part), seconds=duration, cold=state)
+                        names = _peers(args, part)
+                        yield (
+                            f"{chosen.name}, {variant}",
+                            run(part, chosen, variant, names, seconds=duration, cold=state),
+                        )
 
 
 def _peers(args: argparse.Namespace, part: str) -> list[str]:
@@ -83,11 +87,11 @@ def main() -> int:
     if earlier is not None and not args.compare:
         current.merge(earlier.records)
     start = perf_counter()
-    for records in () if args.render_only else measurements(args):
+    for what, records in () if args.render_only else measurements(args):
         current.merge(records)
         for record in records:
-            print(_line(record), flush=True)
-    print(f"{perf_counter() - start:.0f} s")
+            print(_line(record))
+        print(f"{what}: done after {perf_counter() - start:.0f} s", flush=True)
     if args.check_only:
         return int(any(r.error for r in current.records))
     if args.compare:
