@@ -24,8 +24,6 @@ DEVICES = ("cuda",)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-single_launch = os.environ.get("BSSN_FAST_CUDA_LAUNCH", "single") == "single"
-
 
 def why_unavailable() -> str | None:
     if extension.module is None:
@@ -119,6 +117,13 @@ def _kernel_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | No
 _table = lru_cache(maxsize=256)(_Table)
 
 
+def _single_launch() -> bool:
+    mode = os.environ.get("BSSN_FAST_CUDA_LAUNCH", "single")
+    if mode not in ("single", "phases"):
+        raise ValueError(f"BSSN_FAST_CUDA_LAUNCH must be 'single' or 'phases', not {mode!r}")
+    return mode == "single"
+
+
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
@@ -157,7 +162,7 @@ def forward(
         eps,
         n_power_iterations,
         workspace.data_ptr(),
-        single_launch,
+        _single_launch(),
         device.index,
         _stream(device),
     )
@@ -195,7 +200,7 @@ def backward(
         _DTYPES[grads[0].dtype],
         scale,
         workspace.data_ptr(),
-        single_launch,
+        _single_launch(),
         device.index,
         _stream(device),
     )

@@ -16,6 +16,9 @@ using namespace bssn::cuda;
 
 enum Error : int { kWaited = 1, kBadType = 2 };
 
+// Whether a block's threads run from the last to the first.
+bool last_thread_first = false;
+
 template <int Threads>
 class HostBlock {
  public:
@@ -30,12 +33,11 @@ class HostBlock {
     std::vector<T> values_ = std::vector<T>(Threads);
   };
 
-  HostBlock(unsigned char* shared, bool backwards) : shared_(shared), backwards_(backwards) {}
+  explicit HostBlock(unsigned char* shared) : shared_(shared) {}
 
-  // The result must not depend on the order in which threads run between two barriers.
   template <class F>
   void each(F f) {
-    for (int thread = 0; thread < Threads; ++thread) f(backwards_ ? Threads - 1 - thread : thread);
+    for (int thread = 0; thread < Threads; ++thread) f(last_thread_first ? Threads - 1 - thread : thread);
   }
 
   template <class T>
@@ -52,7 +54,6 @@ class HostBlock {
 
  private:
   unsigned char* shared_;
-  bool backwards_;
   bool failed_ = false;
 };
 
@@ -82,7 +83,7 @@ template <int Threads, class Call, class Process>
 int work_through(const Call& call, uint32_t shared_bytes, Process process) {
   Shared shared(uint32_t(round_up(shared_bytes, 16)));
   for (uint32_t ticket = call.first_ticket; ticket < call.end_ticket; ++ticket) {
-    HostBlock<Threads> block(shared.memory.get(), ticket % 2 == 1);
+    HostBlock<Threads> block(shared.memory.get());
     process(block, ticket);
     if (block.failed()) return kWaited;
   }
@@ -92,6 +93,32 @@ int work_through(const Call& call, uint32_t shared_bytes, Process process) {
 }  // namespace
 
 extern "C" {
+
+void set_last_thread_first(bool value) { last_thread_first = value; }
+
+uint32_t divide(uint32_t x, int64_t by) { return divisor(by)(x); }
+
+// Of each layer of a forward call (at most 200): power tiles, their channels, bytes of a step in shared memory (0: the
+// rows are read from global memory), steps in shared memory at a time, threads that share a row.
+void plan_of(const Geometry* geometry, int n, DType weight_type, int multiprocessors, int64_t shared, int64_t* out) {
+  std::vector<Layer> layers;
+  for (int j = 0; j < n; ++j) {
+    layers.push_back(with_geometry(geometry[j]));
+    layers.back().weight = geometry + j;  // to know it again: the plan is sorted
+  }
+  ForwardCall call = {};
+  std::vector<ForwardLayer> planned(layers.size());
+  call.update = true;
+  plan_forward(layers.data(), n, weight_type, Device{multiprocessors, shared}, call, planned.data());
+  for (const ForwardLayer& layer : planned) {
+    int64_t* const to = out + 5 * (static_cast<const Geometry*>(layer.weight) - geometry);
+    to[0] = layer.tiles[power];
+    to[1] = layer.channels;
+    to[2] = layer.stage_bytes;
+    to[3] = layer.stages;
+    to[4] = layer.group_threads;
+  }
+}
 
 // Everything as in csrc/cuda/cuda.h, but for the device, given by its limits.
 int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int multiprocessors, int64_t shared) {

@@ -152,17 +152,15 @@ def inputs(case: Case, device: str = "cpu") -> Inputs:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     weights, vectors, grads = [], [], []
-    for j, (shape, dim, both) in enumerate(zip(case.shapes, case.dim_list, case.two_sided, strict=True)):
+    for shape, dim, both in zip(case.shapes, case.dim_list, case.two_sided, strict=True):
         weight = normal(shape).mul_(case.magnitude)
         first = tuple(unit(normal((size,)), case.eps) for size in vector_sizes(shape, dim, both))
         if case.n_power_iterations == 0:  # as in evaluation: random vectors would give a sigma of mere rounding errors
             first = power_iteration(weight, first, dim, case.eps)
         weights.append(place(weight.to(case.weight_dtype).to(device), case.memory, case.offset))
         vectors.extend(v.to(working).to(device) for v in first)
-        grad = normal(shape)
-        if j in case.layer_list:
-            grads.append(place(grad.to(case.result_dtype).to(device), case.memory, case.offset))
-    return Inputs(weights, vectors, grads)
+        grads.append(place(normal(shape).to(case.result_dtype).to(device), case.memory, case.offset))
+    return Inputs(weights, vectors, [grads[j] for j in case.layer_list])
 
 
 def in_dtype(x: Inputs, dtype: torch.dtype) -> Inputs:

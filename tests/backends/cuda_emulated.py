@@ -1,0 +1,77 @@
+"""The CUDA kernels on the CPU (cuda_emulation.cpp), with the functions that the extension module has for CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+
+I32, I64, REAL, ADDRESS, BOOL = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_bool
+DEVICE = (I32, I64)
+SIGNATURES = {
+    "forward_workspace": (I64, (ADDRESS, I64, I64, *DEVICE)),
+    "backward_workspace": (I64, (ADDRESS, I64, *DEVICE)),
+    "forward": (
+        I32,
+        (ADDRESS, I64, ADDRESS, ADDRESS, ADDRESS, I64, I64, REAL, REAL, I64, ADDRESS, BOOL, *DEVICE),
+    ),
+    "backward": (I32, (ADDRESS, I64, ADDRESS, ADDRESS, I64, I64, REAL, ADDRESS, BOOL, *DEVICE)),
+    "set_last_thread_first": (None, (BOOL,)),
+    "divide": (ctypes.c_uint32, (ctypes.c_uint32, I64)),
+    "plan_of": (None, (ADDRESS, I32, I64, *DEVICE, ADDRESS)),
+}
+
+
+def compiler() -> str | None:
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "emulation.so"
+        flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        subprocess.run([compiler(), *flags, f"-I{CSRC}", HERE / "cuda_emulation.cpp", "-o", target], check=True)
+        loaded = ctypes.CDLL(str(target))
+    for name, (result, arguments) in SIGNATURES.items():
+        getattr(loaded, name).restype, getattr(loaded, name).argtypes = result, arguments
+    return loaded
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU's limits; plays the extension module."""
+
+    multiprocessors: int
+    shared_bytes: int
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        return self.multiprocessors, self.shared_bytes
+
+    def cuda_forward_workspace(self, geometry: int, n: int, dtype: int, device: int | None) -> int:
+        return library().forward_workspace(geometry, n, dtype, *self.limits)
+
+    def cuda_backward_workspace(self, geometry: int, n: int, device: int | None) -> int:
+        return library().backward_workspace(geometry, n, *self.limits)
+
+    def cuda_forward(self, *arguments) -> int:
+        return library().forward(*arguments[:-2], *self.limits)
+
+    def cuda_backward(self, *arguments) -> int:
+        return library().backward(*arguments[:-2], *self.limits)
+
+    def cuda_error_string(self, error: int) -> str:
+        return {1: "waited for a tile with a larger ticket", 2: "bad dtype"}[error]
+
+
+H200 = Gpu(132, 227 * 1024)
+T4 = Gpu(40, 64 * 1024)
+TINY = Gpu(2, 40 * 1024)  # less shared memory than any GPU has: few steps, and rows that do not fit

@@ -1,0 +1,200 @@
+"""The CUDA kernels' arithmetic without a GPU, block after block on the CPU: every layout, dtype and kind of tile."""
+
+import ctypes
+
+import cuda_emulated
+import matrix
+import pytest
+import torch
+from cuda_emulated import H200, T4, TINY
+from hypothesis import given
+from hypothesis import strategies as st
+from matrix import CASES, Case
+
+from bssn_fast import backends
+from bssn_fast.backends import cuda, extension
+
+if cuda_emulated.compiler() is None:
+    pytest.skip("no C++ compiler", allow_module_level=True)
+
+GPUS = {"h200": H200, "t4": T4, "tiny": TINY}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes the backend cuda serve CPU tensors by emulating a GPU: H200, or what the returned function is given."""
+
+    def emulate(module):
+        cuda._table.cache_clear()  # its tables know how much memory a call needs on the GPU before
+        monkeypatch.setattr(extension, "module", module)
+
+    monkeypatch.setattr(cuda, "DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
+    backends._resolve.cache_clear()
+    emulate(H200)
+    yield emulate
+    backends._resolve.cache_clear()
+    cuda._table.cache_clear()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_reference(gpu, case):
+    matrix.check("cuda", case)
+
+
+@pytest.mark.parametrize("limits", [T4, TINY], ids=["t4", "tiny"])
+@pytest.mark.parametrize("memory", matrix.MEMORY[:3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_gpus(gpu, limits, memory, dtype):
+    gpu(limits)
+    matrix.check("cuda", Case(weight_dtype=dtype, result_dtype=dtype, memory=memory))
+
+
+@pytest.mark.parametrize("memory", matrix.MEMORY[:3])
+@pytest.mark.parametrize("n_power_iterations", [0, 1, 2])
+def test_one_launch_for_each_phase(gpu, monkeypatch, memory, n_power_iterations):
+    case = Case(memory=memory, n_power_iterations=n_power_iterations)
+    single = matrix.run("cuda", case, matrix.inputs(case))
+    monkeypatch.setenv("BSSN_FAST_CUDA_LAUNCH", "phases")
+    phases = matrix.check("cuda", case)
+    assert all(matrix.same_bits(a, b) for a, b in zip(single.normalized, phases.normalized, strict=True))
+
+
+def test_unknown_way_of_launching(gpu, monkeypatch):
+    monkeypatch.setenv("BSSN_FAST_CUDA_LAUNCH", "twice")
+    with pytest.raises(ValueError, match="BSSN_FAST_CUDA_LAUNCH"):
+        matrix.run("cuda", Case(), matrix.inputs(Case()))
+
+
+@pytest.mark.parametrize("memory", matrix.MEMORY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [1, 3])
+def test_unaligned_weights_and_gradients(gpu, memory, dtype, offset):
+    matrix.check("cuda", Case(weight_dtype=dtype, result_dtype=dtype, memory=memory, offset=offset))
+
+
+@pytest.mark.parametrize("layers", [(0,), (5, 2), (17, 0, 3)])
+def test_gradients_of_some_layers(gpu, layers):
+    matrix.check("cuda", Case(layers=layers))
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("both", [True, False])
+def test_kernels_of_many_positions(gpu, memory, both):
+    """Fewer, as many and more positions than a block has threads."""
+    shapes = ((3, 4, 255), (3, 4, 256), (5, 3, 257), (4, 3, 30, 20), (2, 60, 127), (2, 300, 128))
+    matrix.check("cuda", Case(shapes=shapes, memory=memory, both=both))
+
+
+@pytest.mark.parametrize("limits", GPUS.values(), ids=GPUS)
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last", "transposed"])
+def test_layers_of_many_tiles(gpu, limits, memory):
+    gpu(limits)
+    matrix.check("cuda", Case(shapes=((200, 70, 3, 3), (700, 100), (2, 9000), (5001, 3)), memory=memory))
+
+
+@pytest.mark.parametrize(
+    ("bad", "everywhere"), [(0.0, True), (float("nan"), True), (float("nan"), False), (float("-inf"), False)]
+)
+@pytest.mark.parametrize("n_power_iterations", [0, 2])
+@pytest.mark.parametrize("memory", ["contiguous", "transposed"])
+def test_zero_and_non_finite_weights(gpu, memory, bad, everywhere, n_power_iterations):
+    """As the reference has it: 0 gives 0, all else NaN; no vector changes; other layers of the call are not touched."""
+    case = Case(shapes=((6, 5, 3, 3), (4, 3, 3, 3), (7, 9)), memory=memory, n_power_iterations=n_power_iterations)
+    x = matrix.inputs(case)
+    untouched = matrix.run("cuda", case, x)
+    for j in (0, 2):
+        (x.weights[j] if everywhere else x.weights[j][1, 2]).fill_(bad)
+    found, expected = matrix.run("cuda", case, x), matrix.run("reference", case, x)
+    for j in (0, 2):
+        assert matrix.same_bits(found.sigma[j].isnan(), expected.sigma[j].isnan())
+        assert matrix.same_bits(found.normalized[j].isnan(), expected.normalized[j].isnan())
+        assert bad != 0 or (found.sigma[j] == 0 and not found.normalized[j].any() and not found.grad_weights[j].any())
+    changed = [*found.vectors[:4], *found.vectors[8:]]
+    before = [*x.vectors[:4], *x.vectors[8:]]
+    assert all(matrix.same_bits(a, b) for a, b in zip(changed, before, strict=True))
+    assert matrix.same_bits(found.normalized[1], untouched.normalized[1])
+
+
+@pytest.mark.parametrize("magnitude", [1e-15, 1e-6, 1e6, 1e15])
+def test_small_and_large_weights(gpu, magnitude):
+    """eps is small enough not to matter: the sums of squares, of the order of |W|^4, must not be lost."""
+    matrix.check("cuda", Case(magnitude=magnitude, eps=1e-30))
+
+
+def test_weights_smaller_than_eps(gpu):
+    matrix.check("cuda", Case(magnitude=1e-4, eps=1e-3))
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "transposed"])
+def test_threads_in_another_order_change_no_bit(gpu, memory):
+    """They would, were a barrier missing between writing and reading in shared or global memory."""
+    shapes = (*matrix.SHAPES, (200, 70, 3, 3))
+    case = Case(shapes=shapes, memory=memory, n_power_iterations=2)
+    for limits in GPUS.values():
+        gpu(limits)
+        one = matrix.run("cuda", case, matrix.inputs(case))
+        cuda_emulated.library().set_last_thread_first(True)
+        try:
+            other = matrix.run("cuda", case, matrix.inputs(case))
+        finally:
+            cuda_emulated.library().set_last_thread_first(False)
+        for part in ("normalized", "vectors", "snapshot", "sigma", "grad_weights"):
+            for a, b in zip(getattr(one, part), getattr(other, part), strict=True):
+                assert matrix.same_bits(a, b), part
+
+
+def test_more_layers_than_one_launch_takes(gpu):
+    shapes = tuple((2 + j % 5, 1 + j % 3, 1 + j % 2) for j in range(403))
+    matrix.check("cuda", Case(shapes=shapes))
+
+
+def test_errors_are_raised_in_cudas_words(gpu):
+    class Broken:
+        def cuda_forward_workspace(self, *arguments):
+            return 1024
+
+        def cuda_forward(self, *arguments):
+            return 700
+
+        def cuda_error_string(self, error):
+            return {700: "an illegal memory access was encountered"}[error]
+
+    gpu(Broken())
+    with pytest.raises(RuntimeError, match=r"18 weights on cpu failed.*illegal memory access.*700"):
+        matrix.run("cuda", Case(), matrix.inputs(Case()))
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(1, 2**31 - 1))
+def test_division_by_multiplication(x, divisor):
+    assert cuda_emulated.library().divide(x, divisor) == x // divisor
+    multiple = x // divisor * divisor
+    for near in (multiple - 1, multiple):
+        if near >= 0:
+            assert cuda_emulated.library().divide(near, divisor) == near // divisor
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "staged"),
+    [
+        ((1536, 1536, 3, 3), torch.float32, True),  # BigGAN's largest
+        ((1024, 1024, 3, 3), torch.float32, True),
+        ((512, 512, 4, 4), torch.float32, True),
+        ((64, 3, 3, 3), torch.bfloat16, True),
+        ((4, 100000), torch.float32, False),
+    ],
+)
+def test_which_rows_are_staged(shape, dtype, staged):
+    """On an H200; in the order of memory that convolutions have by default and in channels_last."""
+    weight = torch.empty(shape, device="meta")
+    for strides in (weight.stride(), place_strides(weight)):
+        table = cuda._Table((shape,), (strides,), (0,), (weight.ndim > 2,), (0,))
+        plan = (ctypes.c_int64 * 5)()
+        cuda_emulated.library().plan_of(table.address, 1, cuda._DTYPES[dtype], *H200.limits, ctypes.addressof(plan))
+        assert (plan[2] > 0) == staged
+        assert not staged or plan[3] >= 2 or plan[0] * plan[1] == shape[0], "nothing is copied ahead"
+
+
+def place_strides(weight):
+    return matrix.place(weight, "channels_last").stride()
