@@ -74,13 +74,14 @@ class DeviceBlock {
   }
 
   // Asks for the block's next ticket; hand_out_ticket gives it to all threads. The answer takes a while, so it is asked
-  // for before the work on the ticket in hand. That is safe: the smaller ticket is finished first.
+  // for before the work on the ticket in hand and lies in a register until then, for nothing to wait for it. That is
+  // safe: the smaller ticket is finished first.
   __device__ __forceinline__ void ask_for_ticket(uint32_t* counter) {
-    if (threadIdx.x == 0) word()[1] = atomicAdd(counter, 1u);
+    if (threadIdx.x == 0) ticket_ = atomicAdd(counter, 1u);
   }
 
   __device__ __forceinline__ uint32_t hand_out_ticket() {
-    if (threadIdx.x == 0) word()[0] = word()[1];
+    if (threadIdx.x == 0) *word() = ticket_;
     return broadcast();
   }
 
@@ -88,7 +89,7 @@ class DeviceBlock {
   __device__ __forceinline__ float load_l2(const float* address) { return __ldcg(address); }
 
  private:
-  uint32_t ticket_ = 0;
+  uint32_t ticket_ = 0;  // thread 0's
 
   __device__ __forceinline__ uint32_t* word() { return reinterpret_cast<uint32_t*>(dynamic_shared); }
 

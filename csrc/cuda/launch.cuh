@@ -31,6 +31,11 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+template <class Args>
+constexpr bool fits_into_arguments() {
+  return sizeof(Args) <= (Args::kCapacity <= kSmallCapacity ? 4096 : 32764);
+}
+
 cudaError_t query_device(int device, Device& limits);
 
 // Works through the launch's tickets: process(block, ticket). See Phase for why that cannot hang.
@@ -51,6 +56,7 @@ __device__ __forceinline__ void work_through(const Call& call, Process process) 
 template <class Args>
 cudaError_t launch_kernel(void (*kernel)(Args), Args& args, int threads, int blocks_each, const Device& limits,
                           uint32_t shared_bytes, cudaStream_t stream) {
+  static_assert(fits_into_arguments<Args>(), "kernel arguments");
   const void* const function = reinterpret_cast<const void*>(kernel);
   const cudaError_t error =
       cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(limits.shared_bytes));

@@ -158,7 +158,10 @@ BSSN_HD void copy16(void* shared, const void* global) {
   const uint32_t address = uint32_t(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 #else
-  std::memcpy(__builtin_assume_aligned(shared, 16), __builtin_assume_aligned(global, 16), 16);
+  struct alignas(16) Bytes {
+    uint32_t words[4];
+  };
+  *static_cast<Bytes*>(shared) = *static_cast<const Bytes*>(global);
 #endif
 }
 
