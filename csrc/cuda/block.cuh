@@ -57,11 +57,7 @@ class DeviceBlock {
   // Publishes all that the block has written, after a barrier, and counts it; returns the count before, to all threads.
   // What others published before their arrival can be read afterwards.
   __device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
-    if (threadIdx.x == 0) {
-      __threadfence();
-      *word() = atomicAdd(counter, 1u);
-      __threadfence();
-    }
+    if (threadIdx.x == 0) *word() = add_acquire_release(counter);
     return broadcast();
   }
 
@@ -99,6 +95,13 @@ class DeviceBlock {
     const uint32_t value = *word();
     __syncthreads();
     return value;
+  }
+
+  // What thread 0 releases includes what the block's other threads wrote before the last barrier.
+  static __device__ __forceinline__ uint32_t add_acquire_release(uint32_t* counter) {
+    uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
   }
 
   static __device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
