@@ -43,6 +43,7 @@ PYBIND11_MODULE(_C, module) {
       },
       "Hash of n samples of tensors.");
   module.def("cpu_set_openmp", &bssn::cpu::set_openmp, "Give the address of GOMP_parallel, or 0.");
+  module.def("cpu_last_level_cache", &bssn::cpu::last_level_cache, "Size of the cache in bytes, or a guess.");
   module.def("cpu_instruction_set", &bssn::cpu::instruction_set, "Name of the instruction set in use.");
   module.def("cpu_set_instruction_set", &bssn::cpu::set_instruction_set, "Choose one; false if it is not to be had.");
 #ifdef BSSN_WITH_CUDA

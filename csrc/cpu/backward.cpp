@@ -55,7 +55,7 @@ class Backward {
     const Layer& layer = layers_[j];
     if (phase == 0) {
       add_tiles(layer.size(), kTileElements, add);
-    } else {
+    } else if (!in_one_go(layer)) {
       add_tiles(row_count(layer), tile_rows(layer, sizeof(T)), add);
     }
   }
@@ -64,18 +64,20 @@ class Backward {
     if (ticket.phase == 0) {
       add_inner(ticket, workers_[worker]);
     } else {
-      write_rows_of_gradient(ticket, workers_[worker]);
+      write_rows_of_gradient(layers_[ticket.layer], states_[ticket.layer], ticket.begin, ticket.end, workers_[worker]);
     }
   }
 
-  void finish(int64_t j, int64_t phase, int) {
+  void finish(int64_t j, int64_t phase, int worker) {
     if (phase != 0) return;
+    const Layer& layer = layers_[j];
     State& state = states_[j];
-    const double sigma = double(*static_cast<const T*>(layers_[j].sigma));
+    const double sigma = double(*static_cast<const T*>(layer.sigma));
     double inner = 0;
-    for (int64_t chunk = 0; chunk < chunk_count(layers_[j]); ++chunk) inner += state.inner[chunk];
+    for (int64_t chunk = 0; chunk < chunk_count(layer); ++chunk) inner += state.inner[chunk];
     state.factor = sigma == 0 ? 0 : scale_ / sigma;
     state.ratio = sigma == 0 ? 0 : inner / sigma;
+    if (in_one_go(layer)) write_rows_of_gradient(layer, state, 0, row_count(layer), workers_[worker]);
   }
 
  private:
@@ -89,6 +91,8 @@ class Backward {
     T *u, *v, *scratch, *b;
     RowBuffer<T> in, out;
   };
+
+  static bool in_one_go(const Layer& layer) { return 2 * layer.size() * int64_t(sizeof(T)) <= kWholeLayerBytes; }
 
   static int64_t chunk_count(const Layer& layer) { return (layer.size() + kTileElements - 1) / kTileElements; }
 
@@ -113,16 +117,15 @@ class Backward {
     states_[ticket.layer].inner[ticket.tile] = sum;
   }
 
-  void write_rows_of_gradient(const Ticket& ticket, Worker& worker) {
-    const Layer& layer = layers_[ticket.layer];
-    const State& state = states_[ticket.layer];
+  void write_rows_of_gradient(const Layer& layer, const State& state, int64_t begin, int64_t end,
+                              const Worker& worker) const {
     const int64_t n = row_size(layer), k_size = layer.kernel;
     const Sides sides = sides_of(layer, worker);
     const double share = state.factor * state.ratio * (layer.two_sided ? 0.5 : 1);
     const bool in_place = direct<T>(layer, weight_type_);
     const int64_t block = block_rows(layer);
-    for (int64_t row = ticket.begin; row < ticket.end; row += block) {
-      const int64_t count = std::min(block, ticket.end - row);
+    for (int64_t row = begin; row < end; row += block) {
+      const int64_t count = std::min(block, end - row);
       const T* grads[kMaxBlockRows];
       read_rows(layer, layer.grad, grad_type_, row, count, worker.in, grads);
       T* out = in_place ? static_cast<T*>(layer.output) + row * n : worker.out.numbers;
@@ -145,7 +148,7 @@ class Backward {
     const T *u_row, *v, *v_other, *u_other;
   };
 
-  static Sides sides_of(const Layer& layer, Worker& worker) {
+  static Sides sides_of(const Layer& layer, const Worker& worker) {
     const T* const u_out = static_cast<const T*>(layer.snapshot[0]);
     const T* const u_in = static_cast<const T*>(layer.snapshot[2]);
     const T* const v_in = static_cast<const T*>(layer.snapshot[3]);
@@ -191,6 +194,7 @@ int backward(const Geometry* geometry, int64_t n, void* const* pointers, void* s
       layer.sigma = pointers[3 * n + j];
       point_to_snapshot(snapshot, weight_type == DType::f64 ? 8 : 4, layer);
     }
+    largest_first(layers);
     if (weight_type == DType::f64) {
       run<double>(layers.data(), n, weight_type, grad_type, scale, threads);
     } else {

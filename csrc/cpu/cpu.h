@@ -27,6 +27,9 @@ struct Sample {
 // A hash of n samples.
 uint64_t fingerprint(const Sample* samples, int64_t n);
 
+// Its size in bytes, or a guess. Calls that read and write more than that write past the caches.
+int64_t last_level_cache();
+
 // Best instruction set of this processor among those built, or the one chosen by set_instruction_set.
 const char* instruction_set();
 

@@ -92,7 +92,7 @@ class Forward {
     const Layer& layer = layers_[j];
     if (phase + 1 < phases()) {
       add_tiles(layer.c_out, tile_rows(layer, sizeof(T)), add);
-    } else {
+    } else if (!in_one_go(layer)) {
       // Last tile first: what the power iteration read last is the likeliest to be in the cache still.
       const int64_t count = (layer.size() + kTileElements - 1) / kTileElements;
       for (int64_t tile = count - 1; tile >= 0; --tile) {
@@ -103,7 +103,7 @@ class Forward {
 
   void tile(const Ticket& ticket, int worker) {
     if (ticket.phase + 1 == phases()) {
-      write_output(ticket, workers_[worker]);
+      write_output(layers_[ticket.layer], states_[ticket.layer].factor, ticket.begin, ticket.end, workers_[worker]);
     } else if (layers_[ticket.layer].order == Order::input_major) {
       read_input_major(ticket, workers_[worker]);
     } else {
@@ -111,18 +111,18 @@ class Forward {
     }
   }
 
-  void finish(int64_t j, int64_t phase, int) {
+  void finish(int64_t j, int64_t phase, int worker) {
     if (phase + 1 == phases()) return;
     const Layer& layer = layers_[j];
     State& state = states_[j];
     const double sigma = iterations_ == 0 ? evaluate(layer, state) : update_vectors(layer, state);
     if (phase + 2 < phases()) return;
-    for (int i = 0; i < 4; ++i) {
-      if (layer.snapshot[i] != nullptr)
-        std::memcpy(layer.snapshot[i], layer.vectors[i], vector_size(layer, i) * sizeof(T));
+    for (int i = 0; i < (layer.two_sided ? 4 : 2); ++i) {
+      std::memcpy(layer.snapshot[i], layer.vectors[i], vector_size(layer, i) * sizeof(T));
     }
     *static_cast<T*>(layer.sigma) = T(sigma);
     state.factor = T(sigma) == 0 ? T(0) : T(scale_ / sigma);
+    if (in_one_go(layer)) write_output(layer, state.factor, 0, layer.size(), workers_[worker]);
   }
 
  private:
@@ -138,6 +138,10 @@ class Forward {
     T *u, *v, *scratch;
     RowBuffer<T> rows;
   };
+
+  bool in_one_go(const Layer& layer) const {
+    return layer.size() * int64_t(sizeof(T)) <= kWholeLayerBytes && iterations_ <= 1;
+  }
 
   static int64_t state_bytes(const Layer& layer) {
     const int64_t sums = Workspace::bytes<T>(tile_count(layer, sizeof(T)) * layer.columns());
@@ -175,6 +179,7 @@ class Forward {
       if (r != nullptr) std::fill_n(r, n, T(0));
     }
     const int64_t block = block_rows(layer);
+    const int64_t ahead = direct<T>(layer, weight_type_) ? block * n : 0;
     for (int64_t row = ticket.begin; row < ticket.end; row += block) {
       const int64_t count = std::min(block, ticket.end - row);
       const T* rows[kMaxBlockRows];
@@ -185,8 +190,8 @@ class Forward {
                          q == nullptr ? nullptr : q + j * layer.kernel);
       }
       if (iterations_ > 0) {
-        kernels<T>().add_rows(rows, count, state.s + row, q, n, layer.kernel, kernel_major(layer), worker.scratch, t,
-                              r);
+        kernels<T>().add_rows(rows, count, state.s + row, q, n, layer.kernel, kernel_major(layer), ahead,
+                              worker.scratch, t, r);
       }
     }
   }
@@ -210,7 +215,7 @@ class Forward {
       const T* rows[4];
       for (int64_t j = 0; j < count; ++j) rows[j] = first + (i + j) * row_size(layer);
       kernels<T>().add_rows(rows, count, layer.two_sided ? u_in + i : zeros, v_out + i * k_size, n, k_size, false,
-                            worker.scratch, q, s_columns);
+                            4 * row_size(layer), worker.scratch, q, s_columns);
     }
     T* s = state.s + ticket.begin;
     for (int64_t o = 0; o < ticket.end - ticket.begin; ++o) {
@@ -281,19 +286,17 @@ class Forward {
   }
 
   // The weight and its normalised copy have the same strides and no gaps, so that this is one line of numbers.
-  void write_output(const Ticket& ticket, Worker& worker) {
-    const Layer& layer = layers_[ticket.layer];
-    const T factor = states_[ticket.layer].factor;
+  void write_output(const Layer& layer, T factor, int64_t begin, int64_t end, const Worker& worker) const {
     const std::byte* in = static_cast<const std::byte*>(layer.weight);
     std::byte* out = static_cast<std::byte*>(layer.output);
     if (weight_type_ == kDType<T> && output_type_ == kDType<T>) {
-      kernels<T>().scale(reinterpret_cast<const T*>(in) + ticket.begin, factor, ticket.end - ticket.begin, stream_,
-                         reinterpret_cast<T*>(out) + ticket.begin);
+      kernels<T>().scale(reinterpret_cast<const T*>(in) + begin, factor, end - begin, stream_,
+                         reinterpret_cast<T*>(out) + begin);
       if (stream_) kernels<T>().finish_streaming();
       return;
     }
-    for (int64_t x = ticket.begin; x < ticket.end; x += kConversion) {
-      const int64_t n = std::min(kConversion, ticket.end - x);
+    for (int64_t x = begin; x < end; x += kConversion) {
+      const int64_t n = std::min(kConversion, end - x);
       kernels<T>().load(in + x * element_size(weight_type_), weight_type_, n, worker.rows.numbers);
       kernels<T>().scale(worker.rows.numbers, factor, n, false, worker.rows.numbers);
       kernels<T>().store(worker.rows.numbers, n, output_type_, out + x * element_size(output_type_));
@@ -338,6 +341,7 @@ int forward(const Geometry* geometry, int64_t n, void* const* pointers, void* sn
       point_to_snapshot(snapshot, number, layer);
       layer.sigma = static_cast<std::byte*>(sigma) + j * number;
     }
+    largest_first(layers);
     if (weight_type == DType::f64) {
       run<double>(layers.data(), n, weight_type, output_type, scale, eps, iterations, threads);
     } else {

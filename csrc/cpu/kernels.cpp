@@ -204,11 +204,14 @@ int64_t repeat(const T* values, int64_t kernel, T* repeated) {
 
 // t[x] += sum_row s[row] w[row][x]
 template <class T, int R>
-void add_scaled(const T* const* w, const T* s, int64_t begin, int64_t end, T* t) {
+void add_scaled(const T* const* w, const T* s, int64_t begin, int64_t end, int64_t ahead, T* t) {
   int64_t x = begin;
   for (; x + kLanes<T> <= end; x += kLanes<T>) {
     Vec<T> sum = load_vec(t + x);
-    for (int row = 0; row < R; ++row) sum += s[row] * load_vec(w[row] + x);
+    for (int row = 0; row < R; ++row) {
+      if (ahead != 0) __builtin_prefetch(w[row] + x + ahead, 0, 2);
+      sum += s[row] * load_vec(w[row] + x);
+    }
     store_vec<T>(t + x, sum);
   }
   for (; x < end; ++x) {
@@ -217,15 +220,15 @@ void add_scaled(const T* const* w, const T* s, int64_t begin, int64_t end, T* t)
 }
 
 template <class T, int R>
-void add_both(const T* const* w, const T* s, const T* q, int64_t n, int64_t kernel, bool kernel_major, T* scratch, T* t,
-              T* r) {
+void add_both(const T* const* w, const T* s, const T* q, int64_t n, int64_t kernel, bool kernel_major, int64_t ahead,
+              T* scratch, T* t, T* r) {
   if (kernel_major) {
     const int64_t channels = n / kernel;
     for (int64_t k = 0; k < kernel; ++k) {
       T q_k[R];
       for (int row = 0; row < R; ++row) q_k[row] = q[row * kernel + k];
-      add_scaled<T, R>(w, s, k * channels, (k + 1) * channels, t);
-      add_scaled<T, R>(w, q_k, k * channels, (k + 1) * channels, r);
+      add_scaled<T, R>(w, s, k * channels, (k + 1) * channels, ahead, t);
+      add_scaled<T, R>(w, q_k, k * channels, (k + 1) * channels, 0, r);
     }
     return;
   }
@@ -237,6 +240,7 @@ void add_both(const T* const* w, const T* s, const T* q, int64_t n, int64_t kern
     for (int64_t p = 0; p < period && x + kLanes<T> <= n; p += kLanes<T>, x += kLanes<T>) {
       Vec<T> t_sum = load_vec(t + x), r_sum = load_vec(r + x);
       for (int row = 0; row < R; ++row) {
+        if (ahead != 0) __builtin_prefetch(w[row] + x + ahead, 0, 2);
         const Vec<T> value = load_vec(w[row] + x);
         t_sum += s[row] * value;
         r_sum += load_vec(scratch + row * stride + p) * value;
@@ -255,20 +259,20 @@ void add_both(const T* const* w, const T* s, const T* q, int64_t n, int64_t kern
 
 template <class T>
 void add_rows(const T* const* w, int64_t rows, const T* s, const T* q, int64_t n, int64_t kernel, bool kernel_major,
-              T* scratch, T* t, T* r) {
+              int64_t ahead, T* scratch, T* t, T* r) {
   int64_t row = 0;
   for (; row + 4 <= rows; row += 4) {
     if (r == nullptr) {
-      add_scaled<T, 4>(w + row, s + row, 0, n, t);
+      add_scaled<T, 4>(w + row, s + row, 0, n, ahead, t);
     } else {
-      add_both<T, 4>(w + row, s + row, q + row * kernel, n, kernel, kernel_major, scratch, t, r);
+      add_both<T, 4>(w + row, s + row, q + row * kernel, n, kernel, kernel_major, ahead, scratch, t, r);
     }
   }
   for (; row < rows; ++row) {
     if (r == nullptr) {
-      add_scaled<T, 1>(w + row, s + row, 0, n, t);
+      add_scaled<T, 1>(w + row, s + row, 0, n, ahead, t);
     } else {
-      add_both<T, 1>(w + row, s + row, q + row * kernel, n, kernel, kernel_major, scratch, t, r);
+      add_both<T, 1>(w + row, s + row, q + row * kernel, n, kernel, kernel_major, ahead, scratch, t, r);
     }
   }
 }

@@ -15,9 +15,10 @@ struct Kernels {
   void (*dot)(const T* w, const T* v, const T* u, int64_t n, int64_t kernel, bool kernel_major, T* scratch, T* s, T* q);
 
   // t[x] += sum_row s[row] w[row][x]; if r is given, also r[x] += sum_row q[row * kernel + k(x)] w[row][x].
-  // scratch: rows * period_elements(kernel) values.
+  // scratch: rows * period_elements(kernel) values. ahead: distance from a row to the one that will be read later in
+  // its place, which is fetched from memory meanwhile; 0 for none.
   void (*add_rows)(const T* const* w, int64_t rows, const T* s, const T* q, int64_t n, int64_t kernel,
-                   bool kernel_major, T* scratch, T* t, T* r);
+                   bool kernel_major, int64_t ahead, T* scratch, T* t, T* r);
 
   // out[x] = factor * w[x]; `stream` writes past the caches.
   void (*scale)(const T* w, T factor, int64_t n, bool stream, T* out);

@@ -41,14 +41,6 @@ const InstructionSet* best() {
 
 const InstructionSet* in_use = best();
 
-int64_t last_level_cache() {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-  const int64_t size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (size > 0) return size;
-#endif
-  return int64_t(32) << 20;
-}
-
 }  // namespace
 
 template <>
@@ -72,9 +64,14 @@ bool set_instruction_set(const char* name) {
   return false;
 }
 
-bool exceeds_last_level_cache(int64_t bytes) {
-  static const int64_t size = last_level_cache();
-  return bytes > size;
+int64_t last_level_cache() {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  static const int64_t size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (size > 0) return size;
+#endif
+  return int64_t(32) << 20;
 }
+
+bool exceeds_last_level_cache(int64_t bytes) { return bytes > last_level_cache(); }
 
 }  // namespace bssn::cpu

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "kernels.h"
 
@@ -37,14 +38,24 @@ inline void point_to_snapshot(void* snapshot, int64_t size_of_number, Layer& lay
 inline int64_t row_count(const Layer& layer) { return layer.order == Order::input_major ? layer.c_in : layer.c_out; }
 inline int64_t row_size(const Layer& layer) { return layer.size() / row_count(layer); }
 
+// Threads that have nothing left to do at the end then wait for a small layer at most.
+inline void largest_first(std::vector<Layer>& layers) {
+  std::stable_sort(layers.begin(), layers.end(), [](const Layer& a, const Layer& b) { return a.size() > b.size(); });
+}
+
 // Tiles of output channels. They do not depend on the number of threads: nor do, then, the results. Each tile adds its
 // share of t and r to sums of its own, which costs two rows of traffic: not below 64 rows, but for input-major layers,
 // of which a whole tile is read twice and has to stay in the cache.
 constexpr int64_t kTileBytes = 256 * 1024;
+
+// A layer that takes no more memory is done by one thread in one go, from the second-level cache of its core.
+constexpr int64_t kWholeLayerBytes = 768 * 1024;
+
 inline int64_t tile_rows(const Layer& layer, int64_t size_of_number) {
+  if (layer.size() * size_of_number <= kWholeLayerBytes) return layer.c_out;
   const bool input_major = layer.order == Order::input_major;
   const int64_t bytes = input_major ? 2 * kTileBytes : kTileBytes;
-  const int64_t rows = bytes / std::max<int64_t>(1, layer.columns() * size_of_number);
+  const int64_t rows = bytes / (layer.columns() * size_of_number);
   return std::min(layer.c_out, std::max<int64_t>(input_major ? 8 : 64, (rows + 7) / 8 * 8));
 }
 inline int64_t tile_count(const Layer& layer, int64_t size_of_number) {

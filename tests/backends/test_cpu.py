@@ -160,8 +160,7 @@ def test_next_finite_weight_after_a_bad_one(instruction_set, bad):
 
 def test_results_larger_than_the_caches(threads):
     """They are written past the caches: a path of its own, also in the aligned middle and the ends of a buffer."""
-    cache = os.sysconf("SC_LEVEL3_CACHE_SIZE") if hasattr(os, "sysconf") else 0
-    columns = (cache or 32 << 20) // 8 // 512 // 9 + 10
+    columns = extension.module.cpu_last_level_cache() // 8 // 512 // 9 + 10
     shape = (512, columns, 3, 3)
     weight, grad, out = (torch.randn(shape) for _ in range(3))
     vectors = [torch.nn.functional.normalize(torch.randn(n), dim=0) for n in (512, columns * 9, columns, 512 * 9)]
