@@ -32,7 +32,6 @@ def find(module: nn.Module, name: str) -> SpectralNormalization | TorchSpectralN
     """Return the spectral norm on the module's weight; raise ValueError if something else sits there."""
     if parametrize.is_parametrized(module, WEIGHT):
         parametrizations = parametrizations_of(module, WEIGHT)
-        weight = cast(nn.Parameter, original_of(parametrizations))
         found = list(parametrizations)
         if len(found) == 1 and isinstance(found[0], SpectralNormalization):
             return found[0]
@@ -42,6 +41,7 @@ def find(module: nn.Module, name: str) -> SpectralNormalization | TorchSpectralN
                 raise ValueError(
                     f"{name}: torch's spectral norm of a one-dimensional weight; remove it or leave it out"
                 )
+            weight = cast(nn.Parameter, original_of(parametrizations))
             # torch keeps the dimension as a negative number where it was given as one.
             dim = old.dim % weight.ndim
             _check_dim(dim, name)

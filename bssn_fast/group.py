@@ -23,7 +23,8 @@ class Group:
         self._usage = usage
         self._handles: list[RemovableHandle] = []
         self._depth = 0
-        self._offering = self._recomputing = False
+        self._offered: list[SpectralNormalization] = []  # to the call that is running
+        self._recomputing = False
         self._set_layers(layers)
 
     def _set_layers(self, layers: Sequence[ParametrizationList]) -> None:
@@ -38,7 +39,7 @@ class Group:
             "_signature": None,
             "_plans": [],
             "_depth": 0,
-            "_offering": False,
+            "_offered": [],
             "_recomputing": False,
         }
 
@@ -50,8 +51,11 @@ class Group:
         ]
 
     def discard(self, layers: Iterable[ParametrizationList]) -> None:
-        """Leave out some layers, and the hooks when none is left."""
+        """Leave out some layers, and those taken out before; remove the hooks when none is left."""
         gone = {id(layer) for layer in layers}
+        gone |= {
+            id(layer) for layer, m in zip(self._layers, self._members, strict=True) if m.settings.update != "forward"
+        }
         self._set_layers([layer for layer in self._layers if id(layer) not in gone])
         if not self._layers:
             for handle in self._handles:
@@ -75,7 +79,7 @@ class Group:
             ]
             members, weights = list(compress(members, wanted)), list(compress(weights, wanted))
         if members:
-            self._offering = True
+            self._offered = members
             self._normalize(members, weights)
 
     def _normalize(self, members: list[SpectralNormalization], weights: list[Tensor]) -> None:
@@ -107,15 +111,15 @@ class Group:
     def end(self, model: nn.Module, args: object, output: object) -> None:
         """After a call of the model, whether or not it succeeded: withdraw the results, but those that are cached."""
         self._depth = max(0, self._depth - 1)  # a hook before `begin` may have failed
-        if self._depth == 0 and self._offering:
+        if self._depth == 0:
             self._withdraw()
-            self._offering = self._recomputing = False
 
     def _withdraw(self) -> None:
-        for member in self._members:
+        for member in self._offered:
             # The backward pass of a recomputed forward frees its graph: no other may use it, also in a `cached` block.
             if self._recomputing or not member.state.cached:
                 member.state.withdraw()
+        self._offered, self._recomputing = [], False
 
 
 _CALL = nn.Module._call_impl.__code__

@@ -9,7 +9,9 @@ sections 4 and 5; the order of the output side's updates is that of torch.nn.uti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,21 @@ from bssn_fast.layout import compute_dtype
 
 Vectors = tuple[Tensor, ...]
 """(u_out, v_out) of one direction, or (u_out, v_out, u_in, v_in) of both."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def without_autocast(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """Let matrix products keep their operands' precision where autocast is on."""
+
+    @wraps(function)
+    def full_precision(weight: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast(weight.device.type, enabled=False):
+            return function(weight, *args, **kwargs)
+
+    return full_precision
 
 
 def unfold(weight: Tensor, dim: int) -> Tensor:
@@ -36,6 +53,7 @@ def usable(*vectors: Tensor) -> Tensor:
     return (torch.isfinite(norms) & (norms > 0)).all()
 
 
+@without_autocast
 def power_iteration(weight: Tensor, vectors: Vectors, dim: int, eps: float) -> Vectors:
     """Return the vectors after one power iteration; those of a zero or non-finite weight stay as they were."""
     matrix = unfold(weight, dim)
@@ -50,6 +68,7 @@ def power_iteration(weight: Tensor, vectors: Vectors, dim: int, eps: float) -> V
     return tuple(new)
 
 
+@without_autocast
 def spectral_norm(weight: Tensor, vectors: Vectors, dim: int) -> Tensor:
     """Return sigma = u W v of one direction, or the mean of both; NaN for a weight that is not finite."""
     sigma = vectors[0] @ unfold(weight, dim) @ vectors[1]
