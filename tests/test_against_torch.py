@@ -21,7 +21,10 @@ def apply_torch(model, **settings):
 
 
 def pair(model, **settings):
-    """The model with our `sn` and with torch's, vectors drawn from equal random states."""
+    """The model with our `sn` and with torch's, of equal u and v.
+
+    torch iterates once more than we do when it registers its parametrization, which reads the weight.
+    """
     theirs = copy.deepcopy(model)
     state = torch.get_rng_state()
     bssn_fast.apply(model, "sn", **settings)
@@ -29,6 +32,7 @@ def pair(model, **settings):
     torch.set_rng_state(state)
     apply_torch(theirs, **settings)
     assert torch.equal(after, torch.get_rng_state()), "other random numbers drawn than torch draws"
+    model.load_state_dict(theirs.state_dict(), strict=True)
     return model, theirs
 
 

@@ -229,10 +229,11 @@ class Island(Net):
             return self.head(x) + (self.embed(torch.arange(len(x))) * x).sum(1, keepdim=True)
 
 
+@pytest.mark.parametrize("backend", ["reference", ""])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
+def test_autocast(dtype, backend):
     """Normalised weights come in autocast's dtype where it applies, gradients and vectors do not."""
-    model = bssn_fast.apply(Island())
+    model = bssn_fast.apply(Island(), backend=backend)
     model.peek = True
     twin = plain_copy(model)
     twin.peek = False
