@@ -24,15 +24,14 @@ class Peer:
 
     stages: tuple[str, ...] = ("forward", "backward")
 
-    def __init__(self, problem: Problem, rival: Rival, run: Callable[[], Sequence[Tensor]] | None = None) -> None:
+    def __init__(self, problem: Problem, rival: Rival) -> None:
         self._problem, self._rival = problem, rival
-        self._run = rival.module if run is None else run
         self.about: dict[str, object] = {}  # what else is known of it, for the notes of a benchmark
         self.outputs: Sequence[Tensor] | None = None
         self.gradients: Sequence[Tensor] | None = None
 
     def forward(self) -> None:
-        self.outputs = self._run()
+        self.outputs = self._rival.run()
 
     def backward(self) -> None:
         self.gradients = torch.autograd.grad(self.outputs, self._problem.weights, self._problem.grads)
@@ -122,21 +121,15 @@ def _ours(problem: Problem, backend: str) -> Rival:
     return Rival(model, vectors)
 
 
-def _compiled(problem: Problem, mode: str | None) -> Peer:
-    torch._dynamo.reset()  # or the limit of recompilations turns the next model's into eager code
-    rival = rivals.torch_compilable(problem)
-    return Peer(problem, rival, torch.compile(rival.module, mode=mode, fullgraph=True))
-
-
 _ANYWHERE: dict[str, Callable[[Problem], Peer]] = {
     COPY: CopyPeer,
     TORCH: lambda problem: Peer(problem, rivals.torch_eager(problem)),
-    "torch.compile": lambda problem: _compiled(problem, None),
+    "torch.compile": lambda problem: Peer(problem, rivals.torch_compiled(problem, None)),
     "foreach": lambda problem: Peer(problem, rivals.foreach(problem)),
     REFERENCE: lambda problem: Peer(problem, rivals.reference_loop(problem)),
 }
 _ON_CUDA: dict[str, Callable[[Problem], Peer]] = {
-    "torch.compile reduce-overhead": lambda problem: _compiled(problem, "reduce-overhead"),
+    "torch.compile reduce-overhead": lambda problem: Peer(problem, rivals.torch_compiled(problem, "reduce-overhead")),
     "torch graph": lambda problem: GraphPeer(problem, rivals.torch_eager(problem)),
 }
 COMPILED = ("torch.compile", "torch.compile reduce-overhead")

@@ -98,6 +98,7 @@ def main() -> int:
         return compare.print_comparison(earlier or sys.exit(f"there are no results in {folder}"), current)
     current.save(folder)
     plots.save(current, folder)
+    (folder / "report.md").write_text(tables.render(current) + "\n")
     if args.output is None:
         tables.renew(current, torch.device(args.device).type)
     for t in targets(current):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,12 @@ from bssn_fast import reference
 from bssn_fast.reference import unfold
 
 
+@dataclass(frozen=True)
 class Rival:
-    """A module whose forward returns the normalised weights, and a look at its vectors."""
+    """A call that returns the normalised weights, and a look at the vectors, for each weight its own."""
 
-    def __init__(self, module: nn.Module, vectors: Callable[[], list[tuple[Tensor, ...]]]) -> None:
-        self.module, self.vectors = module, vectors
+    run: Callable[[], Sequence[Tensor]]
+    vectors: Callable[[], list[tuple[Tensor, ...]]]
 
 
 def torch_eager(problem: Problem) -> Rival:
@@ -38,9 +40,32 @@ def torch_eager(problem: Problem) -> Rival:
     return Rival(model, lambda: [(n._u, n._v) for n in norms])
 
 
-def torch_compilable(problem: Problem) -> Rival:
-    """The same for torch.compile, which gives torch's own parametrization wrong gradients: see BidirectionalNorm."""
-    return _parametrized(problem, problem.model(), BidirectionalNorm)
+def torch_compiled(problem: Problem, mode: str | None) -> Rival:
+    """All layers in one graph of torch.compile, with vectors that go in and come out.
+
+    Parametrizations that write into buffers, torch's own among them, get wrong gradients in some layers when compiled
+    (torch 2.13, CPU; a [64, 3, 1, 1] weight alone is off by 0.3 %): the compiled backward pass seems to repeat
+    operations on buffers that have changed since.
+    """
+    torch._dynamo.reset()  # or the limit of recompilations makes the next model's code eager
+    vectors = [tuple(v.clone() for v in group) for group in problem.vectors]
+
+    @torch.compile(mode=mode, fullgraph=True)
+    def normalize_all(
+        weights: list[Tensor], vectors: list[tuple[Tensor, ...]]
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        layers = zip(weights, vectors, problem.dims, strict=True)
+        results = [bidirectional(w, v, dim, problem.scale) for w, v, dim in layers]
+        return [out for out, _ in results], [new for _, new in results]
+
+    def run() -> list[Tensor]:
+        nonlocal vectors
+        outputs, new = normalize_all(problem.weights, vectors)
+        # A CUDA graph writes its results to the same place each time.
+        vectors = [tuple(v.clone() if mode else v for v in group) for group in new]
+        return outputs
+
+    return Rival(run, lambda: vectors)
 
 
 def reference_loop(problem: Problem) -> Rival:
@@ -76,29 +101,30 @@ class _Vectors(nn.Module):
 
 
 class BidirectionalNorm(_Vectors):
-    """Both directions' spectral norms, written as torch's `spectral_norm` is; one direction where they are equal.
-
-    New vectors take the old ones' places instead of being written into them: under torch.compile (2.13, CPU) gradients
-    are wrong otherwise, for torch's own parametrization of a [64, 3, 1, 1] weight too, by 0.3 %. The compiled backward
-    pass seems to repeat operations on buffers that have changed since.
-    """
+    """Both directions' spectral norms as a parametrization, as torch's `spectral_norm` is one for one direction."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        vectors = list(self.vectors())
-        matrix = unfold(weight, self.dim)
-        across = unfold(weight, 1 - self.dim)
-        with torch.no_grad():
-            vectors[0] = normalize(torch.mv(matrix, vectors[1]), dim=0, eps=EPS)
-            vectors[1] = normalize(torch.mv(matrix.T, vectors[0]), dim=0, eps=EPS)
-            if len(vectors) == 4:
-                vectors[3] = normalize(torch.mv(across.T, vectors[2]), dim=0, eps=EPS)
-                vectors[2] = normalize(torch.mv(across, vectors[3]), dim=0, eps=EPS)
-        for j, vector in enumerate(vectors):
-            setattr(self, f"_{j}", vector)
-        sigma = torch.vdot(vectors[0], torch.mv(matrix, vectors[1]))
-        if len(vectors) == 4:
-            sigma = (sigma + torch.vdot(vectors[2], torch.mv(across, vectors[3]))) / 2
-        return weight * (self.scale / sigma)
+        old = self.vectors()
+        out, new = bidirectional(weight, old, self.dim, self.scale)
+        for vector, value in zip(old, new, strict=True):
+            vector.copy_(value)
+        return out
+
+
+def bidirectional(weight: Tensor, vectors: Sequence[Tensor], dim: int, scale: float) -> tuple[Tensor, list[Tensor]]:
+    """Return a normalised weight and its new vectors; one direction where two vectors are given."""
+    new = list(vectors)
+    matrix, across = unfold(weight, dim), unfold(weight, 1 - dim)
+    with torch.no_grad():
+        new[0] = normalize(torch.mv(matrix, new[1]), dim=0, eps=EPS)
+        new[1] = normalize(torch.mv(matrix.T, new[0]), dim=0, eps=EPS)
+        if len(new) == 4:
+            new[3] = normalize(torch.mv(across.T, new[2]), dim=0, eps=EPS)
+            new[2] = normalize(torch.mv(across, new[3]), dim=0, eps=EPS)
+    sigma = torch.vdot(new[0], torch.mv(matrix, new[1]))
+    if len(new) == 4:
+        sigma = (sigma + torch.vdot(new[2], torch.mv(across, new[3]))) / 2
+    return weight * (scale / sigma), new
 
 
 class ReferenceNorm(_Vectors):
