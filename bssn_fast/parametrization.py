@@ -74,6 +74,9 @@ class Usage:
         self._recomputed = False
         self._forwards: list[_Forward] = []  # since the last backward pass that recomputed, the latest one last
 
+    def __getstate__(self) -> dict[str, Any]:  # the forwards of a model are not those of its copy
+        return {**self.__dict__, "_recomputed": False, "_forwards": []}
+
     def count(self, normalized: Sequence[Tensor]) -> None:
         """A normalisation that changed the vectors, and what came of it."""
         if self._recomputed:
