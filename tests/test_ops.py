@@ -1,0 +1,46 @@
+"""The two operations as torch sees them."""
+
+import matrix
+import pytest
+import torch
+from matrix import Case
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bssn_fast import ops
+from bssn_fast.layout import Batch
+
+CASE = Case(shapes=((4, 3, 3, 3), (5, 7)))
+
+
+def arguments(x):
+    dims, both = CASE.dim_list, CASE.two_sided
+    batch = Batch(x.weights, dims, both)
+    outputs = [torch.empty_like(w) for w in x.weights]
+    snapshot, sigma = torch.empty(batch.snapshot_size), torch.empty(2)
+    forward = (x.weights, x.vectors, dims, both, 1.3, 1e-12, 1, outputs, snapshot, sigma, "reference")
+    grads = [torch.empty_like(w) for w in x.weights]
+    backward = (x.grads, x.weights, [0, 1], dims, both, 1.3, snapshot, sigma, grads, "reference")
+    return forward, backward
+
+
+def test_schemas_say_what_is_written():
+    forward, backward = arguments(matrix.inputs(CASE))
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.normalize, forward, test_utils=tests)
+    torch.library.opcheck(ops.normalize_backward, backward, test_utils=tests)
+
+
+def test_fake_tensors_compute_nothing():
+    with FakeTensorMode() as mode:
+        x = matrix.inputs(CASE)
+        fake = matrix.Inputs(*([mode.from_tensor(t) if not hasattr(t, "fake_mode") else t for t in part]
+                               for part in (x.weights, x.vectors, x.grads)))  # fmt: skip
+        forward, backward = arguments(fake)
+        assert ops.normalize(*forward) is None
+        assert ops.normalize_backward(*backward) is None
+
+
+@pytest.mark.parametrize("backend", ["reference", ""])
+@pytest.mark.parametrize("case", [c for c in matrix.CASES if c.weight_dtype == torch.float32], ids=str)
+def test_default_backend_and_reference(backend, case):
+    matrix.check(backend, case)

@@ -1,0 +1,85 @@
+"""What of the last result a plan uses again. Whole models are tested in test_evaluation.py and test_cached.py."""
+
+import pytest
+import torch
+from support import Net, norm_of, norms, original
+from torch import nn
+
+import bssn_fast
+from bssn_fast.plan import Plan, partition, signature
+
+
+@pytest.fixture
+def layer():
+    return bssn_fast.apply(nn.Conv2d(3, 4, 3))
+
+
+def test_signature_changes_with_all_that_a_plan_depends_on():
+    weight = torch.randn(4, 3, 2, 2)
+    same = signature([weight])
+    assert signature([torch.zeros(4, 3, 2, 2)]) == same
+    assert signature([weight.double()]) != same
+    assert signature([weight.contiguous(memory_format=torch.channels_last)]) != same
+    assert signature([weight.reshape(4, 3, 4, 1)]) != same
+    assert signature([weight.to("meta")]) != same
+    assert signature([weight, weight]) != same
+
+
+def test_partition():
+    model = bssn_fast.apply(Net())
+    bssn_fast.apply(model, scale=0.5, names=["head"])
+    members = [norm_of(model.get_submodule(n)) for n in norms(model)]
+    weights = [original(model.get_submodule(n)) for n in norms(model)]
+    assert partition(members, weights, [True] * 5) == [[0, 1, 2], [3], [4]]  # an embedding does not follow autocast
+    assert partition(members, weights, [True, False, True, True, True]) == [[0, 2], [1], [3], [4]]
+    weights[2] = weights[2].double()
+    assert partition(members, weights, [True] * 5) == [[0, 1], [2], [3], [4]]
+
+
+def test_values_are_used_again_only_if_kept(layer, launches):
+    weight = original(layer)
+    plan = Plan([norm_of(layer)], [weight])
+    launches.clear()
+    (a,) = plan.normalize([weight], iterate=False, keep=True)
+    (b,) = plan.normalize([weight], iterate=False, keep=True)
+    assert len(launches) == 1
+    assert a.data_ptr() == b.data_ptr()
+    assert a.grad_fn is not b.grad_fn
+    (c,) = plan.normalize([weight], iterate=False, keep=False)
+    assert len(launches) == 2
+    assert torch.equal(a, c)
+    plan.normalize([weight], iterate=False, keep=True)
+    assert len(launches) == 3
+
+
+def test_an_iteration_elsewhere_is_noticed(layer, launches):
+    weight = original(layer)
+    plan, other = Plan([norm_of(layer)], [weight]), Plan([norm_of(layer)], [weight])
+    plan.normalize([weight], iterate=False, keep=True)
+    other.normalize([weight], iterate=True, keep=False)
+    launches.clear()
+    plan.normalize([weight], iterate=False, keep=True)
+    assert len(launches) == 1
+
+
+def test_graphs_of_kept_values_are_independent(layer):
+    weight = original(layer)
+    plan = Plan([norm_of(layer)], [weight])
+    for _ in range(3):
+        plan.normalize([weight], iterate=False, keep=True)[0].sum().backward()
+    three = weight.grad.clone()
+    weight.grad = None
+    plan.normalize([weight], iterate=False, keep=True)[0].sum().backward()
+    torch.testing.assert_close(three, 3 * weight.grad)
+
+
+def test_autocast_is_part_of_what_is_kept(layer):
+    weight = original(layer)
+    plan = Plan([norm_of(layer)], [weight])
+    (full,) = plan.normalize([weight], iterate=False, keep=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (half,) = plan.normalize([weight], iterate=False, keep=True)
+    (again,) = plan.normalize([weight], iterate=False, keep=True)
+    assert (full.dtype, half.dtype, again.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    assert torch.equal(full, again)
+    assert torch.equal(full.bfloat16(), half)
