@@ -1,6 +1,7 @@
 # make train   the example: a small GAN on handwritten digits, with BSSN in its discriminator; options by ARGS="..."
 # make test    lint, types and all tests
-# make bench   speed on this machine's CPU
+# make bench   speed on this machine's CPU, and the tables of docs/performance.md; nothing else should run
+# make bench-compare   the same against the committed figures
 # make gpu     correctness and speed on this machine's GPU, with the Python and torch that it already has
 # make asan    the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make format  lay out Python and C++
@@ -20,7 +21,7 @@ WITH_ASAN = PYTHONPATH=$(ASAN_DIR) PYTHONSAFEPATH=1 BSSN_FAST_BACKEND=cpu \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
-.PHONY: train test lint bench gpu asan format env build clean
+.PHONY: train test lint bench bench-compare gpu asan format env build clean
 .DELETE_ON_ERROR:
 
 train: build
@@ -31,7 +32,10 @@ test: build lint
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: build
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+	$(BIN)/python -m benchmarks.report $(ARGS)
+
+bench-compare: build
+	$(BIN)/python -m benchmarks.report --compare $(ARGS)
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)

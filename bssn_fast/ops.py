@@ -6,6 +6,9 @@ a call share device and dtype. Autograd lies outside, in `functional`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +27,7 @@ _library.define(
 
 
 def _normalize(
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     vectors: list[Tensor],
     dims: list[int],
     two_sided: list[bool],
@@ -43,8 +46,8 @@ def _normalize(
 
 
 def _normalize_backward(
-    grads: list[Tensor],
-    weights: list[Tensor],
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
     layers: list[int],
     dims: list[int],
     two_sided: list[bool],
@@ -64,5 +67,24 @@ for _name, _kernel in (("normalize", _normalize), ("normalize_backward", _normal
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bssn_fast::{_name}", lambda *args: None, lib=_library)
 
-normalize = torch.ops.bssn_fast.normalize.default
-normalize_backward = torch.ops.bssn_fast.normalize_backward.default
+_normalize_op = torch.ops.bssn_fast.normalize.default
+_normalize_backward_op = torch.ops.bssn_fast.normalize_backward.default
+
+
+def _watched(weights: Sequence[Tensor]) -> bool:
+    """Whether a compiler, a mode or a subclass of Tensor has to see the operation."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or not all(type(w) in (Tensor, torch.nn.Parameter) for w in weights)
+    )
+
+
+def normalize(weights: Sequence[Tensor], *args: Any) -> None:
+    """Run the op `bssn_fast::normalize`, or its implementation alone: torch's dispatcher is slow on long lists."""
+    (_normalize_op if _watched(weights) else _normalize)(weights, *args)
+
+
+def normalize_backward(grads: Sequence[Tensor], weights: Sequence[Tensor], *args: Any) -> None:
+    """The same for `bssn_fast::normalize_backward`."""
+    (_normalize_backward_op if _watched(weights) else _normalize_backward)(grads, weights, *args)
