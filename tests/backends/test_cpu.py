@@ -319,7 +319,8 @@ def test_missing_extension_is_explained():
         "assert torch.isfinite(bssn_fast.apply(torch.nn.Linear(3, 2))(torch.ones(1, 3))).all()\n"
         "bssn_fast.apply(torch.nn.Linear(3, 2), backend='cpu')"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    environment = {k: v for k, v in os.environ.items() if k != "BSSN_FAST_BACKEND"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert "BackendUnavailableError" in run.stderr
     assert "the C++ extension" in run.stderr
