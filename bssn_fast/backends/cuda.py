@@ -22,6 +22,11 @@ from bssn_fast.layout import channels, snapshot_offsets
 
 DEVICES = ("cuda",)
 
+_REMEDY = (
+    "update the driver, or reinstall with this machine's CUDA toolkit, for the architecture of this GPU, e.g. "
+    "`BSSN_FAST_CUDA_ARCHS=90 pip install --force-reinstall --no-deps .`"
+)
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -35,12 +40,6 @@ def why_unavailable() -> str | None:
         return "torch sees no NVIDIA GPU; check the driver and that torch was installed with CUDA"
     error = extension.module.cuda_status(torch.cuda.current_device())
     return None if error == 0 else f"CUDA says '{_words(error)}'; {_REMEDY}"
-
-
-_REMEDY = (
-    "a newer driver, or a build with this machine's CUDA toolkit for this GPU (BSSN_FAST_CUDA_ARCHS), "
-    "e.g. BSSN_FAST_CUDA_ARCHS=90 pip install --force-reinstall --no-deps .; may help"
-)
 
 
 def _not_built() -> dict[str, str]:

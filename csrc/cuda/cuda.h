@@ -30,7 +30,7 @@ int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* 
 // CUDA's own words for an error code.
 const char* error_string(int error);
 
-// "13.0": the runtime that this was built with.
+// CUDART_VERSION of the runtime that this was built with, "13000" for 13.0.
 const char* runtime_version();
 
 }  // namespace bssn::cuda

@@ -198,3 +198,13 @@ def test_which_rows_are_staged(shape, dtype, staged):
 
 def place_strides(weight):
     return matrix.place(weight, "channels_last").stride()
+
+
+def test_extension_built_without_cuda_says_so(monkeypatch):
+    monkeypatch.setattr(extension, "module", object())
+    monkeypatch.setattr(cuda, "_not_built", lambda: {"cuda": "nvcc was not found; install the CUDA toolkit"})
+    assert (
+        cuda.why_unavailable() == "the extension was built without CUDA: nvcc was not found; install the CUDA toolkit"
+    )
+    with pytest.raises(backends.BackendUnavailableError, match="built without CUDA: nvcc was not found"):
+        backends.get("cuda", torch.device("cuda"))
