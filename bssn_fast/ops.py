@@ -67,8 +67,8 @@ for _name, _kernel in (("normalize", _normalize), ("normalize_backward", _normal
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bssn_fast::{_name}", lambda *args: None, lib=_library)
 
-_normalize_op = torch.ops.bssn_fast.normalize.default
-_normalize_backward_op = torch.ops.bssn_fast.normalize_backward.default
+normalize_op = torch.ops.bssn_fast.normalize.default
+normalize_backward_op = torch.ops.bssn_fast.normalize_backward.default
 
 
 def _watched(weights: Sequence[Tensor]) -> bool:
@@ -82,9 +82,9 @@ def _watched(weights: Sequence[Tensor]) -> bool:
 
 def normalize(weights: Sequence[Tensor], *args: Any) -> None:
     """Run the op `bssn_fast::normalize`, or its implementation alone: torch's dispatcher is slow on long lists."""
-    (_normalize_op if _watched(weights) else _normalize)(weights, *args)
+    (normalize_op if _watched(weights) else _normalize)(weights, *args)
 
 
 def normalize_backward(grads: Sequence[Tensor], weights: Sequence[Tensor], *args: Any) -> None:
     """The same for `bssn_fast::normalize_backward`."""
-    (_normalize_backward_op if _watched(weights) else _normalize_backward)(grads, weights, *args)
+    (normalize_backward_op if _watched(weights) else _normalize_backward)(grads, weights, *args)

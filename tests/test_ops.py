@@ -26,8 +26,8 @@ def arguments(x):
 def test_schemas_say_what_is_written():
     forward, backward = arguments(matrix.inputs(CASE))
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.normalize, forward, test_utils=tests)
-    torch.library.opcheck(ops.normalize_backward, backward, test_utils=tests)
+    torch.library.opcheck(ops.normalize_op, forward, test_utils=tests)
+    torch.library.opcheck(ops.normalize_backward_op, backward, test_utils=tests)
 
 
 def test_fake_tensors_compute_nothing():
