@@ -82,7 +82,7 @@ def gradient_tile(
     if TWO:
         ratio = ratio / 2
 
-    d, k, position, j_offset, m_j = place(row, SHAPES, SHAPE)
+    g, d, k, position, offset, m_group = place(row, SHAPES, SHAPE)
     rows_per_tile = field(row, f.ROWS_PER_TILE)
     first = tile * rows_per_tile
     last = tl.minimum(first + rows_per_tile, field(row, f.C_OUT))
@@ -92,17 +92,16 @@ def gradient_tile(
         o_offset = o * (row_stride * V)
         b_u_out = tl.load(u_out + o, mask=m_o, other=0)
         if TWO:
-            b_v_in = tl.load(v_in + (o * k_size)[:, None] + k[None, :], mask=m_o[:, None] & m_j[None, :], other=0)
+            o_v_in = (o * k_size)[:, None] + k[None, :]
+            b_v_in = tl.load(v_in + o_v_in, mask=m_o[:, None] & m_group[None, :], other=0)
         for g_start in range(0, groups, BG):
-            g = g_start + tl.arange(0, BG)
-            m_gj = (g < groups)[:, None] & m_j[None, :]
-            m = m_o[:, None, None] & m_gj[None, :, :]
-            g_offset = (g * (group_stride * V))[:, None] + j_offset[None, :]
-            offset = o_offset[:, None, None] + g_offset[None, :, :]  # [BO, BG, BJ]
-            b_v_out = tl.load(v_out + (g * (k_size * V))[:, None] + position[None, :], mask=m_gj, other=0)
-            direction = b_u_out[:, None, None] * b_v_out[None, :, :]
+            m_e = m_group & (g_start + g < groups)
+            m = m_o[:, None] & m_e[None, :]
+            b_v_out = tl.load(v_out + (g_start * (k_size * V) + position), mask=m_e, other=0)
+            direction = b_u_out[:, None] * b_v_out[None, :]  # [BO, BG BJ]
             if TWO:
-                b_u_in = tl.load(u_in + (g * V)[:, None] + d[None, :], mask=m_gj, other=0)
-                direction += b_u_in[None, :, :] * b_v_in[:, None, :]
-            b_grad = tl.load(grad + offset, mask=m, other=0, eviction_policy="evict_first").to(ACC)
-            tl.store(out + offset, (multiplier * (b_grad - ratio * direction)).to(W_TYPE), mask=m)
+                b_u_in = tl.load(u_in + ((g_start + g) * V + d), mask=m_e, other=0)
+                direction += b_u_in[None, :] * b_v_in
+            w_offset = o_offset[:, None] + (g_start * (group_stride * V) + offset)[None, :]
+            b_grad = tl.load(grad + w_offset, mask=m, other=0, eviction_policy="evict_first").to(ACC)
+            tl.store(out + w_offset, (multiplier * (b_grad - ratio * direction)).to(W_TYPE), mask=m)

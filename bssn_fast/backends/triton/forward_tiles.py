@@ -17,6 +17,12 @@ from bssn_fast.backends.triton.tiles import field, place, pointer, sum_of
 
 
 @triton.jit
+def add_to_slot(p_slot, part, mask, is_later):
+    """Write the first rows' part to the slot and add that of later ones; the caller puts a barrier between them."""
+    tl.store(p_slot, part + tl.load(p_slot, mask=mask & is_later, other=0), mask=mask)
+
+
+@triton.jit
 def rows_tile(
     row,
     tile,
@@ -52,63 +58,68 @@ def rows_tile(
     slot = field(row, f.SLOTS) + tile * (n_out_columns + field(row, f.SIZE + 2))
     slot = tl.multiple_of(slot, 4) if V % 4 == 0 else slot
 
-    d, k, position, j_offset, m_j = place(row, SHAPES, SHAPE)
+    g, d, k, position, offset, m_group = place(row, SHAPES, SHAPE)
     rows_per_tile = field(row, f.ROWS_PER_TILE)
     first = tile * rows_per_tile
     last = tl.minimum(first + rows_per_tile, field(row, f.C_OUT))
     o_o = tl.arange(0, BO)
-    o_g = tl.arange(0, BG)
+    o_j = tl.arange(0, BJ)
 
     for o_start in range(first, last, BO):
         o = o_start + o_o
         m_o = o < last
         o_offset = o * (row_stride * V)
-        b_s = tl.zeros([BO, BG, BJ], ACC)
-        b_q = tl.zeros([BO, BG, BJ], ACC)
+        b_s = tl.zeros([BO, BG * BJ // 4], ACC)  # four neighbours are one thread's: to add them first saves registers
+        b_q = tl.zeros([BO, BG * BJ], ACC)
         for g_start in range(0, groups, BG):
-            g = g_start + o_g
-            m_gj = (g < groups)[:, None] & m_j[None, :]
-            m = m_o[:, None, None] & m_gj[None, :, :]
-            g_offset = (g * (group_stride * V))[:, None] + j_offset[None, :]
-            w = tl.load(weight + (o_offset[:, None, None] + g_offset[None, :, :]), mask=m, other=0).to(
-                ACC
-            )  # [BO, BG, BJ]
-            v = tl.load(v_out + (g * (k_size * V))[:, None] + position[None, :], mask=m_gj, other=0)
-            b_s += w * v[None, :, :]
+            m_e = m_group & (g_start + g < groups)
+            p_w = weight + (o_offset[:, None] + (g_start * (group_stride * V) + offset)[None, :])
+            w = tl.load(p_w, mask=m_o[:, None] & m_e[None, :], other=0).to(ACC)  # [BO, BG BJ]
+            v = tl.load(v_out + (g_start * (k_size * V) + position), mask=m_e, other=0)
+            b_s += tl.sum(tl.reshape(w * v[None, :], [BO, BG * BJ // 4, 4]), axis=2)
             if TWO:
-                u = tl.load(u_in + (g * V)[:, None] + d[None, :], mask=m_gj, other=0)
-                b_q += w * u[None, :, :]
-        s = tl.sum(tl.sum(b_s, axis=2), axis=1)  # [BO]
+                u = tl.load(u_in + ((g_start + g) * V + d), mask=m_e, other=0)
+                b_q += w * u[None, :]
+        s = tl.sum(b_s, axis=1)  # [BO]
         tl.store(scratch + (s_all + o), s, mask=m_o)
         if TWO:
-            q = tl.sum(b_q, axis=1)  # [BO, BJ]
-            m_oj = m_o[:, None] & m_j[None, :]
+            q = tl.sum(tl.reshape(b_q, [BO, BG, BJ]), axis=1)  # [BO, BJ]
+            j_channel = o_j // k_size if SHAPES[SHAPE][1] else o_j % V
+            j_k = o_j % k_size if SHAPES[SHAPE][1] else o_j // V
+            m_oj = m_o[:, None] & (o_j < k_size * V)[None, :]
             if V > 1:  # a group's V channels have separate sums so far
                 o_fold = (fold + o * (k_size * V))[:, None]
-                tl.store(scratch + (o_fold + position[None, :]), q, mask=m_oj)
+                tl.store(scratch + (o_fold + (j_channel * k_size + j_k)[None, :]), q, mask=m_oj)
                 tl.debug_barrier()
                 q = tl.zeros([BO, BJ], ACC)
                 for n in tl.static_range(V):
-                    q += tl.load(scratch + (o_fold + (n * k_size + k)[None, :]), mask=m_oj, other=0)
-            tl.store(scratch + ((q_all + o * k_size)[:, None] + k[None, :]), q, mask=m_oj & (d == 0)[None, :])
+                    q += tl.load(scratch + (o_fold + (n * k_size + j_k)[None, :]), mask=m_oj, other=0)
+            tl.store(scratch + ((q_all + o * k_size)[:, None] + j_k[None, :]), q, mask=m_oj & (j_channel == 0)[None, :])
+            if ITERATE:
+                tl.debug_barrier()
+                o_q = (q_all + o * k_size)[:, None] + k[None, :]
+                q = tl.load(scratch + o_q, mask=m_o[:, None] & m_group[None, :], other=0)  # [BO, BG BJ]
 
         if ITERATE:
             for g_start in range(0, groups, BG):
-                g = g_start + o_g
-                m_g = g < groups
-                m_gj = m_g[:, None] & m_j[None, :]
-                m = m_o[:, None, None] & m_gj[None, :, :]
-                g_offset = (g * (group_stride * V))[:, None] + j_offset[None, :]
-                w = tl.load(weight + (o_offset[:, None, None] + g_offset[None, :, :]), mask=m, other=0).to(ACC)
-                p_t = scratch + ((slot + g * (k_size * V))[:, None] + position[None, :])
-                t = tl.load(p_t, mask=m_gj & (o_start > first), other=0)
-                tl.store(p_t, t + tl.sum(w * s[:, None, None], axis=0), mask=m_gj)
+                m_e = m_group & (g_start + g < groups)
+                p_w = weight + (o_offset[:, None] + (g_start * (group_stride * V) + offset)[None, :])
+                w = tl.load(p_w, mask=m_o[:, None] & m_e[None, :], other=0).to(ACC)
+                p_t = scratch + (slot + g_start * (k_size * V) + position)
+                add_to_slot(p_t, tl.sum(w * s[:, None], axis=0), m_e, o_start > first)
                 if TWO:
-                    wq = tl.sum(w * q[:, None, :], axis=0)  # [BG, BJ]
-                    for channel in tl.static_range(V):
-                        p_r = scratch + (slot + n_out_columns + g * V + channel)
-                        r = tl.load(p_r, mask=m_g & (o_start > first), other=0)
-                        tl.store(p_r, r + tl.sum(tl.where((d == channel)[None, :], wq, 0), axis=1), mask=m_g)
+                    wq = tl.sum(w * q, axis=0)  # [BG BJ]
+                    o_r = slot + n_out_columns + g_start * V
+                    o_g = tl.arange(0, BG)
+                    m_g = g_start + o_g < groups
+                    if SHAPES[SHAPE][1]:
+                        for n in tl.static_range(V):
+                            part = tl.sum(tl.reshape(tl.where(d == n, wq, 0), [BG, BJ]), axis=1)
+                            add_to_slot(scratch + (o_r + o_g * V + n), part, m_g, o_start > first)
+                    else:
+                        part = tl.sum(tl.reshape(wq, [BG, BJ // V, V]), axis=1)
+                        o_channel = (o_g * V)[:, None] + tl.arange(0, V)[None, :]
+                        add_to_slot(scratch + (o_r + o_channel), part, m_g[:, None], o_start > first)
             tl.debug_barrier()  # the next rows add to the slot, perhaps from other threads
 
 

@@ -80,10 +80,10 @@ def _kernel_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
     return dims[-1][1] if dims else 1
 
 
-def _tile_rows(c_out: int, positions: int, vector: int, two_sided: bool, itemsize: int) -> int:
+def _tile_rows(c_out: int, vector: int, kernel_innermost: bool, two_sided: bool, positions: int, itemsize: int) -> int:
     if c_out == 1 or positions > TILE_COLUMNS:
         return 1
-    spills = itemsize > 4 or vector == 1 or (two_sided and not 64 <= positions <= 128)
+    spills = itemsize > 4 or vector == 1 or (two_sided and not (kernel_innermost and 64 <= positions <= 128))
     return 2 if spills else TILE_ROWS
 
 
@@ -116,7 +116,7 @@ def geometry(
     if k * vector > MAX_K:
         vector = 1
     positions = power_of_two(k * vector)
-    rows = _tile_rows(c_out, positions, vector, two_sided, itemsize)
+    rows = _tile_rows(c_out, vector, kernel_innermost, two_sided, positions, itemsize)
     tile_shape = TileShape(vector, kernel_innermost, two_sided, rows, max(TILE_COLUMNS // positions, 1), positions)
     group_stride = k if kernel_innermost else 1 if vector > 1 else channel_stride
     return Geometry(tile_shape, c_out, c_in, k, row_stride // vector, group_stride, k_stride // vector, numel)

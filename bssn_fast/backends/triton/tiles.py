@@ -88,26 +88,31 @@ def take_tile(segments, counters, first_tile, SINGLE: tl.constexpr, N_SEGMENTS: 
 
 @triton.jit
 def place(row, SHAPES: tl.constexpr, SHAPE: tl.constexpr):
-    """For the positions j of a group: (channel in the group, kernel position, place in v_out, offset, is valid).
+    """Where the elements e of a tile's rows belong, groups beginning at 0: all [groups x positions], flat.
 
-    Kernel positions innermost (a convolution as torch stores it): j counts the group's K V elements in memory order.
-    Otherwise (channels_last, transposed or unaligned): V neighbouring channels, then the next kernel position.
+    Returns (group, channel in the group, kernel position, place in v_out, offset in the weight, is in its group).
+    Kernel positions innermost (a convolution as torch stores it): a group is K V elements in memory order. Otherwise
+    (channels_last, transposed or unaligned): V neighbouring channels, then the next kernel position.
     """
     V: tl.constexpr = SHAPES[SHAPE][0]
+    BG: tl.constexpr = SHAPES[SHAPE][4]
     BJ: tl.constexpr = SHAPES[SHAPE][5]
     k_size = field(row, f.K)
-    j = tl.arange(0, BJ)
+    e = tl.arange(0, BG * BJ)
+    g = e // BJ
+    j = e % BJ
+    g_offset = g * (field(row, f.GROUP_STRIDE) * V)
     if SHAPES[SHAPE][1]:
         d = j // k_size
         k = j % k_size
-        position = j
-        offset = j
+        position = g * (k_size * V) + j
+        offset = g_offset + j
     else:
         d = j % V
         k = j // V
-        position = d * k_size + k
-        offset = d + k * (field(row, f.K_STRIDE) * V)
-    return d, k, position, offset, j < k_size * V
+        position = g * (k_size * V) + d * k_size + k
+        offset = g_offset + d + k * (field(row, f.K_STRIDE) * V)
+    return g, d, k, position, offset, j < k_size * V
 
 
 @triton.jit
