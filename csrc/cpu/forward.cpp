@@ -140,7 +140,8 @@ class Forward {
   };
 
   bool in_one_go(const Layer& layer) const {
-    return layer.size() * int64_t(sizeof(T)) <= kWholeLayerBytes && iterations_ <= 1;
+    return layer.size() * int64_t(sizeof(T)) <= kWholeLayerBytes && tile_count(layer, sizeof(T)) == 1 &&
+           iterations_ <= 1;
   }
 
   static int64_t state_bytes(const Layer& layer) {

@@ -51,12 +51,14 @@ constexpr int64_t kTileBytes = 256 * 1024;
 // A layer that takes no more memory is done by one thread in one go, from the second-level cache of its core.
 constexpr int64_t kWholeLayerBytes = 768 * 1024;
 
+constexpr int64_t kMaxTileRows = 1024;  // fp32 sums of more rows lose digits
 inline int64_t tile_rows(const Layer& layer, int64_t size_of_number) {
-  if (layer.size() * size_of_number <= kWholeLayerBytes) return layer.c_out;
+  const int64_t most = std::min(layer.c_out, kMaxTileRows);
+  if (layer.size() * size_of_number <= kWholeLayerBytes) return most;
   const bool input_major = layer.order == Order::input_major;
   const int64_t bytes = input_major ? 2 * kTileBytes : kTileBytes;
   const int64_t rows = bytes / (layer.columns() * size_of_number);
-  return std::min(layer.c_out, std::max<int64_t>(input_major ? 8 : 64, (rows + 7) / 8 * 8));
+  return std::min(most, std::max<int64_t>(input_major ? 8 : 64, (rows + 7) / 8 * 8));
 }
 inline int64_t tile_count(const Layer& layer, int64_t size_of_number) {
   const int64_t rows = tile_rows(layer, size_of_number);

@@ -91,7 +91,7 @@ def test_every_period_of_kernel_positions_and_lanes(instruction_set, kernel, mem
 @pytest.mark.parametrize("both", [True, False])
 def test_layers_of_many_tiles(threads, memory, dtype, both):
     threads(2)
-    shapes = ((130, 150, 3, 3), (700, 300), (70, 130, 4, 4), (30, 3000), (3000, 90))
+    shapes = ((130, 150, 3, 3), (700, 300), (70, 130, 4, 4), (30, 3000), (3000, 90), (20001, 3))
     matrix.check("cpu", Case(shapes=shapes, weight_dtype=dtype, result_dtype=dtype, memory=memory, both=both))
 
 
