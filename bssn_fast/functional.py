@@ -268,7 +268,7 @@ def normalize(
     two_sided = [len(group) == 4 for group in groups]
     normalizer = Normalizer(weights, dims, two_sided, scale=float(scale), eps=float(eps), backend=backend)
     values = normalizer.compute(weights, [v for group in groups for v in group], n_power_iterations, dtype)
-    return normalizer.attach(values, weights), values.sigma
+    return normalizer.attach(values, weights), values.sigma.clone()
 
 
 def _check_vectors(first: Tensor, weight: Tensor, group: tuple[Tensor, ...], dim: int, j: int) -> None:

@@ -181,7 +181,7 @@ class SpectralNormalization(nn.Module):
     def vectors(self, weight: Tensor) -> list[Tensor]:
         """Return the buffers u_out, v_out[, u_in, v_in], made to fit the weight's dtype and device."""
         found = self._stored()
-        checked = checked_vectors(found, weight)
+        checked = checked_vectors(found, weight, vector_sizes(weight.shape, self.dim, self.two_sided))
         if checked is not found:
             for name, vector in zip(self.vector_names, checked, strict=True):
                 self._buffers[name] = vector

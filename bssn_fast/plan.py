@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bssn_fast.backends import extension
-from bssn_fast.functional import Normalizer, Values
-from bssn_fast.layout import compute_dtype
+from bssn_fast.functional import Normalizer, Values, check_weight
+from bssn_fast.layout import compute_dtype, is_dense
 
 _SAMPLES = 32
 
@@ -34,12 +34,23 @@ class LayerState:
     plan: for normalising the layer by itself.
     """
 
-    __slots__ = ("cached", "generation", "index", "plan", "ready", "recomputed", "sigma", "version", "weight")
+    __slots__ = (
+        "cached",
+        "generation",
+        "index",
+        "plan",
+        "ready",
+        "ready_version",
+        "recomputed",
+        "sigma",
+        "version",
+        "weight",
+    )
 
     def __init__(self, sigma: Tensor | None = None, generation: int = 0) -> None:
         self.ready: Tensor | None = None
         self.weight: Tensor | None = None
-        self.version = 0
+        self.version = self.ready_version = 0
         self.recomputed = False
         self.sigma, self.index = sigma, 0
         self.generation = generation
@@ -47,12 +58,12 @@ class LayerState:
         self.plan: Plan | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles begin with no result at hand
-        return LayerState, (None if self.sigma is None else self.current_sigma().clone()[None], self.generation)
+        return LayerState, (None if self.sigma is None else self.current_sigma()[None], self.generation)
 
     def current_sigma(self) -> Tensor:
         """Return sigma of the last normalisation, a scalar."""
         assert self.sigma is not None, "a layer is evaluated before anyone can ask"
-        return self.sigma[self.index].detach()
+        return self.sigma[self.index].clone()
 
     def usable(self, weight: Tensor) -> Tensor | None:
         """Return `ready` if it belongs to this weight as it is now and has a graph if one is wanted now."""
@@ -61,6 +72,7 @@ class LayerState:
             ready is None
             or self.weight is not weight
             or self.version != version(weight)
+            or self.ready_version != version(ready)
             or not (ready.requires_grad or not weight.requires_grad or not torch.is_grad_enabled())
             # What was made for autocast is of no use where a model switches autocast off.
             or not (ready.dtype == weight.dtype or ready.dtype == _result_dtype(weight, True))
@@ -76,7 +88,8 @@ class LayerState:
 
     def offer(self, weight: Tensor, normalized: Tensor, *, recomputed: bool = False) -> None:
         """Make a result available to whoever reads the layer's weight."""
-        self.weight, self.version, self.ready = weight, version(weight), normalized
+        self.weight, self.version, self.ready_version = weight, version(weight), version(normalized)
+        self.ready = normalized
         self.recomputed = recomputed
 
     def withdraw(self) -> None:
@@ -124,6 +137,8 @@ class Plan:
     """Normalises members of one device, dtype and settings in one call of the operation."""
 
     def __init__(self, members: Sequence[Member], weights: Sequence[Tensor]) -> None:
+        for member, weight in zip(members, weights, strict=True):
+            check_weight(weight, member.dim, "bssn_fast")
         self.members = list(members)
         self.signature = signature(weights)
         self.settings = members[0].settings
@@ -179,8 +194,10 @@ class _Kept:
         # As long as the old weights are held here, new ones cannot come to lie at the same address.
         self.weights = [w.detach() for w in weights]
         self.vectors, self.dtype = list(vectors), dtype
-        self.versions = _versions(states, weights, vectors)
-        self.fingerprint = _Fingerprint([*weights, *vectors]) if _has_fingerprints(weights[0]) else None
+        self.outputs = [version(w) for w in values.normalized]
+        dense = all(is_dense(w) for w in weights)  # or their elements would be looked for in the wrong places
+        self.versions = _versions(states, weights, vectors) if dense else None
+        self.fingerprint = _Fingerprint([*weights, *vectors]) if dense and _has_fingerprints(weights[0]) else None
 
     def current(
         self, states: Sequence[LayerState], weights: Sequence[Tensor], vectors: Sequence[Tensor], dtype: torch.dtype
@@ -191,6 +208,7 @@ class _Kept:
             and all(w.data_ptr() == old.data_ptr() for w, old in zip(weights, self.weights, strict=True))
             and all(map(is_, vectors, self.vectors))
             and self.versions == _versions(states, weights, vectors)
+            and self.outputs == [version(w) for w in self.values.normalized]  # whoever got them may have changed them
             and (self.fingerprint is None or self.fingerprint.unchanged())
         )
 
@@ -234,8 +252,16 @@ def _result_dtype(weight: Tensor, autocast: bool) -> torch.dtype:
     return torch.get_autocast_dtype(weight.device.type)
 
 
-def checked_vectors(vectors: list[Tensor], weight: Tensor) -> list[Tensor]:
-    """Return the vectors in the dtype and on the device that the weight needs: the same ones if they fit."""
+def checked_vectors(vectors: list[Tensor], weight: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Return the vectors in the dtype and on the device that the weight needs: the same ones if they fit.
+
+    Raises ValueError if their sizes do not belong to the weight's shape.
+    """
+    if [tuple(v.shape) for v in vectors] != [(size,) for size in sizes]:
+        raise ValueError(
+            f"bssn_fast: a weight of shape {tuple(weight.shape)} does not fit its layer's vectors, which were "
+            "estimated for another shape. Call bssn_fast.remove before a weight changes shape, and apply again"
+        )
     dtype = compute_dtype(weight.dtype)
     if all(v.dtype == dtype and v.device == weight.device and v.is_contiguous() for v in vectors):
         return vectors

@@ -14,7 +14,6 @@ void register_cuda(py::module_& module);
 PYBIND11_MODULE(_C, module) {
   using bssn::DType;
   using bssn::Geometry;
-  module.attr("GEOMETRY_FIELDS") = sizeof(Geometry) / sizeof(int64_t);
   module.def(
       "cpu_forward",
       [](uintptr_t geometry, int64_t n, uintptr_t pointers, uintptr_t snapshot, uintptr_t sigma, int64_t weight_type,

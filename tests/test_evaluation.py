@@ -274,3 +274,29 @@ def test_right_after_vectors_moved_to_where_the_weight_is_not(model):
     model.load_state_dict(state, assign=True)
     torch.testing.assert_close(model(x), before)
     assert norm_of(model.first)._u.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_writing_to_a_result_does_not_reach_the_next():
+    layer = bssn_fast.apply(nn.Linear(5, 4)).eval()
+    x = torch.randn(3, 5)
+    before = layer(x)
+    layer.weight.zero_()
+    assert torch.equal(layer(x), before)
+
+
+def test_evaluating_a_weight_that_shares_memory_reads_nothing_else():
+    layer = bssn_fast.apply(nn.Linear(64, 64, bias=False), "sn").eval()
+    layer.parametrizations.weight.original.data = torch.full((1,), 2.0).expand(64, 64)
+    with torch.no_grad():
+        u, v = layer.parametrizations.weight[0]._u, layer.parametrizations.weight[0]._v
+        expected = torch.full((64, 64), 1.0) / (u.sum() * v.sum())
+        for _ in range(2):
+            torch.testing.assert_close(layer.weight, expected, rtol=1e-4, atol=0)
+
+
+def test_sigma_is_a_copy():
+    layer = bssn_fast.apply(nn.Linear(5, 4)).eval()
+    before = bssn_fast.sigma(layer)[""]
+    bssn_fast.sigma(layer)[""].mul_(2)
+    assert bssn_fast.sigma(layer)[""] == before

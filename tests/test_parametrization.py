@@ -124,3 +124,15 @@ def test_bad_weights_from_the_beginning(bad):
         layer(torch.randn(1, 6))
     expected = torch.linalg.matrix_norm(original(layer).detach(), 2)
     torch.testing.assert_close(bssn_fast.sigma(layer)[""], expected)
+
+
+@pytest.mark.parametrize("n", [2, 8, 300_000])
+@pytest.mark.parametrize("training", [True, False])
+def test_weight_of_another_shape_is_refused(n, training):
+    """Its vectors would be read and written beyond their ends."""
+    model = bssn_fast.apply(nn.Sequential(nn.Conv1d(4, 4, 3))).train(training)
+    model[0].parametrizations.weight.original.data = torch.randn(n, 4, 3)
+    with pytest.raises(ValueError, match="does not fit"):
+        model(torch.randn(2, 4, 8))
+    with pytest.raises(ValueError, match="does not fit"):
+        _ = model[0].weight

@@ -35,6 +35,7 @@ void run_parallel(int threads, void (*body)(void*), void* data) {
     return;
   }
   std::vector<std::thread> workers;
+  workers.reserve(size_t(threads));
   try {
     for (int i = 1; i < threads; ++i) workers.emplace_back(body, data);
   } catch (const std::system_error&) {
