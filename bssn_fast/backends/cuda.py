@@ -34,21 +34,12 @@ def why_unavailable() -> str | None:
     if extension.module is None:
         return extension.why_missing()
     if not hasattr(extension.module, "cuda_forward"):
-        reason = _not_built().get("cuda", "nvcc was not found")
+        reason = extension.not_built.get("cuda", "nvcc was not found")
         return f"the extension was built without CUDA: {reason}"
     if not torch.cuda.is_available() or torch.version.hip:
         return "torch sees no NVIDIA GPU; check the driver and that torch was installed with CUDA"
     error = extension.module.cuda_status(torch.cuda.current_device())
     return None if error == 0 else f"CUDA says '{_words(error)}'; {_REMEDY}"
-
-
-def _not_built() -> dict[str, str]:
-    """Return what setup.py noted down about backends that it left out."""
-    try:
-        from bssn_fast._build_info import NOT_BUILT
-    except ImportError:
-        return {}
-    return NOT_BUILT
 
 
 def _words(error: int) -> str:

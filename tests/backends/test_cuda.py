@@ -202,7 +202,7 @@ def place_strides(weight):
 
 def test_extension_built_without_cuda_says_so(monkeypatch):
     monkeypatch.setattr(extension, "module", object())
-    monkeypatch.setattr(cuda, "_not_built", lambda: {"cuda": "nvcc was not found; install the CUDA toolkit"})
+    monkeypatch.setattr(extension, "not_built", {"cuda": "nvcc was not found; install the CUDA toolkit"})
     assert (
         cuda.why_unavailable() == "the extension was built without CUDA: nvcc was not found; install the CUDA toolkit"
     )
