@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from bssn_fast.buffers import Pool
 from bssn_fast.layout import Batch, compute_dtype, is_dense, same_strides, vector_sizes
 
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_AS_SOON_AS_POSSIBLE = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,19 @@ class Normalizer:
         scale: float,
         eps: float,
         backend: str = "",
+        gradient_groups: int = 1,
     ) -> None:
         self.batch = Batch([w if is_dense(w) else w.contiguous() for w in weights], dims, two_sided)
         self.dense = all(is_dense(w) for w in weights)
         self.scale, self.eps, self.backend = scale, eps, backend
         self._outputs = Pool(self.batch.size)
         self._grads = Pool(self.batch.size)
+        # Normalizers that lead to the weights of a range of layers each; this one computes all weights at once.
+        self.parts: list[tuple[slice, Normalizer]] = []
+        if gradient_groups > 1:
+            for part in _ranges([w.numel() for w in weights], gradient_groups):
+                layers = weights[part], dims[part], two_sided[part]
+                self.parts.append((part, Normalizer(*layers, scale=scale, eps=eps, backend=backend)))
 
     def compute(
         self, weights: Sequence[Tensor], vectors: Sequence[Tensor], n_power_iterations: int, dtype: torch.dtype
@@ -89,8 +99,20 @@ class Normalizer:
         """
         if not torch.is_grad_enabled() or not any(w.requires_grad for w in weights):
             return values.normalized
+        if self.parts:
+            return [w for k in range(len(self.parts)) for w in self._attach_part(k, values, weights)]
         with _past_saved_tensor_hooks():
             return list(_Attach.apply(self, values, *weights))
+
+    def _attach_part(self, k: int, values: Values, weights: Sequence[Tensor]) -> list[Tensor]:
+        part, normalizer = self.parts[k]
+        offsets = [*(starts[0] for starts in self.batch.snapshot_offsets), self.batch.snapshot_size]
+        snapshot = values.snapshot[offsets[part.start] : offsets[part.stop]]
+        results = normalizer.attach(Values(values.normalized[part], snapshot, values.sigma[part]), weights[part])
+        for graph in [w.grad_fn for w in results if w.grad_fn is not None][:1]:
+            # Autograd runs what was recorded last first, and this was recorded before all layers' own operations.
+            cast(Any, graph)._set_sequence_nr(_AS_SOON_AS_POSSIBLE)
+        return results
 
     def gradients(
         self, values: Values, weights: Sequence[Tensor], grads: Sequence[Tensor | None]
@@ -141,6 +163,14 @@ class Normalizer:
             sigma = reference.spectral_norm(w.to(values.sigma.dtype), vectors, dim)
             found.append(reference.normalize_backward(g, w, vectors, sigma, dim, self.scale))
         return found
+
+
+def _ranges(sizes: Sequence[int], count: int) -> list[slice]:
+    """Return at most `count` ranges that cover the sizes, each with about the same sum."""
+    bounds = list(accumulate(sizes, initial=0))
+    ideal = [bounds[-1] * k / count for k in range(count + 1)]
+    cuts = {min(range(len(bounds)), key=lambda j: abs(bounds[j] - x)) for x in ideal}
+    return [slice(a, b) for a, b in pairwise(sorted(cuts))]
 
 
 def _with_strides(grad: Tensor, weight: Tensor) -> Tensor:

@@ -97,14 +97,15 @@ class Group:
             self._signature = key
         if self._recomputing and any(training):
             self._usage.recompute(inside=True)
-        results: list[Tensor] = []
+        results: list[list[Tensor]] = []
         for plan, part in self._plans:
             iterate = iterating[part[0]]
             keep = not iterate or all(members[j].state.cached for j in part)
             chosen = [weights[j] for j in part]
-            for j, normalized in zip(part, plan.normalize(chosen, iterate=iterate, keep=keep), strict=True):
+            found = plan.normalize(chosen, iterate=iterate, keep=keep)
+            for j, normalized in zip(part, found, strict=True):
                 members[j].state.offer(weights[j], normalized, recomputed=self._recomputing)
-                results.append(normalized)
+            results += [found[s] for s in plan.parts]
         if any(iterating):
             self._usage.count(results)
 

@@ -47,6 +47,7 @@ def apply(
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
     update: str = "forward",
     backend: str = "",
+    gradient_groups: int = 1,
 ) -> Model:
     """Normalise the weights of a model's layers by their spectral norms, in place.
 
@@ -69,6 +70,9 @@ def apply(
         update: "forward" iterates once in each call of the model; "access" each time that a weight is read in
             training mode, torch's rule.
         backend: "reference", "cpu", "triton" or "cuda"; empty for the default of the weights' device.
+        gradient_groups: in how many calls the gradients of the weights are computed, at most. With one, all are ready
+            at the end of the backward pass; with more, those of the last layers are ready earlier, so that
+            DistributedDataParallel sends them while the backward pass goes on.
 
     Returns:
         The model.
@@ -81,7 +85,7 @@ def apply(
         >>> _ = d(torch.zeros(1, 3, 8, 8))
         >>> d = bssn_fast.apply(d, "bssn", scale=1.2)
     """
-    scale = _check_arguments(variant, scale, update, eps, n_power_iterations)
+    scale = _check_arguments(variant, scale, update, eps, n_power_iterations, gradient_groups)
     layers = _choose_layers(model, names, filter_fn)
     existing = {}
     for name, module in layers:
@@ -94,7 +98,7 @@ def apply(
 
     together = Usage(len(layers))
     for name, module in layers:
-        settings = Settings(variant, scale, eps or 0, n_power_iterations or 0, update, backend)
+        settings = Settings(variant, scale, eps or 0, n_power_iterations or 0, update, backend, gradient_groups)
         _normalize_layer(module, existing[name], settings, together if update == "forward" else Usage(1))
     lists = [parametrizations_of(module, WEIGHT) for _, module in layers]
     for group in list(groups_of(model)):
@@ -105,7 +109,12 @@ def apply(
 
 
 def _check_arguments(
-    variant: str, scale: float | None, update: str, eps: float | None, n_power_iterations: int | None
+    variant: str,
+    scale: float | None,
+    update: str,
+    eps: float | None,
+    n_power_iterations: int | None,
+    gradient_groups: int,
 ) -> float:
     """Return the scale to use; raise ValueError for settings out of range."""
     if variant not in VARIANTS:
@@ -115,6 +124,8 @@ def _check_arguments(
         raise ValueError(f"variant {variant!r} has no scale; choose {'ssn' if variant == 'sn' else 'bssn'!r} for one")
     if update not in ("forward", "access"):
         raise ValueError(f"update must be 'forward' or 'access', not {update!r}")
+    if isinstance(gradient_groups, bool) or not isinstance(gradient_groups, int) or gradient_groups < 1:
+        raise ValueError(f"gradient_groups must be a whole number of at least 1, not {gradient_groups!r}")
     scale = float(scale if scale is not None else DEFAULT_SCALE if scaled else 1.0)
     check_settings(
         scale, 1e-12 if eps is None else eps, 1 if n_power_iterations is None else n_power_iterations, fewest=1

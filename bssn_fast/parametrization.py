@@ -37,26 +37,30 @@ class Settings(NamedTuple):
     n_power_iterations: int
     update: str
     backend: str
+    gradient_groups: int
 
 
 class _Forward(NamedTuple):
     """A normalisation that changed the vectors."""
 
     grad_mode: bool
-    graph: weakref.ref[Any] | None  # the autograd node that leads to the weights, if there is one
+    graphs: tuple[weakref.ref[Any], ...]  # the autograd nodes that lead to the weights, if there are any
 
     def finished(self) -> bool:
         """Whether no backward pass can recompute it any more; False if that is not known."""
-        if self.graph is None:
-            return False
-        node = self.graph()
-        if node is None:
-            return True
-        try:
-            _ = node.saved_tensors
-        except RuntimeError:  # a backward pass has freed them
-            return True
-        return False
+        return bool(self.graphs) and all(map(_freed, self.graphs))
+
+
+def _freed(graph: weakref.ref[Any]) -> bool:
+    """Whether an autograd node is gone, or a backward pass has gone through it."""
+    node = graph()
+    if node is None:
+        return True
+    try:
+        _ = node.saved_tensors
+    except RuntimeError:
+        return True
+    return False
 
 
 class Usage:
@@ -77,16 +81,16 @@ class Usage:
     def __getstate__(self) -> dict[str, Any]:  # the forwards of a model are not those of its copy
         return {**self.__dict__, "_recomputed": False, "_forwards": []}
 
-    def count(self, normalized: Sequence[Tensor]) -> None:
-        """A normalisation that changed the vectors, and what came of it."""
+    def count(self, results: Sequence[Sequence[Tensor]]) -> None:
+        """A normalisation that changed the vectors, and what came of it, by the graphs that lead to the weights."""
         if self._recomputed:
             self._recomputed = False
             self._forwards.clear()
-        graph = next((w.grad_fn for w in normalized if w.grad_fn is not None), None)
-        latest = _Forward(torch.is_grad_enabled(), None if graph is None else weakref.ref(graph))
+        graphs = [next((w.grad_fn for w in part if w.grad_fn is not None), None) for part in results]
+        latest = _Forward(torch.is_grad_enabled(), tuple([weakref.ref(g) for g in graphs if g is not None]))
         older = [f for f in self._forwards if not f.finished()]
         # Of those without a graph nothing tells when they are over: one of a kind will do.
-        self._forwards = [f for j, f in enumerate(older) if f.graph or f not in older[:j]]
+        self._forwards = [f for j, f in enumerate(older) if f.graphs or f not in older[:j]]
         self._forwards.append(latest)
 
     def recompute(self, *, inside: bool) -> None:
@@ -208,7 +212,7 @@ class SpectralNormalization(nn.Module):
         keep = not iterate or state.cached > 0
         (normalized,) = state.plan.normalize([weight], iterate=iterate, keep=keep)
         if iterate:
-            self.usage.count([normalized])
+            self.usage.count([[normalized]])
         if state.cached and not recomputation:
             state.offer(weight, normalized)
         return normalized

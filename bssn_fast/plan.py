@@ -100,7 +100,7 @@ class Member(Protocol):
     """A layer as the plan sees it; `parametrization.SpectralNormalization` is the one there is."""
 
     state: LayerState
-    settings: Any  # scale, eps, n_power_iterations, backend
+    settings: Any  # scale, eps, n_power_iterations, backend, gradient_groups
     dim: int
     two_sided: bool
     autocast: bool
@@ -149,7 +149,9 @@ class Plan:
             scale=self.settings.scale,
             eps=self.settings.eps,
             backend=self.settings.backend,
+            gradient_groups=self.settings.gradient_groups,
         )
+        self.parts = [part for part, _ in self._normalizer.parts] or [slice(None)]
         self._states = [m.state for m in members]
         self._vectors: list[Tensor] = []
         self._kept: _Kept | None = None
