@@ -14,6 +14,7 @@ from torch import Tensor
 from bssn_fast import ops, reference
 from bssn_fast.buffers import Pool
 from bssn_fast.layout import Batch, compute_dtype, is_dense, same_strides, vector_sizes
+from bssn_fast.sharded import refuse_sharded
 
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -224,6 +225,7 @@ def check_weight(weight: Tensor, dim: int, name: str) -> None:
         raise ValueError(
             f"{name}: the weight is on the meta device; materialise the model first (`to_empty`, then load)"
         )
+    refuse_sharded(weight, name)
     if weight.dtype not in WEIGHT_DTYPES:
         raise TypeError(
             f"{name}: weights of {weight.dtype} cannot be normalised; "

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bssn_fast.parametrization import SpectralNormalization, Usage, original_of
 from bssn_fast.plan import Plan, in_backward, partition, signature
+from bssn_fast.sharded import ShardedWeightError, gathering_modules, is_sharded, refuse_flattened, refuse_sharded
 
 
 class Group:
@@ -25,6 +26,8 @@ class Group:
         self._depth = 0
         self._offered: list[SpectralNormalization] = []  # to the call that is running
         self._recomputing = False
+        self._parent: Group | None = None  # whose calls of the model end those of this one
+        self._children = 0
         self._set_layers(layers)
 
     def _set_layers(self, layers: Sequence[ParametrizationList]) -> None:
@@ -43,10 +46,10 @@ class Group:
             "_recomputing": False,
         }
 
-    def hook(self, model: nn.Module) -> None:
-        """Take part in the model's calls."""
+    def hook(self, model: nn.Module, *, first: bool = True) -> None:
+        """Take part in the model's calls, before or after other pre-hooks that are there."""
         self._handles = [
-            model.register_forward_pre_hook(self.begin, prepend=True),
+            model.register_forward_pre_hook(self.begin, prepend=first),
             model.register_forward_hook(self.end, always_call=True),
         ]
 
@@ -57,7 +60,7 @@ class Group:
             id(layer) for layer, m in zip(self._layers, self._members, strict=True) if m.settings.update != "forward"
         }
         self._set_layers([layer for layer in self._layers if id(layer) not in gone])
-        if not self._layers:
+        if not self._layers and not self._children:
             for handle in self._handles:
                 handle.remove()
 
@@ -70,7 +73,11 @@ class Group:
             self._depth = 1
             self._withdraw()
         self._usage.model_called = True
-        members, weights = self._members, [original_of(layer) for layer in self._layers]
+        try:
+            members, weights = self._members, [original_of(layer) for layer in self._layers]
+        except KeyError:
+            refuse_flattened(None, self._members[0])
+            raise
         if any(m.state.ready is not None or m.settings.update != "forward" for m in members):
             # Layers may have been normalised already, or taken out of the group by a later `apply` or `remove`.
             wanted = [
@@ -80,7 +87,11 @@ class Group:
             members, weights = list(compress(members, wanted)), list(compress(weights, wanted))
         if members:
             self._offered = members
-            self._normalize(members, weights)
+            try:
+                self._normalize(members, weights)
+            except ShardedWeightError:
+                self._hand_over(model)
+                return self.begin(model, args)
 
     def _normalize(self, members: list[SpectralNormalization], weights: list[Tensor]) -> None:
         self._recomputing = in_backward()
@@ -109,11 +120,37 @@ class Group:
         if any(iterating):
             self._usage.count(results)
 
+    def _hand_over(self, model: nn.Module) -> None:
+        """Leave layers whose weights are sharded at the beginning of a call to the submodules that will gather them."""
+        self._depth = 0
+        self._withdraw()
+        left = [layer for layer in self._layers if is_sharded(original_of(layer))]
+        for module in gathering_modules(model):
+            inside = {id(m) for m in module.modules()}
+            found = [layer for layer in left if id(layer) in inside]
+            if found:
+                left = [layer for layer in left if id(layer) not in inside]
+                child = Group(found, Usage(len(found)))
+                child._parent = self
+                for member in child._members:
+                    member.usage = child._usage
+                child.hook(module, first=False)  # FSDP's own hook gathers the weights
+                self._children += 1
+                self.discard(found)
+        for layer in left:
+            names = {id(m): name for name, m in model.named_modules()}
+            name = names[id(layer)].removesuffix("parametrizations.weight").rstrip(".")
+            refuse_sharded(original_of(layer), name or type(model).__name__)
+
     def end(self, model: nn.Module, args: object, output: object) -> None:
         """After a call of the model, whether or not it succeeded: withdraw the results, but those that are cached."""
         self._depth = max(0, self._depth - 1)  # a hook before `begin` may have failed
-        if self._depth == 0:
-            self._withdraw()
+        if self._depth > 0:
+            return
+        if self._parent is not None and self._parent._depth > 0 and not self._recomputing:
+            self._parent._offered = self._parent._offered + self._offered
+            self._offered = []
+        self._withdraw()
 
     def _withdraw(self) -> None:
         for member in self._offered:

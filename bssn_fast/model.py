@@ -24,6 +24,7 @@ from bssn_fast.parametrization import (
     parametrizations_of,
     quick_access,
 )
+from bssn_fast.sharded import refuse_managed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -86,6 +87,11 @@ def apply(
         >>> d = bssn_fast.apply(d, "bssn", scale=1.2)
     """
     scale = _check_arguments(variant, scale, update, eps, n_power_iterations, gradient_groups)
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise ValueError(
+            "call bssn_fast.apply before wrapping in DistributedDataParallel, which keeps only those buffers equal on "
+            "all ranks that are there when it is made"
+        )
     layers = _choose_layers(model, names, filter_fn)
     existing = {}
     for name, module in layers:
@@ -93,6 +99,7 @@ def apply(
         existing[name] = convert.find(module, shown)
         weight, dim = _weight_of(module, existing[name])
         check_weight(weight, dim, shown)
+        refuse_managed(module, shown)
         _check_layer(module, weight, shown)
         backends.get(backend, weight.device)
 
@@ -277,6 +284,8 @@ def remove(model: Model) -> Model:
     Raises ValueError if no layer of the model is normalised.
     """
     layers = list(_normalized_layers(model))
+    for name, module, _ in layers:
+        refuse_managed(module, name or type(module).__name__)
     baked = []
     with torch.no_grad():
         for _, module, p in layers:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bssn_fast import backends
+from bssn_fast.sharded import refuse_sharded
 
 _library = torch.library.Library("bssn_fast", "DEF")
 
@@ -82,7 +83,11 @@ def _watched(weights: Sequence[Tensor]) -> bool:
 
 def normalize(weights: Sequence[Tensor], *args: Any) -> None:
     """Run the op `bssn_fast::normalize`, or its implementation alone: torch's dispatcher is slow on long lists."""
-    (normalize_op if _watched(weights) else _normalize)(weights, *args)
+    watched = _watched(weights)
+    if watched:
+        for weight in weights:
+            refuse_sharded(weight, "bssn_fast")
+    (normalize_op if watched else _normalize)(weights, *args)
 
 
 def normalize_backward(grads: Sequence[Tensor], weights: Sequence[Tensor], *args: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from bssn_fast.backends import extension
 from bssn_fast.functional import Normalizer, Values, check_weight
 from bssn_fast.layout import compute_dtype, is_dense
+from bssn_fast.sharded import is_managed, refuse_flattened
 
 _SAMPLES = 32
 
@@ -138,6 +139,7 @@ class Plan:
 
     def __init__(self, members: Sequence[Member], weights: Sequence[Tensor]) -> None:
         for member, weight in zip(members, weights, strict=True):
+            refuse_flattened(weight, member)
             check_weight(weight, member.dim, "bssn_fast")
         self.members = list(members)
         self.signature = signature(weights)
@@ -171,6 +173,8 @@ class Plan:
         for j, state in enumerate(self._states):
             state.sigma, state.index = values.sigma, j
             state.generation += iterate
+        if keep and any(is_managed(m) for m in self.members):
+            keep = False  # FSDP puts other values at other addresses into the same parameters, of the same version
         self._kept = _Kept(self._states, weights, vectors, dtype, values) if keep else None
         return self._normalizer.attach(values, weights)
 

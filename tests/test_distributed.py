@@ -1,0 +1,114 @@
+"""torch.distributed, two processes on the CPU: DDP, FSDP2, and what is refused."""
+
+from __future__ import annotations
+
+import distributed_runs as runs
+import pytest
+import torch
+import torch.distributed
+from ranks import Ranks
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    found = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield found
+    found.close()
+
+
+def assert_bit_equal(results, expected):
+    for found in results:
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+
+
+def assert_close(results, expected):
+    """In float64 after training: the order of sums is all that differs."""
+    for found in results:
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
+def assert_trained(result):
+    assert result["losses"][-1] < 0.8 * result["losses"][0], "nothing was learnt: the comparison says little"
+
+
+@pytest.mark.parametrize(
+    ("outer", "gradient_groups"), [(False, 1), (True, 1), (False, 3)], ids=["model", "inner", "gradient_groups"]
+)
+def test_ddp_with_the_same_data_is_one_process(ranks, outer, gradient_groups):
+    """Default flags: buffers are broadcast at each forward."""
+    results = ranks.run(runs.ddp, 50, outer, False, gradient_groups)
+    if outer:
+        assert_bit_equal(results[1:], results[0])  # the outer module's parameter is trained, too
+        return
+    assert_bit_equal(results, runs.alone(50))
+
+
+def test_ddp_with_half_the_data_each_is_one_process(ranks):
+    results = ranks.run(runs.ddp, 50, False, True, 1)
+    expected = runs.alone(50)
+    assert_trained(expected)
+    assert_bit_equal(results[1:], results[0])
+    assert_close(results, expected)
+
+
+@pytest.mark.parametrize(("gradient_groups", "expected"), [(1, "0000"), (2, "2200"), (4, "3210")])
+def test_ddp_sends_gradients_while_the_backward_pass_goes_on(ranks, gradient_groups, expected):
+    for sent in ranks.run(runs.ddp_progress, gradient_groups):
+        assert "".join(sent) == expected
+
+
+def test_what_ddp_broadcasts_is_used(ranks):
+    first, second = ranks.run(runs.ddp_broadcast)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("how", ["root", "resharded root", "blocks", "layers", "together"])
+def test_fsdp_is_one_process(ranks, how):
+    results = ranks.run(runs.fsdp, 20, how)
+    assert_bit_equal(results[1:], results[0])
+    assert_close(results, runs.alone(20))
+
+
+@pytest.mark.parametrize("how", ["root", "blocks"])
+def test_fsdp_with_cached(ranks, how):
+    results = ranks.run(runs.fsdp, 10, how, True)
+    assert_close(results, runs.alone(10, share=True))
+
+
+@pytest.mark.parametrize("how", ["root", "blocks"])
+def test_fsdp_with_checkpoints(ranks, how):
+    results = ranks.run(runs.fsdp, 10, how, True, True)
+    assert_close(results, runs.alone(10, share=True, recompute=True))
+
+
+@pytest.mark.parametrize("how", ["root", "resharded root", "blocks"])
+def test_fsdp_evaluation_sees_every_change(ranks, how):
+    for found, expected in ranks.run(runs.fsdp_evaluation, how):
+        assert not torch.allclose(expected[0], expected[1], rtol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_refusals_name_the_layer_and_what_to_do(ranks):
+    for said in ranks.run(runs.refusals):
+        for what, layer in (
+            ("apply after fully_shard", "first"),
+            ("read before the first call", "bssn_fast"),
+            ("read after a call", "bssn_fast"),
+            ("tensor parallel", "0"),
+        ):
+            assert said[what].startswith(f"{layer}: the weight is sharded (a DTensor). Call bssn_fast.apply before")
+        for what in ("apply while unsharded", "remove while unsharded"):
+            assert said[what].startswith("first: FSDP manages the weight.")
+        assert said["read after unshard"] == "(6, 3, 3, 3)"
+        assert "before wrapping in DistributedDataParallel" in said["apply after DDP"]
+        assert "Use fully_shard" in said["FullyShardedDataParallel False"]
+        assert "Use fully_shard" in said["FullyShardedDataParallel True"]
