@@ -145,7 +145,7 @@ def ddp_broadcast() -> list[Tensor]:
 
 
 def shard(model: Critic, how: str) -> nn.Module:
-    if how != "root":
+    if how not in ("root", "resharded root"):
         for block in model.blocks:
             fully_shard(block, reshard_after_forward=True)
     if how == "layers":
