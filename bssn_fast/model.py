@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bssn_fast import backends, convert
+from bssn_fast.checkpoint import stop_watching, watch_loading
 from bssn_fast.convert import WEIGHT, TorchSpectralNorm
 from bssn_fast.functional import check_settings, check_weight
 from bssn_fast.group import Group, groups_of
@@ -213,6 +214,7 @@ def _normalize_layer(
     # Registering reads the weight; `unsafe` leaves that out, and with it an iteration.
     parametrize.register_parametrization(module, WEIGHT, parametrization, unsafe=True)
     quick_access(module, WEIGHT)
+    watch_loading(module)
 
 
 def _normalized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, SpectralNormalization]]:
@@ -295,6 +297,7 @@ def remove(model: Model) -> Model:
         group.discard(lists)
     for (_, module, p), normalized in zip(layers, baked, strict=True):
         convert.unparametrize(module)
+        stop_watching(module)
         p.settings = p.settings._replace(update="access")  # for the group of a model around this one, if there is one
         parameters: dict[str, Any] = module._parameters
         with torch.no_grad():

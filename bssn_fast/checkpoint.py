@@ -1,0 +1,160 @@
+"""Loading of checkpoints: those of torch's spectral norms and of plain models become those of normalised ones."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from bssn_fast.estimation import estimate_vectors, is_unit
+from bssn_fast.layout import vector_sizes
+from bssn_fast.parametrization import SpectralNormalization, original_of, parametrizations_of
+from bssn_fast.sharded import is_sharded
+
+_WRAPPERS = {"module", "_orig_mod"}
+
+
+class Incompatible(NamedTuple):
+    """Keys that did not match, as `torch.nn.Module.load_state_dict` returns them."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def load_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+) -> Incompatible:
+    """Load a checkpoint that was saved from a wrapped model, or into one.
+
+    As `model.load_state_dict(state_dict, strict, assign)`, but the prefixes `module.` (DataParallel,
+    DistributedDataParallel, AveragedModel) and `_orig_mod.` (torch.compile) need not be the same on both sides. The
+    model need not be normalised.
+
+    With or without this function, normalised layers take weights in three layouts: torch's parametrization
+    (`parametrizations.weight.original`, `.0._u`, `.0._v`), in which they are saved, torch's hook (`weight_orig`,
+    `weight_u`, `weight_v`) and plain ones (`weight`). Vectors that are missing, or that are not unit vectors because
+    someone averaged them, are estimated anew.
+
+    Raises RuntimeError, as torch does, where keys or shapes do not match.
+    """
+    inner = model
+    while (child := _wrapped(inner)) is not None:
+        inner = child
+    found = inner.load_state_dict(_without_wrappers(inner, state_dict), strict=strict, assign=assign)
+    return Incompatible(found.missing_keys, found.unexpected_keys)
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """Return the model inside a wrapper of torch's; None if this is no wrapper."""
+    children = dict(model.named_children())
+    if len(children) == 1 and type(model).__module__.startswith("torch.") and not model._buffers:
+        for name in _WRAPPERS & children.keys():
+            return children[name]
+    return None
+
+
+def _without_wrappers(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the checkpoint under the names that the unwrapped model knows."""
+    children = dict(model.named_children())
+    metadata = getattr(state_dict, "_metadata", None)
+    names: dict[str, str] = {key: key for key in state_dict}
+    if len(names) > 1 and "n_averaged" in names and "n_averaged" not in dict(model.named_buffers(recurse=False)):
+        del names["n_averaged"]  # AveragedModel's own
+    while (wrapper := _common_wrapper(names.values(), children)) is not None:
+        names = {key: name.removeprefix(f"{wrapper}.") for key, name in names.items()}
+    # Parts of a model may have been compiled.
+    names = {key: name if "_orig_mod" in children else _drop(name, "_orig_mod") for key, name in names.items()}
+    found = OrderedDict((name, state_dict[key]) for key, name in names.items())
+    if metadata is not None:  # versions of modules: those of a wrapper's prefix are the model's
+        paths = {_module_path(name): _module_path(key) for key, name in names.items()}
+        versions = {path: metadata[old] for path, old in paths.items() if old in metadata}
+        found._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
+    return found
+
+
+def _common_wrapper(names: Iterable[str], children: Mapping[str, nn.Module]) -> str | None:
+    """Return the wrapper that all names begin with, unless it is a part of the model that has this name."""
+    first = {name.split(".", 1)[0] for name in names}
+    if len(first) == 1:
+        (component,) = first
+        if component in _WRAPPERS and component not in children:
+            return component
+    return None
+
+
+def _drop(name: str, component: str) -> str:
+    return ".".join(part for part in name.split(".") if part != component)
+
+
+def _module_path(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def watch_loading(module: nn.Module) -> None:
+    """Let a normalised layer's `load_state_dict` take all layouts; once is enough for several weights."""
+    if not _hooks(module):
+        module.register_load_state_dict_pre_hook(_translate)
+
+
+def stop_watching(module: nn.Module) -> None:
+    """Undo `watch_loading`."""
+    for key in _hooks(module):
+        del module._load_state_dict_pre_hooks[key]
+
+
+def _hooks(module: nn.Module) -> list[int]:
+    return [key for key, hook in module._load_state_dict_pre_hooks.items() if getattr(hook, "hook", None) is _translate]
+
+
+def _translate(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: object) -> None:
+    """Before a layer is loaded: bring what the checkpoint has of it into the layout of torch's parametrization."""
+    for tensor_name in getattr(module, "parametrizations", {}):
+        layer = parametrizations_of(module, tensor_name)
+        norm = layer[0]
+        if isinstance(norm, SpectralNormalization):
+            weight = original_of(layer)
+            target = f"{prefix}parametrizations.{tensor_name}."
+            _rename(state_dict, f"{prefix}{tensor_name}", target)
+            _complete(state_dict, target, norm, weight)
+
+
+def _rename(state_dict: MutableMapping[str, Any], plain: str, target: str) -> None:
+    if f"{target}original" in state_dict:
+        return
+    if f"{plain}_orig" in state_dict:
+        # The first versions of the hook saved the normalised weight too.
+        state_dict.pop(plain, None)
+        for old, new in (("_orig", "original"), ("_u", "0._u"), ("_v", "0._v")):
+            if plain + old in state_dict:
+                state_dict[target + new] = state_dict.pop(plain + old)
+    elif plain in state_dict:
+        state_dict[f"{target}original"] = state_dict.pop(plain)
+
+
+def _complete(state_dict: MutableMapping[str, Any], target: str, norm: SpectralNormalization, weight: Tensor) -> None:
+    """Estimate the vectors of the directions that the checkpoint has no, or no good, vectors for."""
+    loaded = state_dict.get(f"{target}original")
+    if not isinstance(loaded, Tensor) or loaded.shape != weight.shape or is_sharded(loaded):
+        return  # torch says what is wrong
+    keys = [f"{target}0.{name}" for name in norm.vector_names]
+    given = [state_dict.get(key) for key in keys]
+    sizes = vector_sizes(weight.shape, norm.dim, norm.two_sided)
+    if any(v is not None and tuple(v.shape) != (size,) for v, size in zip(given, sizes, strict=True)):
+        return
+    directions = [slice(j, j + 2) for j in range(0, len(keys), 2)]
+    missing = [d for d in directions if not all(v is not None and is_unit(v) for v in given[d])]
+    if not missing:
+        return
+    device = loaded.device if weight.is_meta else weight.device
+    found = estimate_vectors(
+        loaded.to(device, weight.dtype),
+        norm.dim,
+        norm.two_sided,
+        hints=given,
+        eps=norm.settings.eps,
+        backend=norm.settings.backend,
+    )
+    for direction in missing:
+        state_dict.update(zip(keys[direction], found[direction], strict=True))

@@ -1,0 +1,289 @@
+"""Checkpoints of other layouts load into normalised layers, and what they do not have is estimated."""
+
+import copy
+
+import pytest
+import torch
+from support import LAYERS, VARIANTS, Net, images, layer_and_input, norm_of, norms, original, same, vectors_of
+from test_convert import KINDS
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import bssn_fast
+from bssn_fast import reference
+from bssn_fast.estimation import estimate_vectors
+
+
+def exact_sigma(layer):
+    norm, weight = norm_of(layer), original(layer).detach().double()
+    sides = (norm.dim, 1 - norm.dim) if norm.two_sided else (norm.dim,)
+    return sum(float(torch.linalg.matrix_norm(reference.unfold(weight, d), 2)) for d in sides) / len(sides)
+
+
+def assert_sigma_right(model, rel=0.01):
+    found = bssn_fast.sigma(model)
+    for name in norms(model):
+        assert float(found[name]) == pytest.approx(exact_sigma(model.get_submodule(name)), rel=rel), name
+
+
+def unlike_before(layer):
+    """A weight whose largest singular value belongs to a direction of its own."""
+    weight = torch.randn_like(layer.weight)
+    weight[-1] += 5 * torch.randn(weight[-1].shape)
+    return 3 * weight
+
+
+def torchs_net(kind):
+    """A trained net whose layers, but one, carry a spectral norm of torch."""
+    theirs = Net()
+    for layer in (theirs.first, theirs.body[1], theirs.body[3], theirs.head):
+        KINDS[kind](layer)
+    for _ in range(3):
+        theirs(images())
+    return theirs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_vectors_of_torchs_checkpoints_are_kept(name, kind):
+    layer, x = layer_and_input(name)
+    theirs = KINDS[kind](copy.deepcopy(layer))
+    theirs(x), theirs(x)
+    ours = bssn_fast.apply(layer, "sn")
+    saved = theirs.state_dict()
+    before = {k: v.clone() for k, v in saved.items()}
+    ours.load_state_dict(saved, strict=True)
+    assert same(before, dict(saved))  # the caller's dict stays as it is
+    u, v = (theirs.weight_u, theirs.weight_v) if kind == "hook" else norm_of(theirs).buffers()
+    assert torch.equal(norm_of(ours)._u, u)
+    assert torch.equal(norm_of(ours)._v, v)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "plain"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("assign", [False, True])
+def test_sigma_is_right_after_loading(kind, variant, assign):
+    theirs = Net() if kind == "plain" else torchs_net(kind)
+    if kind == "plain":
+        for name in ("first", "body.1", "body.3", "head", "embed"):
+            layer = theirs.get_submodule(name)
+            layer.weight.data = unlike_before(layer)
+    model = bssn_fast.apply(Net(), variant)
+    random_state = torch.get_rng_state()
+    model.load_state_dict(theirs.state_dict(), strict=True, assign=assign)
+    assert torch.equal(random_state, torch.get_rng_state())
+    twin = copy.deepcopy(model).eval()
+    twin(images())
+    model(images())
+    if kind == "plain":
+        assert_sigma_right(twin)
+        assert_sigma_right(model)
+    else:  # what torch estimated is not touched, and the input sides are new
+        for name, norm in norms(twin).items():
+            if not norm.two_sided:
+                continue
+            matrix = reference.unfold(original(twin.get_submodule(name)).detach(), 1 - norm.dim)
+            exact = float(torch.linalg.matrix_norm(matrix, 2))
+            assert float(norm._u_in @ matrix @ norm._v_in) == pytest.approx(exact, rel=0.01)
+
+
+def test_checkpoints_of_other_variants():
+    one = bssn_fast.apply(Net(), "sn")
+    for _ in range(30):
+        one(images())
+    both = bssn_fast.apply(Net(), "bssn")
+    both.load_state_dict(one.state_dict(), strict=True)
+    assert all(torch.equal(v, vectors_of(both)[k]) for k, v in vectors_of(one).items())
+    both.eval()(images())
+    assert_sigma_right(both, rel=0.02)
+
+
+def test_saved_in_torchs_layout():
+    ours, theirs = bssn_fast.apply(Net(), "sn"), Net()
+    for layer in (theirs.first, theirs.body[1], theirs.body[3], theirs.head, theirs.embed):
+        KINDS["parametrization"](layer)
+    ours.load_state_dict(Net().state_dict())
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+def test_first_version_of_the_hook():
+    """It saved the normalised weight, and no v."""
+    state = nn.utils.spectral_norm(nn.Linear(6, 4)).state_dict()
+    state["weight"] = state["weight_orig"] / 2
+    del state["weight_v"], state._metadata
+    layer = bssn_fast.apply(nn.Linear(6, 4), "sn")
+    layer.load_state_dict(state, strict=True)
+    assert torch.equal(original(layer), state["weight_orig"])
+    layer.eval()(torch.randn(2, 6))
+    assert_sigma_right(layer)
+
+
+@pytest.mark.parametrize("length", [0.0, 0.97, 1.5, float("nan")])
+def test_vectors_that_are_no_unit_vectors(length):
+    """Someone averaged them."""
+    state = bssn_fast.apply(Net()).state_dict()
+    for key in state:
+        if key.endswith(("_u", "_v", "_in")):
+            state[key] = length * state[key]
+    model = bssn_fast.apply(Net())
+    model.load_state_dict(state)
+    model.eval()(images())
+    assert_sigma_right(model)
+
+
+def test_half_precision_checkpoint_keeps_its_vectors():
+    theirs = parametrizations.spectral_norm(nn.Linear(300, 200))
+    theirs = theirs.bfloat16()
+    ours = bssn_fast.apply(nn.Linear(300, 200), "sn")
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(norm_of(ours)._u, norm_of(theirs)._u.float())
+
+
+def test_what_does_not_match_is_said_as_torch_says_it():
+    model = bssn_fast.apply(Net())
+    before = copy.deepcopy(model.state_dict())
+    state = Net().state_dict()
+    del state["first.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*first.parametrizations.weight.original"):
+        model.load_state_dict(state)
+    state = Net().state_dict()
+    state["first.weight"] = torch.zeros(8, 3, 2, 2)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(state)
+    state = Net().state_dict() | {"extra": torch.zeros(1)}
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*extra"):
+        model.load_state_dict(state)
+    model.load_state_dict(before)
+    missing, unexpected = model.load_state_dict({"first.weight": torch.zeros(8, 3, 3, 3), "extra": 1}, strict=False)
+    assert "extra" in unexpected
+    assert "first.parametrizations.weight.original" not in missing
+    assert not original(model.first).any()
+    assert all(torch.isfinite(v).all() for v in norm_of(model.first).buffers())
+
+
+def test_a_zero_weight_and_no_vectors():
+    model = bssn_fast.apply(nn.Linear(3, 4))
+    model.load_state_dict({"weight": torch.zeros(4, 3), "bias": torch.zeros(4)})
+    assert not model(torch.ones(1, 3)).any()
+    with torch.no_grad():
+        original(model).copy_(torch.eye(4, 3))
+    for _ in range(2):
+        model(torch.ones(1, 3))
+    assert bssn_fast.sigma(model)[""] == pytest.approx(1)
+
+
+def test_no_hook_is_left():
+    layer = nn.Linear(3, 3)
+    for _ in range(2):
+        bssn_fast.apply(layer)
+        bssn_fast.apply(layer, "sn")
+        assert len(layer._load_state_dict_pre_hooks) == 1
+        bssn_fast.remove(layer)
+    assert not layer._load_state_dict_pre_hooks
+    layer.load_state_dict(nn.Linear(3, 3).state_dict(), strict=True)
+
+
+def test_copies_load_for_themselves():
+    model = bssn_fast.apply(Net())
+    twin = copy.deepcopy(model)
+    state = Net().state_dict()
+    twin.load_state_dict(state)
+    assert torch.equal(original(twin.first), state["first.weight"])
+    assert not torch.equal(original(model.first), state["first.weight"])
+
+
+def prefixed(state, prefix):
+    found = type(state)((prefix + k, v) for k, v in state.items())
+    found._metadata = {(prefix + k).rstrip("."): v for k, v in state._metadata.items()}
+    return found
+
+
+PREFIXES = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module.")
+
+
+class WithBatchNorm(Net):
+    """Its module version decides whether `num_batches_tracked` may be missing."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("kind", ["plain", "ours"])
+def test_prefixes(prefix, kind):
+    theirs = WithBatchNorm() if kind == "plain" else bssn_fast.apply(WithBatchNorm())
+    model = bssn_fast.apply(WithBatchNorm())
+    found = bssn_fast.load_state_dict(model, prefixed(theirs.state_dict(), prefix))
+    assert found == ([], [])
+    for name in norms(model):
+        layer = theirs.get_submodule(name)
+        assert torch.equal(original(model.get_submodule(name)), layer.weight if kind == "plain" else original(layer))
+    assert torch.equal(model.first.bias, theirs.first.bias)
+
+
+class Wrapping(nn.Module):
+    """A model with a part that has a wrapper's name."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_a_part_named_as_a_wrapper(prefix):
+    theirs, model = Wrapping(), bssn_fast.apply(Wrapping())
+    bssn_fast.load_state_dict(model, prefixed(theirs.state_dict(), prefix))
+    assert torch.equal(original(model.module), theirs.module.weight)
+
+
+def test_into_wrapped_models():
+    theirs = Net()
+    for wrapped in (
+        nn.DataParallel(bssn_fast.apply(Net())),
+        torch.compile(bssn_fast.apply(Net())),
+        torch.compile(nn.DataParallel(bssn_fast.apply(Net()))),
+    ):
+        bssn_fast.load_state_dict(wrapped, theirs.state_dict())
+        assert torch.equal(wrapped.state_dict()[next(iter(wrapped.state_dict()))], theirs.first.bias)
+    averaged = torch.optim.swa_utils.AveragedModel(bssn_fast.apply(Net()))
+    averaged.update_parameters(bssn_fast.apply(Net()))
+    other = torch.optim.swa_utils.AveragedModel(bssn_fast.apply(Net()))
+    bssn_fast.load_state_dict(other, averaged.state_dict())
+    assert same(other.state_dict(), averaged.state_dict())
+    model = bssn_fast.apply(Net())
+    bssn_fast.load_state_dict(model, averaged.state_dict())
+    assert same(model.state_dict(), averaged.module.state_dict())
+
+
+def test_compiled_parts_and_errors():
+    theirs = Net()
+    theirs.body = torch.compile(theirs.body)
+    model = bssn_fast.apply(Net())
+    bssn_fast.load_state_dict(model, theirs.state_dict())
+    assert torch.equal(original(model.body[1]), theirs.state_dict()["body._orig_mod.1.weight"])
+    with pytest.raises(RuntimeError, match="Missing"):
+        bssn_fast.load_state_dict(model, {"module.head.bias": torch.zeros(1)})
+    found = bssn_fast.load_state_dict(model, {"module.head.bias": torch.zeros(1), "module.x": 1}, strict=False)
+    assert found.unexpected_keys == ["x"]
+    assert not model.head.bias.any()
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 3, 3), (256, 512), (1, 40), (7, 3, 1, 1)])
+@pytest.mark.parametrize("spectrum", ["random", "diagonal"])
+def test_estimate(shape, spectrum):
+    """Also from hints that are orthogonal to what is looked for, where power iterations alone would stay."""
+    weight = torch.randn(shape)
+    both = weight.shape[2:].numel() > 1
+    if spectrum == "diagonal":
+        weight = torch.zeros(shape)
+        for j in range(min(shape[:2])):
+            weight[j, j] = 1 + (j == 0) / 2
+    sides = [(0, (shape[0], weight.numel() // shape[0]))] + [(1, (shape[1], weight.numel() // shape[1]))] * both
+    hints = [torch.eye(size)[-1] for _, sizes in sides for size in sizes]
+    found = estimate_vectors(weight, 0, both, hints=hints, eps=1e-12)
+    for (dim, _), (u, v) in zip(sides, (found[:2], found[2:]), strict=False):
+        matrix = reference.unfold(weight, dim)
+        assert float(u @ matrix @ v) == pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)), rel=0.005)
