@@ -1,7 +1,7 @@
 # make train   the example: a small GAN on handwritten digits, with BSSN in its discriminator; options by ARGS="..."
 # make test    lint, types and all tests
-# make bench   speed on this machine's CPU, and the tables of docs/performance.md; nothing else should run
-# make bench-compare   the same against the committed figures
+# make bench   speed on this machine's CPU, and the report in docs/performance.md; nothing else should run
+# make bench-compare   the same against this machine's kept figures
 # make gpu     correctness and speed on this machine's GPU, with the Python and torch that it already has
 # make asan    the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make format  lay out Python and C++

@@ -45,25 +45,35 @@ class CpuClock:
 class CudaClock:
     """Events on the stream. Launches queue up behind a pause, so that the device never waits for the host."""
 
-    PAUSE_CYCLES = 20_000_000  # about 10 ms, more than the host takes for any of the stages
+    CYCLES_PER_SECOND = 2_500_000_000  # at most, of the clock that pauses are counted by
 
     def __init__(self, device: torch.device, *, cold: bool = False) -> None:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         self._flush = torch.empty(4 * cache, dtype=torch.int8, device=device) if cold else None
+        self._pause = 0.01  # seconds; longer than the slowest lap that the host has made so far
+
+    def prepare(self) -> None:
+        """Finish all work, empty the cache if that is asked for, and let the device pause before what comes next."""
+        torch.cuda.synchronize()
+        if self._flush is not None:
+            self._flush.zero_()
+        torch.cuda._sleep(int(self._pause * self.CYCLES_PER_SECOND))
+
+    def host_took(self, seconds: float) -> None:
+        """Let later pauses be longer than this."""
+        self._pause = max(self._pause, 1.5 * seconds)
 
     def lap(self, stages: Sequence[Stage]) -> Lap:
         """Run the stages once, one after another."""
-        torch.cuda.synchronize()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(stages) + 1)]
-        if self._flush is not None:
-            self._flush.zero_()
-        torch.cuda._sleep(self.PAUSE_CYCLES)
+        self.prepare()
         marks = [time.perf_counter()]
         events[0].record()
         for stage, event in zip(stages, events[1:], strict=True):
             stage()
             event.record()
             marks.append(time.perf_counter())
+        self.host_took(marks[-1] - marks[0])
         torch.cuda.synchronize()
         device = [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
         return Lap(device, [b - a for a, b in pairwise(marks)])
@@ -75,15 +85,37 @@ def clock_for(device: torch.device | str, *, cold: bool = False) -> CpuClock | C
     return (CudaClock if device.type == "cuda" else CpuClock)(device, cold=cold)
 
 
-def event_timer() -> float:
-    """Return seconds by the GPU's clock at which all work launched so far is done: a timer for pytest-benchmark."""
-    if not hasattr(event_timer, "start"):
-        event_timer.start = torch.cuda.Event(enable_timing=True)
-        event_timer.start.record()
-    now = torch.cuda.Event(enable_timing=True)
-    now.record()
-    now.synchronize()
-    return event_timer.start.elapsed_time(now) / 1e3
+class EventTimer:
+    """A timer for pytest-benchmark, made of events: seconds by the GPU's clock.
+
+    A run that follows `prepare` is timed as `CudaClock` does it: its launches queue up behind a pause. pytest-benchmark
+    asks a timer twice for each run, before it and after it; the first answer is then 0. Asked at other times it says
+    when all work launched so far was done.
+    """
+
+    def __init__(self) -> None:
+        self._origin: torch.cuda.Event | None = None
+        self._start: torch.cuda.Event | None = None
+        self._prepared = False
+
+    def prepare(self, clock: CudaClock) -> None:
+        """Begin a run: the next two times asked for are its beginning and its end."""
+        clock.prepare()
+        self._prepared, self._start = True, None
+
+    def __call__(self) -> float:
+        now = torch.cuda.Event(enable_timing=True)
+        now.record()
+        if self._prepared:
+            self._prepared, self._start = False, now
+            return 0.0
+        now.synchronize()
+        if self._start is not None:
+            start, self._start = self._start, None
+            return start.elapsed_time(now) / 1e3
+        if self._origin is None:
+            self._origin = now
+        return self._origin.elapsed_time(now) / 1e3
 
 
 def peak_memory(run: Callable[[], None], device: torch.device | str) -> int | None:

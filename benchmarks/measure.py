@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gc
+import os
 import statistics
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import TypeVar
+from unittest.mock import patch
 
 import torch
 
@@ -17,45 +21,14 @@ from benchmarks.clock import CpuClock, CudaClock, Lap, clock_for, launches, peak
 from benchmarks.layer_sets import LayerSet
 from benchmarks.machine import last_level_cache
 from benchmarks.problem import Problem, WrongResultError
+from benchmarks.record import BOTH, Record, median_interval
 
-BOTH = "forward + backward"
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
 
+MOST_COMPILED = 20
+"""torch.compile is left out where the grid has more layers: minutes for each point, and nothing that the sets lack."""
+
 Case = TypeVar("Case", bound=Hashable)
-
-
-@dataclass
-class Record:
-    """Figures of one phase of one peer. Times in milliseconds; `error` instead of times where a peer failed."""
-
-    part: str  # "layers", "linear" or "conv" of the grid, "gan"
-    set: str
-    variant: str
-    peer: str
-    phase: str
-    layers: int
-    megabytes: float  # of the weights
-    caches: str = "hot"
-    runs: int = 0
-    median: float | None = None
-    q10: float | None = None
-    q90: float | None = None
-    fastest: float | None = None
-    host: float | None = None  # median until the last launch has returned; None on a CPU
-    copies: float | None = None  # median in units of the plain copy's
-    gb_s: float | None = None  # reading the weights once and writing as much, per second
-    peak_megabytes: float | None = None  # memory that one forward and backward takes at most, beyond the weights
-    launches: int | None = None
-    added: float | None = None  # of a training step: per cent more than without normalisation in the same turn, median
-    error: str | None = None
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        return self.part, self.set, self.variant, self.peer, self.phase, self.caches
-
-    def to_dict(self) -> dict[str, object]:
-        """Return all fields; floats with five digits."""
-        return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
 def round_robin(
@@ -77,14 +50,37 @@ def round_robin(
     return laps
 
 
-def _fill(record: Record, device: Sequence[float], host: Sequence[float] | None) -> None:
-    ms = sorted(1e3 * s for s in device)
-    deciles = statistics.quantiles(ms, n=10, method="inclusive") if len(ms) > 1 else ms * 9
-    record.runs, record.median, record.fastest = len(ms), statistics.median(ms), ms[0]
-    record.q10, record.q90 = deciles[0], deciles[-1]
-    record.gb_s = 2 * record.megabytes / record.median if record.megabytes else None
-    if host is not None:
-        record.host = 1e3 * statistics.median(host)
+def peers_for(part: str, chosen: LayerSet, device: torch.device | str) -> list[str]:
+    """Return the names of all peers that are timed on a set."""
+    few = part == "layers" or len(chosen.layers) <= MOST_COMPILED
+    return [name for name in peers.names(device) if few or name not in peers.COMPILED]
+
+
+def prepare(name: str, problem: Problem) -> peers.Peer:
+    """Return a peer whose first run gave the right results, with what that run took.
+
+    Raises WrongResultError if they are not right.
+    """
+    with _empty_compiler_cache() if name in peers.COMPILED else nullcontext():
+        start = perf_counter()
+        peer = peers.make(name, problem)
+        peak = peak_memory(peer.first_run, problem.device)
+        peer.prepare_seconds = perf_counter() - start
+        peer.check(name)
+        if name in peers.COMPILED:  # the first run's memory was the compiler's
+            peak = peak_memory(peer.first_run, problem.device)
+            peer.release()
+    peer.peak_megabytes = None if peak is None else peak / 1e6
+    return peer
+
+
+@contextmanager
+def _empty_compiler_cache() -> Iterator[None]:
+    """Let torch.compile find nothing of earlier processes on the disk: what it takes is what a user waits at first."""
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        places = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": str(Path(folder, "triton"))}
+        with patch.dict(os.environ, places):
+            yield
 
 
 def layer_set(
@@ -99,41 +95,34 @@ def layer_set(
 ) -> list[Record]:
     """Check and time all peers on one set; `seconds` 0 checks only."""
     problem = Problem(chosen, variant, device)
+    caches = "cold" if cold else "hot"
     new = partial(Record, part, chosen.name, variant, layers=len(chosen.layers), megabytes=problem.bytes / 1e6)
-    clock = clock_for(device, cold=cold)
     ready: dict[str, peers.Peer] = {}
     records: list[Record] = []
-    memory: dict[str, float | None] = {}
     for name in names:
         try:
-            peer = peers.make(name, problem)
-            peak = peak_memory(peer.first_run, device)
-            peer.check(name)
-            if name in peers.COMPILED:  # the first run's memory was the compiler's
-                peak = peak_memory(peer.first_run, device)
-                peer.release()
+            ready[name] = prepare(name, problem)
         except WrongResultError as error:
-            records.append(new(name, BOTH, error=f"wrong: {error}"))
-            continue
+            records.append(new(name, BOTH, caches=caches, error=f"wrong: {error}"))
         except Exception as error:  # a compiler that gives up must not end the others' measurement
-            records.append(new(name, BOTH, error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"))
-            continue
-        ready[name], memory[name] = peer, peak and peak / 1e6
+            text = str(error).splitlines() or [""]
+            records.append(new(name, BOTH, caches=caches, error=f"{type(error).__name__}: {text[0][:200]}"))
     gc.collect()
     if not seconds:
         return records
-    large = problem.bytes > (last_level_cache() or 0)
+    beyond_caches = problem.device.type == "cpu" and problem.bytes > (last_level_cache() or 0)
+    keep = 1 if beyond_caches else 4
     cases = [(name, stages) for name, peer in ready.items() for stages in dict.fromkeys((("forward",), peer.stages))]
-    runs = {case: partial(_lap, clock, ready[case[0]], case[1]) for case in cases}
-    laps = round_robin(runs, seconds, discard=0 if large else 1, keep=1 if large else 4)
+    runs = {case: partial(_lap, clock_for(device, cold=cold), ready[case[0]], case[1]) for case in cases}
+    laps = round_robin(runs, seconds, discard=0 if beyond_caches else 1, keep=keep)
     for name, stages in cases:
-        phases = {"forward": [0]} if len(stages) == 1 else {"backward": [1], BOTH: [0, 1]}
-        found = laps[name, stages]
-        counts = _launches(ready[name], stages) if isinstance(clock, CudaClock) else None
-        for phase, indices in phases.items():
-            record = new(name, phase, caches="cold" if cold else "hot", peak_megabytes=memory[name])
-            host = None if isinstance(clock, CpuClock) else [sum(x.host[j] for j in indices) for x in found]
-            _fill(record, [sum(x.device[j] for j in indices) for x in found], host)
+        peer, found = ready[name], laps[name, stages]
+        counts = _launches(peer, stages) if problem.device.type == "cuda" else None
+        for phase, indices in ({"forward": [0]} if len(stages) == 1 else {"backward": [1], BOTH: [0, 1]}).items():
+            record = new(name, phase, caches=caches, peak_megabytes=peer.peak_megabytes)
+            record.prepare_seconds = peer.prepare_seconds
+            host = [sum(x.host[j] for j in indices) for x in found] if counts else None
+            record.fill([sum(x.device[j] for j in indices) for x in found], host, per_turn=keep)
             record.launches = counts and sum(counts[j] for j in indices)
             records.append(record)
     _compare_with_copy(records)
@@ -168,22 +157,22 @@ def gan_steps(
     width: int | None = None,
 ) -> list[Record]:
     """Check and time whole training steps without normalisation, with torch's and with ours."""
-    clock = clock_for(device)
     models = gan.discriminators(kind, device, width)
     if not seconds:
         return []
     steps = {key: gan.GanStep(model, batch, device, width or 64) for key, model in models.items()}
-    runs = {key: partial(clock.lap, [step]) for key, step in steps.items()}
+    runs = {key: partial(clock_for(device).lap, [step]) for key, step in steps.items()}
     for run in runs.values():
         run()
     laps = round_robin(runs, seconds, discard=0, keep=1)
+    plain = laps[gan.NONE, gan.NONE]
     records = []
     for (variant, peer), found in laps.items():
         layers = len(gan.weight_layers(models[variant, peer]))
         record = Record("gan", f"{kind}, batch {batch}", variant, peer, "step", layers, 0.0)
-        host = None if isinstance(clock, CpuClock) else [x.host[0] for x in found]
-        _fill(record, [x.device[0] for x in found], host)
-        plain = laps[gan.NONE, gan.NONE]
-        record.added = 100 * statistics.median(x.device[0] / p.device[0] - 1 for x, p in zip(found, plain, strict=True))
+        on_gpu = torch.device(device).type == "cuda"
+        record.fill([x.device[0] for x in found], [x.host[0] for x in found] if on_gpu else None)
+        added = [100 * (x.device[0] / p.device[0] - 1) for x, p in zip(found, plain, strict=True)]
+        record.added, (record.added_low, record.added_high) = statistics.median(added), median_interval(added)
         records.append(record)
     return records

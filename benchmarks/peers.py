@@ -15,6 +15,8 @@ from bssn_fast import backends
 
 COPY = "copy"
 TORCH = "torch"
+COMPILE = "torch.compile"
+REDUCE_OVERHEAD = "torch.compile reduce-overhead"  # CUDA graphs: on a CPU the same as the default mode
 REFERENCE = "reference"
 OURS = "bssn_fast"
 
@@ -23,10 +25,11 @@ class Peer:
     """Computes a problem in stages: `forward` keeps its outputs, `backward` uses them, `release` lets go of both."""
 
     stages: tuple[str, ...] = ("forward", "backward")
+    prepare_seconds: float | None = None  # what it took until the first results were there
+    peak_megabytes: float | None = None  # memory of one forward and backward beyond what there was before
 
     def __init__(self, problem: Problem, rival: Rival) -> None:
         self._problem, self._rival = problem, rival
-        self.about: dict[str, object] = {}  # what else is known of it, for the notes of a benchmark
         self.outputs: Sequence[Tensor] | None = None
         self.gradients: Sequence[Tensor] | None = None
 
@@ -56,7 +59,6 @@ class CopyPeer(Peer):
     stages = ("forward",)
 
     def __init__(self, problem: Problem) -> None:
-        self.about = {}
         size = sum(w.numel() for w in problem.weights)
         self._source = torch.ones(size, dtype=problem.weights[0].dtype, device=problem.device)
         self._target = torch.zeros_like(self._source)
@@ -124,15 +126,15 @@ def _ours(problem: Problem, backend: str) -> Rival:
 _ANYWHERE: dict[str, Callable[[Problem], Peer]] = {
     COPY: CopyPeer,
     TORCH: lambda problem: Peer(problem, rivals.torch_eager(problem)),
-    "torch.compile": lambda problem: Peer(problem, rivals.torch_compiled(problem, None)),
+    COMPILE: lambda problem: Peer(problem, rivals.torch_compiled(problem, None)),
     "foreach": lambda problem: Peer(problem, rivals.foreach(problem)),
     REFERENCE: lambda problem: Peer(problem, rivals.reference_loop(problem)),
 }
 _ON_CUDA: dict[str, Callable[[Problem], Peer]] = {
-    "torch.compile reduce-overhead": lambda problem: Peer(problem, rivals.torch_compiled(problem, "reduce-overhead")),
+    REDUCE_OVERHEAD: lambda problem: Peer(problem, rivals.torch_compiled(problem, "reduce-overhead")),
     "torch graph": lambda problem: GraphPeer(problem, rivals.torch_eager(problem)),
 }
-COMPILED = ("torch.compile", "torch.compile reduce-overhead")
+COMPILED = (COMPILE, REDUCE_OVERHEAD)
 
 
 def names(device: torch.device | str = "cpu") -> list[str]:

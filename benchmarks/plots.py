@@ -1,30 +1,44 @@
-"""Plots of the results."""
+"""Plots of one machine's results."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from benchmarks import machine
 from benchmarks.gan import NONE
 from benchmarks.layer_sets import GRID, square
-from benchmarks.measure import BOTH
-from benchmarks.peers import COPY, TORCH
+from benchmarks.peers import COMPILE, COPY, REDUCE_OVERHEAD, REFERENCE, TORCH
+from benchmarks.problem import VARIANTS
+from benchmarks.record import BOTH, Record
 from benchmarks.results import Results
 
-VARIANTS = ("sn", "bssn")
+NAMES = {
+    "speedup": "How many times as fast, for each model",
+    "copies": "Distance to the plain copy, for each model",
+    "grid": "Cost against the number of layers and their width",
+    "gan": "What normalisation adds to a training step",
+}
+COLORS = {TORCH: "C0", "foreach": "C1", REFERENCE: "C2", COMPILE: "C4", REDUCE_OVERHEAD: "C5", "torch graph": "C6"}
+OUR_COLORS = ("C3", "C9", "C8", "C7")
 
 
 def save(results: Results, folder: Path) -> list[Path]:
     """Write one PNG for each part that has results."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, draw in (("speedup", speedup), ("copies", copies), ("grid", grid), ("gan", gan_steps)):
+    drawings: tuple[Callable[[Results], pyplot.Figure | None], ...] = (speedup, copies, grid, gan_steps)
+    for name, draw in zip(NAMES, drawings, strict=True):
         figure = draw(results)
         if figure is not None:
+            about = f"{machine.title(results.machine)} · {machine.versions(results.machine)}"
+            figure.suptitle(f"{NAMES[name]}\n{about}", fontsize=11)
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=110, metadata={"Software": None})
             pyplot.close(figure)
@@ -36,20 +50,18 @@ def speedup(results: Results) -> pyplot.Figure | None:
     """Forward + backward of each peer in units of ours, per model."""
     if not results.ours():
         return None
-    figure, axes = pyplot.subplots(2, 1, figsize=(11, 7), layout="constrained")
+    figure, axes = pyplot.subplots(2, 1, figsize=(11, 7.5), layout="constrained")
     ours = results.ours()[0]
     for axis, variant in zip(axes, VARIANTS, strict=True):
+        names = results.sets("layers", variant)
         series = {
-            peer: [
-                results.speedup("layers", s, variant, BOTH, ours, peer) or 0 for s in results.sets("layers", variant)
-            ]
+            peer: [results.speedup("layers", s, variant, BOTH, ours, peer) for s in names]
             for peer in results.peers("layers")
             if peer not in (ours, COPY)
         }
-        _bars(axis, results.sets("layers", variant), {k: v for k, v in series.items() if any(v)})
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_ylabel("time in units of ours")
-        axis.set_title(f"{variant}, forward + backward: {ours} against others")
+        _ratios(axis, results, variant, series)
+        axis.set_ylabel(f"times as long as {ours}\n(log scale)")
+        axis.set_title(f"{variant}, forward + backward", fontsize=10)
     return figure
 
 
@@ -57,19 +69,18 @@ def copies(results: Results) -> pyplot.Figure | None:
     """Forward of everyone in units of the plain copy, per model."""
     if not results.ours():
         return None
-    figure, axes = pyplot.subplots(2, 1, figsize=(11, 7), layout="constrained")
+    figure, axes = pyplot.subplots(2, 1, figsize=(11, 7.5), layout="constrained")
     for axis, variant in zip(axes, VARIANTS, strict=True):
         names = results.sets("layers", variant)
         series = {}
         for peer in results.peers("layers"):
             found = [results.find("layers", s, variant, peer, "forward") for s in names]
-            if peer != COPY and any(found):
-                series[peer] = [r.copies if r else 0 for r in found]
-        _bars(axis, names, series)
-        axis.set_yscale("log")
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_ylabel("plain copies")
-        axis.set_title(f"{variant}, forward: distance to the plain copy of the weights")
+            if peer != COPY:
+                series[peer] = [r.copies if r else None for r in found]
+        _ratios(axis, results, variant, series)
+        axis.axhline(1.5, color="black", linewidth=0.8, linestyle=":")
+        axis.set_ylabel("plain copies of the weights\n(log scale)")
+        axis.set_title(f"{variant}, forward; dotted: two reads and one write", fontsize=10)
     return figure
 
 
@@ -78,9 +89,8 @@ def grid(results: Results) -> pyplot.Figure | None:
     kinds = [kind for kind in GRID if results.ours(kind)]
     if not kinds:
         return None
-    figure, axes = pyplot.subplots(
-        2, len(kinds), figsize=(4.5 * len(kinds) + 2.5, 7), layout="constrained", squeeze=False
-    )
+    size = (4.5 * len(kinds) + 2.5, 7.5)
+    figure, axes = pyplot.subplots(2, len(kinds), figsize=size, layout="constrained", squeeze=False, sharey=True)
     for column, kind in enumerate(kinds):
         for axis, variant in zip(axes[:, column], VARIANTS, strict=True):
             for color, n in enumerate(GRID[kind][0]):
@@ -88,37 +98,75 @@ def grid(results: Results) -> pyplot.Figure | None:
                     found = {
                         w: results.find(kind, square(kind, n, w).name, variant, peer, "forward") for w in GRID[kind][1]
                     }
-                    points = {w: r.median for w, r in found.items() if r}
-                    label = f"{n} layers, {peer}"
-                    axis.plot(list(points), list(points.values()), style, color=f"C{color}", label=label)
-            axis.set(xscale="log", yscale="log", xlabel="width", ylabel="ms", title=f"{kind} layers, {variant} forward")
+                    points = {w: r for w, r in found.items() if r}
+                    label = f"{n} layer{'s' * (n > 1)}, {peer}"
+                    axis.plot(list(points), [r.median for r in points.values()], style, color=f"C{color}", label=label)
+            name = "3 × 3 convolutions" if kind == "conv" else "linear layers"
+            axis.set(xscale="log", yscale="log", xlabel="width (channels in and out)", ylabel="ms")
+            axis.set_title(f"{name}, {variant} forward", fontsize=10)
+            axis.set_xticks(GRID[kind][1], [str(w) for w in GRID[kind][1]])
+            axis.xaxis.set_minor_locator(NullLocator())
+            _plain_numbers(axis)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     return figure
 
 
 def gan_steps(results: Results) -> pyplot.Figure | None:
-    """Whole training steps: what normalisation adds to them, in per cent."""
+    """Whole training steps: what normalisation adds to them, in per cent, with the medians' 95 % intervals."""
     names = results.sets("gan")
     if not names:
         return None
-    figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     cases = dict.fromkeys((r.variant, r.peer) for r in results.records if r.part == "gan" and r.variant != NONE)
-    series = {}
-    for variant, peer in cases:
-        found = [results.find("gan", name, variant, peer, "step") for name in names]
-        series[f"{variant}, {peer}"] = [r.added if r and r.added is not None else 0 for r in found]
-    _bars(axis, names, series)
+    width = 0.8 / max(1, len(cases))
+    for j, (variant, peer) in enumerate(cases):
+        for i, name in enumerate(names):
+            r = results.find("gan", name, variant, peer, "step")
+            if r is None or r.added is None:
+                continue
+            color = ("C0" if peer == TORCH else "C3", 0.55 if variant == "sn" else 1)
+            x, label = i + (j - (len(cases) - 1) / 2) * width, f"{variant}, {peer}" if i == 0 else None
+            axis.bar(x, r.added, width, color=color, edgecolor="white", label=label)
+            if r.added_low is not None and r.added_high is not None:
+                axis.vlines(x, r.added_low, r.added_high, color="black", linewidth=1)
+    steps = {name: results.find("gan", name, NONE, NONE, "step") for name in names}
+    axis.set_xticks(range(len(names)), [f"{n}: {_ms(r)} without" for n, r in steps.items()])
+    axis.axhline(0, color="black", linewidth=0.8)
     axis.set_ylabel("% added to a training step")
-    axis.set_title("cost of normalisation in whole training steps")
+    axis.grid(axis="y", linewidth=0.4)
+    axis.set_axisbelow(True)
+    axis.legend(fontsize=8)
     return figure
 
 
-def _bars(axis: pyplot.Axes, groups: list[str], series: dict[str, list[float]]) -> None:
+def _ms(record: Record | None) -> str:
+    return f"{record.median:.0f} ms" if record else "?"
+
+
+def _ratios(axis: pyplot.Axes, results: Results, variant: str, series: dict[str, list[float | None]]) -> None:
+    """Draw bars that begin at 1, on a logarithmic axis: up is slower, down faster."""
+    series = {label: values for label, values in series.items() if any(values)}
     width = 0.8 / max(1, len(series))
+    ours = iter(OUR_COLORS)
     for j, (label, values) in enumerate(series.items()):
-        axis.bar([i + (j - (len(series) - 1) / 2) * width for i in range(len(groups))], values, width, label=label)
-    axis.set_xticks(range(len(groups)), groups)
-    axis.legend(fontsize=8)
+        known = [(i, v) for i, v in enumerate(values) if v]
+        places = [i + (j - (len(series) - 1) / 2) * width for i, _ in known]
+        color = COLORS.get(label) or next(ours, "black")
+        axis.bar(places, [v - 1 for _, v in known], width, bottom=1, label=label, color=color)
+    names = results.sets("layers", variant)
+    sizes = [next((r.megabytes for r in results.records if r.set == name), 0) for name in names]
+    axis.set_xticks(range(len(names)), [f"{n}\n{mb:.0f} MB" for n, mb in zip(names, sizes, strict=True)], fontsize=9)
+    axis.set_yscale("log")
+    axis.axhline(1, color="black", linewidth=0.8)
+    _plain_numbers(axis)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _plain_numbers(axis: pyplot.Axes) -> None:
+    """Label a logarithmic axis with 0.5, 1, 2, 5, 10 instead of powers."""
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.grid(axis="y", linewidth=0.4)
     axis.set_axisbelow(True)

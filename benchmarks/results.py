@@ -10,7 +10,8 @@ from math import exp, log
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.measure import Record
+from benchmarks.peers import OURS
+from benchmarks.record import Record
 
 FOLDER = Path(__file__).with_name("results")
 JSON, CSV = "results.json", "results.csv"
@@ -34,6 +35,10 @@ class Results:
         done = {(r.part, r.set, r.variant, r.peer, r.caches) for r in records}
         self.records = [r for r in self.records if (r.part, r.set, r.variant, r.peer, r.caches) not in done] + records
 
+    def merge_phase(self, record: Record) -> None:
+        """Add a record whose other phases are measured by themselves; one of the same case and phase is replaced."""
+        self.records = [r for r in self.records if r.key != record.key] + [record]
+
     def find(self, part: str, set_name: str, variant: str, peer: str, phase: str, caches: str = "hot") -> Record | None:
         """Return the record of one case, if it has a time."""
         for r in self.records:
@@ -45,13 +50,18 @@ class Results:
         """Return the names of a part's sets."""
         return list(dict.fromkeys(r.set for r in self.records if r.part == part and variant in (None, r.variant)))
 
+    @property
+    def kind(self) -> str:
+        """The kind of device: cuda or cpu."""
+        return "cuda" if "cuda" in self.machine else "cpu"
+
     def peers(self, part: str) -> list[str]:
         """Return the names of a part's peers."""
         return list(dict.fromkeys(r.peer for r in self.records if r.part == part))
 
     def ours(self, part: str = "layers") -> list[str]:
         """Return the names of bssn_fast's own entries: one per backend."""
-        return [name for name in self.peers(part) if name.startswith("bssn_fast")]
+        return [name for name in self.peers(part) if name.startswith(OURS)]
 
     def speedup(self, part: str, set_name: str, variant: str, phase: str, ours: str, peer: str) -> float | None:
         """Return how many times as fast as a peer we are."""
@@ -75,6 +85,11 @@ def load(folder: Path) -> Results:
     """Read what `save` has written."""
     data = json.loads((folder / JSON).read_text())
     return Results(data["machine"], [Record(**row) for row in data["records"]])
+
+
+def everything(folder: Path = FOLDER) -> list[Results]:
+    """Return the results of all machines that have been kept, in the order of their folders' names."""
+    return [load(path.parent) for path in sorted(folder.glob(f"*/*/{JSON}"))]
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -1,81 +1,77 @@
-"""The tables of docs/performance.md."""
+"""The report of one machine: all tables."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks import machine
 from benchmarks.gan import NONE
 from benchmarks.layer_sets import GRID, square
-from benchmarks.measure import BOTH, Record
 from benchmarks.peers import COPY, OURS, TORCH
+from benchmarks.problem import VARIANTS
+from benchmarks.record import BOTH, Record
 from benchmarks.results import Results, geometric_mean
 from benchmarks.targets import targets
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
-VARIANTS = ("sn", "bssn")
 PHASES = ("forward", "backward", BOTH)
 
 
-def renew(results: Results, block: str, page: Path = PAGE) -> None:
-    """Replace what stands between the page's markers of this block; raises ValueError if it has none."""
-    begin, end = f"<!-- begin results: {block} -->", f"<!-- end results: {block} -->"
-    pattern = re.compile(re.escape(begin) + ".*" + re.escape(end), re.S)
-    text, count = pattern.subn(lambda _: f"{begin}\n{render(results)}\n{end}", page.read_text())
-    if count != 1:
-        raise ValueError(f"{page} must have the lines {begin!r} and {end!r} once")
-    page.write_text(text)
+def render(results: Results, plots: Iterable[Path] = ()) -> str:
+    """Return the report as Markdown, with plots that lie in its folder."""
+    layers = gpu_layers if results.kind == "cuda" else cpu_layers
+    parts = [f"# {machine.title(results.machine)}", about(results), goals(results)]
+    parts += [f"![{path.stem}]({path.name})" for path in plots]
+    parts += [bounds([results]), *(layers(results, v, p) for v in VARIANTS for p in PHASES)]
+    parts += [memory(results), preparation(results)]
+    parts += [grid(results, kind, phase) for kind in GRID for phase in ("forward", BOTH)]
+    parts += [gan_steps(results), failures(results)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def render(results: Results) -> str:
-    """Return all tables as Markdown."""
-    parts = [machine(results), goals(results), bounds(results)]
-    parts += [layers(results, v, p) for v in VARIANTS for p in PHASES]
-    parts += [memory(results), *(grid(results, kind) for kind in GRID), gan_steps(results)]
-    return "\n\n".join(part for part in parts if part)
-
-
-def machine(results: Results) -> str:
-    about = results.machine
-    cache = f", last-level cache {int(about['cache']) >> 20} MiB" if about.get("cache") else ""
-    return (
-        f"Measured on {about['device']}, {about['threads']} threads{cache}; torch {about['torch']}, "
-        f"Python {about['python']}, bssn_fast {about['bssn_fast']}."
-    )
+def about(results: Results) -> str:
+    """Return the machine and the versions."""
+    info = results.machine
+    cache = f"last-level cache {int(info['cache']) >> 20} MiB; " if info.get("cache") else ""
+    peak = f"{info['peak_gb_s']:.0f} GB/s by the data sheet; " if info.get("peak_gb_s") else ""
+    return f"{machine.title(info)}; {cache}{peak}{machine.versions(info)}."
 
 
 def goals(results: Results) -> str:
-    """Return what is demanded of the CPU path, and whether it holds."""
+    """Return what is demanded, and whether it holds."""
     rows = [[t.what, t.demanded, t.found, "yes" if t.holds else "**no**"] for t in targets(results)]
-    return "### Demanded and measured\n\n" + _table(["", "demanded", "measured", "holds"], rows) if rows else ""
+    return "## Demanded and measured\n\n" + table(["", "demanded", "measured", "holds"], rows) if rows else ""
 
 
-def bounds(results: Results) -> str:
-    """Return the least favourable and the mean of each comparison."""
+def bounds(machines: list[Results]) -> str:
+    """Return mean and least of each comparison over all models, for each machine and backend of ours."""
+    columns = [(results, ours) for results in machines for ours in results.ours()]
+    peers = dict.fromkeys(p for r in machines for p in r.peers("layers") if p != COPY and OURS not in p)
     rows = []
-    for ours in results.ours():
-        comparisons = [
-            (v, phase, peer)
-            for v in VARIANTS
-            for phase in PHASES
-            for peer in results.peers("layers")
-            if peer not in (ours, COPY) and OURS not in peer
-        ]
-        for variant, phase, peer in comparisons:
-            names = results.sets("layers", variant)
-            found = {s: results.speedup("layers", s, variant, phase, ours, peer) for s in names}
-            known = {s: x for s, x in found.items() if x}
-            if known:
-                worst = min(known, key=known.__getitem__)
-                mean = f"{geometric_mean(known.values()):.1f}"
-                rows.append([ours, variant, phase, peer, f"{known[worst]:.1f} ({worst})", mean])
+    for variant in VARIANTS:
+        for phase in PHASES:
+            for peer in peers:
+                cells = [_bound(results, ours, variant, phase, peer) for results, ours in columns]
+                if any(cells):
+                    rows.append([f"`{variant}` {phase}", peer, *cells])
     if not rows:
         return ""
-    headings = ["", "variant", "", "times as fast as", "least", "geometric mean"]
-    return "### How many times as fast, over all models\n\n" + _table(headings, rows)
+    headings = [f"{machine.title(results.machine)}: {ours}" for results, ours in columns]
+    title = "## How many times as fast: geometric mean over all models, and the least"
+    return f"{title}\n\n" + table(["", "as", *headings], rows)
 
 
-def layers(results: Results, variant: str, phase: str) -> str:
+def _bound(results: Results, ours: str, variant: str, phase: str, peer: str) -> str:
+    names = results.sets("layers", variant)
+    found = {s: results.speedup("layers", s, variant, phase, ours, peer) for s in names}
+    known = {s: x for s, x in found.items() if x}
+    if not known:
+        return ""
+    worst = min(known, key=known.__getitem__)
+    return f"{geometric_mean(known.values()):.1f} ({known[worst]:.1f}, {worst})"
+
+
+def cpu_layers(results: Results, variant: str, phase: str) -> str:
     """Return one row per model: ours in milliseconds and in copies, the others in milliseconds and times ours."""
     ours, names = results.ours(), results.peers("layers")
     others = [n for n in names if n not in ours and n != COPY]
@@ -86,14 +82,35 @@ def layers(results: Results, variant: str, phase: str) -> str:
         best = min((r.median for r in mine if r), default=None)
         if copy is None or best is None:
             continue
-        row = [name, str(copy.layers), f"{copy.megabytes:.1f}", _ms(copy.median)]
-        row += [f"{_ms(r.median)} ({r.copies:.1f} copies)" if r else "" for r in mine]
+        row = [name, str(copy.layers), f"{copy.megabytes:.1f}", f"{ms(copy.median)} ({copy.gb_s:.0f} GB/s)"]
+        row += [f"{ms(r.median)} [{ms(r.q10)}, {ms(r.q90)}] ({r.copies:.1f} copies)" if r else "" for r in mine]
         row += [_against(results.find("layers", name, variant, n, phase), best) for n in others]
         rows.append(row)
     if not rows:
         return ""
-    headings = ["set", "layers", "MB", "copy", *ours, *others]
-    return f"### `{variant}`, {phase}: milliseconds (and times ours)\n\n" + _table(headings, rows)
+    title = f"## `{variant}`, {phase}: milliseconds, with deciles of ours (and times ours)"
+    return f"{title}\n\n" + table(["set", "layers", "MB", "copy", *ours, *others], rows)
+
+
+def gpu_layers(results: Results, variant: str, phase: str) -> str:
+    """Return one row per model and peer, with hot and cold caches, host time and launches in columns of their own."""
+    peak = results.machine.get("peak_gb_s")
+    rows = []
+    for name in results.sets("layers", variant):
+        for peer in results.peers("layers"):
+            hot, cold = (results.find("layers", name, variant, peer, phase, state) for state in ("hot", "cold"))
+            either = cold or hot
+            if either is None:
+                continue
+            row = [name, peer, *(f"{1e3 * r.median:.1f}" if r else "" for r in (hot, cold))]
+            row += [f"{1e3 * either.host:.0f}" if either.host else "", str(either.launches or "")]
+            row += [f"{either.copies:.2f}" if either.copies else "", f"{either.gb_s:.0f}"]
+            row += [f"{100 * either.gb_s / float(str(peak)):.0f} %" if peak and cold else ""]
+            rows.append(row)
+    if not rows:
+        return ""
+    headings = ["set", "peer", "L2 hot", "L2 cold", "host", "launches", "copies", "GB/s", "of the data sheet's"]
+    return f"## `{variant}`, {phase}: microseconds\n\n" + table(headings, rows)
 
 
 def memory(results: Results) -> str:
@@ -108,11 +125,27 @@ def memory(results: Results) -> str:
                 rows.append([name, variant, f"{size:.0f}", *cells])
     if not rows:
         return ""
-    title = "### Peak memory of one forward and backward, in MB beyond weights and incoming gradients"
-    return f"{title}\n\n" + _table(["set", "variant", "weights", *names], rows)
+    title = "## Peak memory of one forward and backward, in MB beyond weights and incoming gradients"
+    return f"{title}\n\n" + table(["set", "variant", "weights", *names], rows)
 
 
-def grid(results: Results, kind: str) -> str:
+def preparation(results: Results) -> str:
+    """Return what the first results cost, once, of peers that need seconds for them."""
+    every = [n for n in results.peers("layers") if n != COPY]
+    timed = [r for r in results.records if r.part == "layers" and (r.prepare_seconds or 0) > 2]
+    names = [n for n in every if any(r.peer == n for r in timed)]
+    rows = []
+    for variant in VARIANTS if names else ():
+        for name in results.sets("layers", variant):
+            found = [results.find("layers", name, variant, n, BOTH) for n in names]
+            rows.append(
+                [name, variant, *(f"{r.prepare_seconds:.0f}" if r and r.prepare_seconds else "" for r in found)]
+            )
+    title = "## Seconds until the first result, once for each model: compiling. They count in no other table"
+    return f"{title}\n\n" + table(["set", "variant", *names], rows) if rows else ""
+
+
+def grid(results: Results, kind: str, phase: str) -> str:
     """Return one table of a synthetic grid: rows are numbers of layers, columns widths."""
     numbers, widths = GRID[kind]
     parts = []
@@ -122,38 +155,51 @@ def grid(results: Results, kind: str) -> str:
             for n in numbers:
                 cells = []
                 for w in widths:
-                    record = results.find(kind, square(kind, n, w).name, variant, ours, "forward")
-                    peer = results.find(kind, square(kind, n, w).name, variant, TORCH, "forward")
-                    cells.append(f"{_ms(record.median)} ({peer.median / record.median:.1f})" if record and peer else "")
+                    record = results.find(kind, square(kind, n, w).name, variant, ours, phase)
+                    peer = results.find(kind, square(kind, n, w).name, variant, TORCH, phase)
+                    cells.append(f"{ms(record.median)} ({peer.median / record.median:.1f})" if record and peer else "")
                 rows.append([str(n), *cells])
             if any(any(row[1:]) for row in rows):
                 shape = "3 × 3 convolutions" if kind == "conv" else "linear layers"
-                title = f"### {ours}, `{variant}` forward of n equal {shape}: milliseconds (times as fast as torch)"
-                parts.append(f"{title}\n\n" + _table(["n", *(f"width {w}" for w in widths)], rows))
+                title = f"## {ours}, `{variant}` {phase} of n equal {shape}: milliseconds (times as fast as torch)"
+                parts.append(f"{title}\n\n" + table(["n", *(f"width {w}" for w in widths)], rows))
     return "\n\n".join(parts)
 
 
 def gan_steps(results: Results) -> str:
     """Return what normalisation adds to whole training steps."""
     rows = []
-    for name in results.sets("gan"):
-        for r in results.records:
-            if r.part == "gan" and r.set == name and r.median:
-                added = "" if r.variant == NONE else f"{r.added:+.1f} %"
-                rows.append([name, r.variant, r.peer if r.variant != NONE else "", _ms(r.median), added])
-    if not rows:
+    for r in results.records:
+        if r.part == "gan" and r.median:
+            rows.append([r.set, r.variant, r.peer if r.variant != NONE else "", ms(r.median), added(r)])
+    title = "## Whole training steps (added: median and its 95 % interval)"
+    return f"{title}\n\n" + table(["discriminator", "normalisation", "by", "ms", "added"], rows) if rows else ""
+
+
+def added(record: Record | None) -> str:
+    """Return what normalisation adds to a step, with its interval where it is known."""
+    if record is None or record.added is None or record.variant == NONE:
         return ""
-    return "### Whole training steps\n\n" + _table(["discriminator", "normalisation", "by", "ms", "added"], rows)
+    known = record.added_low is not None and record.added_high is not None
+    return f"{record.added:+.1f} %" + (f" [{record.added_low:+.1f}, {record.added_high:+.1f}]" if known else "")
+
+
+def failures(results: Results) -> str:
+    """Return what was not timed because its results were wrong or it failed."""
+    rows = [[r.part, r.set, r.variant, r.peer, r.error.replace("|", "/")] for r in results.records if r.error]
+    return "## Not timed\n\n" + table(["part", "set", "variant", "peer", "why"], rows) if rows else ""
 
 
 def _against(record: Record | None, ours: float) -> str:
-    return f"{_ms(record.median)} ({record.median / ours:.1f})" if record else "–"
+    return f"{ms(record.median)} ({record.median / ours:.1f})" if record else "–"
 
 
-def _ms(value: float) -> str:
+def ms(value: float) -> str:
+    """Return three digits."""
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def _table(headings: list[str], rows: list[list[str]]) -> str:
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (headings, ["---"] * len(headings), *rows)]
     return "\n".join(lines)

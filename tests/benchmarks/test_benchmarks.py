@@ -3,26 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import compare, gan, layer_sets, measure, networks, peers, plots, tables, targets
-from benchmarks.measure import BOTH, Record
+from benchmarks import compare, gan, layer_sets, machine, measure, networks, page, peers, plots, report, tables, targets
 from benchmarks.problem import VARIANTS, Problem, WrongResultError
+from benchmarks.record import BOTH, MOVED, Record, median_interval
 from benchmarks.results import Results, load
 
 ROOT = Path(__file__).parents[2]
 QUICK_PEERS = [name for name in peers.names() if name not in peers.COMPILED]
 
 
-def test_the_suite_runs():
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "--benchmark-disable", "-q", "--device", "cpu"]
+def run_the_suite(*options: object) -> str:
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "-q", "--device", "cpu", *map(str, options)]
     done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_suite_runs():
+    run_the_suite("--benchmark-disable")
+
+
+def test_the_suite_keeps_what_the_report_keeps(tmp_path):
+    file = tmp_path / "benchmark.json"
+    out = run_the_suite("-k", "tiny-sn-torch or tiny-sn-copy", "--benchmark-json", file, "--report-to", tmp_path)
+    assert "as fast as torch, every model: demanded ≥ 3" in out
+    kept = load(tmp_path)
+    assert {(r.peer, r.phase) for r in kept.records} == {
+        ("torch", "forward"), ("torch", "backward"), ("torch", BOTH), ("copy", "forward"),
+    }  # fmt: skip
+    assert (tmp_path / "report.md").exists()
+    notes = {b["group"]: b["extra_info"] for b in json.loads(file.read_text())["benchmarks"]}
+    found = notes["tiny, sn, backward, hot"]
+    record = kept.find("layers", "tiny", "sn", "torch", "backward")
+    assert found["bytes_moved"] == 3 * 4 * layer_sets.tiny().weights
+    assert found["median"] == record.median
+    assert found["gb_s"] == pytest.approx(found["bytes_moved"] / 1e6 / record.median, rel=1e-3)
+    assert found["percent_of_copy"] == pytest.approx(100 * 1.5 / record.copies, rel=1e-3)
+    assert found["percent_of_vendor_peak"] is None
+    assert found["threads"] == 1
 
 
 @pytest.mark.parametrize("chosen", [*layer_sets.load().values(), layer_sets.tiny()], ids=lambda s: s.name)
@@ -54,6 +82,41 @@ def test_peers_agree_and_are_timed(variant):
         (name, phase) for name in QUICK_PEERS if name != peers.COPY for phase in ("forward", "backward", BOTH)
     }
     assert all(r.median > 0 and r.copies > 0 and r.runs >= measure.FEWEST_ROUNDS for r in records)
+    assert all(r.low <= r.median <= r.high and r.prepare_seconds > 0 for r in records)
+
+
+@pytest.mark.parametrize("name", peers.COMPILED)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled_peers_agree(monkeypatch, variant, name):
+    compiled = torch.compile
+
+    def traced(function=None, *, mode=None, **options):
+        """What is traced is checked; compiling it would take most of a minute."""
+        return compiled(function, **(options | {"backend": "aot_eager"}))
+
+    monkeypatch.setattr(torch, "compile", traced)
+    peer = measure.prepare(name, Problem(layer_sets.tiny(), variant))
+    peer.forward()
+    peer.backward()
+    assert len(peer.gradients) == len(layer_sets.tiny().layers)
+
+
+def test_every_peer_is_in_each_part():
+    few, many = layer_sets.square("linear", 20, 4), layer_sets.square("linear", 100, 4)
+    assert measure.peers_for("layers", many, "cpu") == measure.peers_for("linear", few, "cpu") == peers.names("cpu")
+    assert set(peers.names("cpu")) - set(measure.peers_for("linear", many, "cpu")) == {peers.COMPILE}
+    assert {*peers.COMPILED, "torch graph"} <= set(peers.names("cuda"))
+
+
+def test_a_peer_that_fails_is_reported(monkeypatch, tmp_path):
+    def fail(problem, mode):
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(peers.rivals, "torch_compiled", fail)
+    names = [peers.COPY, peers.COMPILE]
+    records = measure.layer_set("layers", layer_sets.tiny(), "sn", names, seconds=1e-9)
+    assert [r.error for r in records if r.peer == peers.COMPILE] == ["RuntimeError: no compiler"]
+    assert "| torch.compile | RuntimeError: no compiler |" in tables.render(Results(machine.describe(), records))
 
 
 @pytest.mark.parametrize("what", ["weight", "gradient", "v"])
@@ -93,21 +156,21 @@ def test_gan_steps_are_timed_with_and_without_normalisation():
         gan._check_equal("x", torch.ones(3), torch.tensor([1, 1, 1.01]))
 
 
-def invented(time_of_ours: float = 1.0) -> Results:
+def invented(time_of_ours: float = 1.0, device: str = "Some CPU") -> Results:
     """Results in which torch takes 4 ms, the reference 12 and ours 1 (or as told) on sets of 1 MB and 100 MB."""
     times = {"copy": 0.5, "torch": 4.0, "torch.compile": 3.5, "reference": 12.0, "bssn_fast cpu": time_of_ours}
-    results = Results(
-        {"device": "Some CPU", "threads": 2, "torch": "2", "python": "3", "bssn_fast": "0", "cache": 1 << 25}
-    )
+    results = Results({"device": device, "threads": 2, "torch": "2", "python": "3", "bssn_fast": "0", "cache": 1 << 25})
     for variant in VARIANTS:
         for part, name, megabytes in (("layers", "a", 1.0), ("layers", "b", 100.0), ("linear", "linear-20x4", 0.1)):
             for peer, median in times.items():
-                for phase in ("forward", "backward", BOTH):
-                    copies = median / times["copy"]
-                    r = Record(part, name, variant, peer, phase, 2, megabytes, median=median, copies=copies, runs=9)
+                for phase in MOVED:
+                    r = Record(part, name, variant, peer, phase, 2, megabytes, copies=median / times["copy"])
+                    r.fill([median / 1e3] * 9)
+                    r.low, r.high = 0.9 * median, 1.1 * median
                     results.records.append(r)
     for variant, peer in gan.CASES:
-        results.records.append(Record("gan", "cnn", variant, peer, "step", 2, 0, median=10.0, runs=9, added=0.0))
+        step = Record("gan", "cnn", variant, peer, "step", 2, 0, median=10.0, runs=9, added=0.0)
+        results.records.append(step)
     return results
 
 
@@ -115,30 +178,118 @@ def test_targets():
     found = {t.what: (t.found, t.holds) for t in targets.targets(invented())}
     assert found["`bssn` forward, times as fast as reference, geometric mean"] == ("12.0", True)
     assert found["`sn` forward, times as fast as torch, geometric mean"] == ("4.0", False)
-    assert found["`bssn` forward in plain copies, b"] == ("2.00", False)
-    assert "`bssn` forward in plain copies, a" not in found  # it fits into the cache
+    assert found["`sn` forward + backward, times as fast as torch.compile, geometric mean"] == ("3.5", True)
+    copies = "`bssn` forward in plain copies, {}, beyond the last-level cache"
+    assert found[copies.format("b")] == ("2.00", False)
+    assert copies.format("a") not in found  # it fits into the cache
     assert found["host overhead: 20 layers of 4×4 weights, `sn` forward, part of torch's time"] == ("1/4.0", False)
     assert all(t.holds for t in targets.targets(invented(0.3)))
+
+
+def test_what_was_not_measured_does_not_hold():
+    results = invented(0.3)
+    results.records = [r for r in results.records if not (r.peer == "torch.compile" and r.set == "a")]
+    found = {t.what: (t.found, t.holds) for t in targets.targets(results)}
+    compiled = "`sn` forward + backward, times as fast as torch.compile, geometric mean"
+    assert found[compiled] == ("11.7; 1 of 2 models", False)
+    assert not any(t.holds for t in targets.targets(Results(results.machine)))
+
+
+@pytest.mark.parametrize(
+    ("time_of_ours", "holds", "text"),
+    [
+        (1.0, True, "0 of 54 (0 too close to tell)"),
+        (3.6, True, "0 of 54 (36 too close to tell)"),  # torch and torch.compile: 4 and 3.5
+        (5.0, False, "36 of 54 (0 too close to tell); worst 0.70 times as fast as torch.compile on a, `sn` forward"),
+    ],
+)
+def test_noise_does_not_decide_who_is_slower(time_of_ours, holds, text):
+    found = targets.never_slower(invented(time_of_ours))
+    assert (found.found, found.holds) == (text, holds)
+
+
+def test_interval_of_the_median():
+    assert median_interval([3.0]) == (3, 3)
+    assert median_interval([5.0, 1, 2, 4, 3]) == (1, 5)
+    assert median_interval(range(100)) == (40, 59)  # between the 41st and the 60th: 95.4 % by the binomial distribution
 
 
 def test_report_round_trip(tmp_path):
     results = invented()
     results.save(tmp_path)
-    assert load(tmp_path) == results
+    found = load(tmp_path)
+    assert found.machine == results.machine
+    assert [r.to_dict() for r in found.records] == [r.to_dict() for r in results.records]
     assert (tmp_path / "results.csv").read_text().count("\n") == len(results.records) + 1
-    assert {p.name for p in plots.save(results, tmp_path)} == {"speedup.png", "copies.png", "grid.png", "gan.png"}
+    pictures = plots.save(results, tmp_path)
+    assert [p.stem for p in pictures] == list(plots.NAMES)
+    text = tables.render(results, pictures)
+    assert "| a | 2 | 1.0 | 0.5 (4 GB/s) | 1 [1, 1] (2.0 copies) | 4 (4.0) | 3.5 (3.5) | 12 (12.0) |" in text
+    assert "![gan](gan.png)" in text
 
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- begin results: cpu -->\nold\n<!-- end results: cpu -->\nafter\n")
+
+def test_the_page_shows_all_machines(tmp_path):
+    for device, median in (("AMD EPYC", 1.0), ("Some CPU", 0.3)):
+        found = invented(median, device)
+        found.save(tmp_path / "results" / machine.key(found.machine))
+    (tmp_path / "docs").mkdir()
+    path = tmp_path / "docs" / "page.md"
+    path.write_text("before\n<!-- begin results: cpu -->\nold\n<!-- end results: cpu -->\nafter\n")
     for _ in range(2):
-        tables.renew(results, "cpu", page)
-    text = page.read_text()
+        page.renew("cpu", path, tmp_path / "results")
+    text = path.read_text()
     assert text.startswith("before\n")
     assert text.endswith("-->\nafter\n")
     assert "\nold\n" not in text
-    assert "| a | 2 | 1.0 | 0.5 | 1 (2.0 copies) | 4 (4.0) | 3.5 (3.5) | 12 (12.0) |" in text
+    assert "|  | demanded | AMD EPYC, 2 threads, torch 2 | Some CPU, 2 threads, torch 2 |" in text
+    assert "| `sn` forward, times as fast as torch, geometric mean | ≥ 5 | **4.0** | 13.3 |" in text
+    assert "[All tables](../results/amd-epyc-2-threads/torch-2/report.md)" in text
     with pytest.raises(ValueError, match="begin results: cuda"):
-        tables.renew(results, "cuda", page)
+        page.renew("cuda", path, tmp_path / "results")
+
+
+def test_tables_of_a_gpu():
+    about = {"device": "NVIDIA H200", "cuda": "13", "torch": "2", "python": "3", "bssn_fast": "0", "peak_gb_s": 4800}
+    results = Results(about)
+    for caches, median in (("hot", 0.02), ("cold", 0.05)):
+        r = Record("layers", "a", "sn", "bssn_fast triton", "forward", 2, 48.0, caches, copies=1.5)
+        r.fill([median / 1e3], [30e-6])
+        r.launches = 1
+        results.records.append(r)
+    text = tables.render(results)
+    assert "| a | bssn_fast triton | 20.0 | 50.0 | 30 | 1 | 1.50 | 1920 | 40 % |" in text
+    assert machine.key(about) == "nvidia-h200/torch-2"
+    assert targets.targets(results) == []
+
+
+def measured_by_the_command(monkeypatch, *words: str) -> int:
+    """`python -m benchmarks.report` where each part is one small set."""
+    monkeypatch.setattr(layer_sets, "load", lambda: {"tiny": layer_sets.tiny()})
+    monkeypatch.setattr(layer_sets, "grid", lambda kind: [layer_sets.square(kind, 20, 4)])
+    monkeypatch.setattr(measure, "gan_steps", partial(measure.gan_steps, width=4))
+    monkeypatch.setattr(machine, "pin_threads", lambda threads: None)
+    return report.main([*words, "--seconds", "1e-9", "--without", peers.COMPILE, "--batch", "1"])
+
+
+def test_the_command(monkeypatch, tmp_path, capsys):
+    assert measured_by_the_command(monkeypatch, "--output", str(tmp_path)) == 0
+    found = load(tmp_path)
+    assert {r.part for r in found.records} == set(report.PARTS)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "results.json", "results.csv", "report.md", *(f"{name}.png" for name in plots.NAMES),
+    }  # fmt: skip
+    again = ("--output", str(tmp_path), "--parts", "layers", "--variants", "sn", "--compare")
+    assert measured_by_the_command(monkeypatch, *again) in (0, 1)  # noise decides: nothing is written
+    assert load(tmp_path) == found
+    assert report.main(["--render-only", "--output", str(tmp_path)]) == 0
+    assert "times the time of before" in capsys.readouterr().out
+
+
+def test_nothing_to_compare_with(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(machine, "pin_threads", lambda threads: None)
+    monkeypatch.setattr(measure, "layer_set", None)  # nothing is measured
+    assert report.main(["--compare", "--output", str(tmp_path / "none")]) == 2
+    assert re.search(r"no results of this machine.*make bench.*AMD EPYC", capsys.readouterr().out, re.S)
 
 
 def test_measuring_a_part_again_replaces_that_part():
