@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from bssn_fast.estimation import estimate_vectors, is_unit
-from bssn_fast.layout import vector_sizes
+from bssn_fast.estimation import are_units, estimate_vectors
+from bssn_fast.layout import compute_dtype, vector_sizes
 from bssn_fast.parametrization import SpectralNormalization, original_of, parametrizations_of
 from bssn_fast.sharded import is_sharded
 
@@ -143,8 +143,11 @@ def _complete(state_dict: MutableMapping[str, Any], target: str, norm: SpectralN
     sizes = vector_sizes(weight.shape, norm.dim, norm.two_sided)
     if any(v is not None and tuple(v.shape) != (size,) for v, size in zip(given, sizes, strict=True)):
         return
+    for j, vector in enumerate(given):
+        if vector is not None and compute_dtype(vector.dtype) != vector.dtype and are_units([vector])[0]:
+            given[j] = state_dict[keys[j]] = nn.functional.normalize(vector.float(), dim=0)
     directions = [slice(j, j + 2) for j in range(0, len(keys), 2)]
-    missing = [d for d in directions if not all(v is not None and is_unit(v) for v in given[d])]
+    missing = [d for d in directions if not all(v is not None and are_units([v])[0] for v in given[d])]
     if not missing:
         return
     device = loaded.device if weight.is_meta else weight.device

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bssn_fast import reference
 from bssn_fast.functional import Normalizer
 from bssn_fast.layout import compute_dtype, vector_sizes
 
-UNIT_TOLERANCE = 3e-3
-"""A vector whose length is this far from 1 is none of ours. Rounding to bfloat16 changes lengths by less."""
+_UNIT_TOLERANCE = 1e-4  # of what power iterations leave, 1e-6 is the most; averages of vectors are shorter
+_UNIT_TOLERANCE_16_BITS = 4e-3  # rounding to bfloat16 changes a length by less
+
+_BELONGING = 0.9
 
 _FIRST_ROUND = 8
 _MOST_IN_A_ROUND = 1024
@@ -19,9 +22,31 @@ _STANDING_STILL = 0.002
 _HINT = 10
 
 
-def is_unit(vector: Tensor) -> bool:
-    """Whether a vector has length 1, up to `UNIT_TOLERANCE`; waits for the device."""
-    return abs(float(torch.linalg.vector_norm(vector.detach(), dtype=torch.float64)) - 1) <= UNIT_TOLERANCE
+@torch.no_grad()
+def are_units(vectors: Sequence[Tensor]) -> list[bool]:
+    """Whether vectors of one dtype have length 1, up to rounding in it; waits for the device once."""
+    dtype = vectors[0].dtype
+    rounded = compute_dtype(dtype) != dtype
+    lengths = torch._foreach_norm([v.float() for v in vectors] if rounded else list(vectors))
+    tolerance = _UNIT_TOLERANCE_16_BITS if rounded else _UNIT_TOLERANCE
+    return [abs(length - 1) <= tolerance for length in torch.stack(lengths).tolist()]
+
+
+@torch.no_grad()
+def belong(weight: Tensor, vectors: Sequence[Tensor], dim: int, eps: float) -> bool:
+    """Whether unit vectors may be those of the weight's largest singular values; waits for the device.
+
+    They are not if a power iteration would make sigma more than a ninth larger, as where a weight is new. What a step
+    of training, or slow convergence, leaves to be done is far less, and is left to the iterations to come.
+    """
+    w = weight.detach().to(compute_dtype(weight.dtype))
+    for j in range(0, len(vectors), 2):  # the input side is the output side of the other dimension
+        side, pair = (dim if j == 0 else 1 - dim), tuple(vectors[j : j + 2])
+        now = reference.spectral_norm(w, pair, side)
+        then = reference.spectral_norm(w, reference.power_iteration(w, pair, side, eps), side)
+        if float(now) < _BELONGING * float(then):  # False where a weight is not finite
+            return False
+    return True
 
 
 @torch.no_grad()

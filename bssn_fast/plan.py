@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from collections.abc import Iterable, Sequence
 from operator import is_
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bssn_fast.backends import extension
+from bssn_fast.estimation import are_units, belong, estimate_vectors
 from bssn_fast.functional import Normalizer, Values, check_weight
 from bssn_fast.layout import compute_dtype, is_dense
 from bssn_fast.sharded import is_managed, refuse_flattened
@@ -32,6 +34,7 @@ class LayerState:
     generation: grows whenever the vectors change in a way that tensor versions do not show.
     recomputed: `ready` was made in a backward pass, for a checkpointed forward.
     cached: how many `cached` blocks the layer is in.
+    owner: the parameter that the vectors were estimated for, until a plan has looked at it; None in copies.
     plan: for normalising the layer by itself.
     """
 
@@ -39,6 +42,7 @@ class LayerState:
         "cached",
         "generation",
         "index",
+        "owner",
         "plan",
         "ready",
         "ready_version",
@@ -56,6 +60,7 @@ class LayerState:
         self.sigma, self.index = sigma, 0
         self.generation = generation
         self.cached = 0
+        self.owner: weakref.ref[Tensor] | None = None
         self.plan: Plan | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles begin with no result at hand
@@ -155,7 +160,9 @@ class Plan:
         )
         self.parts = [part for part, _ in self._normalizer.parts] or [slice(None)]
         self._states = [m.state for m in members]
+        self._unchecked = True
         self._vectors: list[Tensor] = []
+        self._written: list[int] = []  # the vectors' versions in the last evaluation
         self._kept: _Kept | None = None
 
     def normalize(self, weights: Sequence[Tensor], *, iterate: bool, keep: bool) -> list[Tensor]:
@@ -168,6 +175,8 @@ class Plan:
         vectors = self._current_vectors(weights)
         if keep and self._kept is not None and self._kept.current(self._states, weights, vectors, dtype):
             return self._normalizer.attach(self._kept.values.aliases(), weights)
+        if self._unchecked or (not iterate and self._rewritten(vectors)):
+            self._mend(weights)
         n_power_iterations = self.settings.n_power_iterations if iterate else 0
         values = self._normalizer.compute(weights, vectors, n_power_iterations, dtype)
         for j, state in enumerate(self._states):
@@ -183,6 +192,35 @@ class Plan:
         if len(found) != len(self._vectors) or not all(map(is_, found, self._vectors)):
             self._vectors = [v for m, w in zip(self.members, weights, strict=True) for v in m.vectors(w)]
         return self._vectors
+
+    def _rewritten(self, vectors: Sequence[Tensor]) -> bool:
+        """Whether someone else, such as a moving average, may have written into vectors since the last evaluation."""
+        versions, before = list(map(version, vectors)), self._written
+        self._written = versions
+        return versions != before or (self._kept is not None and self._kept.vectors_rewritten(self._states))
+
+    def _mend(self, weights: Sequence[Tensor]) -> None:
+        """Estimate vectors anew where they cannot belong to the weight."""
+        self._unchecked = False
+        if torch.compiler.is_compiling():
+            return
+        units = iter(are_units(self._current_vectors(weights)))
+        for member, weight in zip(self.members, weights, strict=True):
+            state, settings = member.state, member.settings
+            vectors = member.vectors(weight)
+            good = all([next(units) for _ in vectors])
+            # Weights that stand in for the layer's own, as in torch.func.functional_call, must not change its vectors.
+            if state.owner is not None and state.owner() is weight:
+                state.owner = None
+                good = good and belong(weight, vectors, member.dim, settings.eps)
+            if good:
+                continue
+            found = estimate_vectors(
+                weight, member.dim, member.two_sided, hints=vectors, eps=settings.eps, backend=settings.backend
+            )
+            for vector, new in zip(vectors, found, strict=True):
+                with torch.no_grad(), torch.inference_mode(vector.is_inference()):
+                    vector.copy_(new)
 
 
 class _Kept:
@@ -203,7 +241,17 @@ class _Kept:
         self.outputs = [version(w) for w in values.normalized]
         dense = all(is_dense(w) for w in weights)  # or their elements would be looked for in the wrong places
         self.versions = _versions(states, weights, vectors) if dense else None
-        self.fingerprint = _Fingerprint([*weights, *vectors]) if dense and _has_fingerprints(weights[0]) else None
+        self.fingerprint = self.fingerprint_of_vectors = None
+        if dense and _has_fingerprints(weights[0]):
+            self.fingerprint = _Fingerprint([*weights, *vectors])
+            self.fingerprint_of_vectors = _Fingerprint(vectors)
+        self.generations = [s.generation for s in states]
+
+    def vectors_rewritten(self, states: Sequence[LayerState]) -> bool:
+        """Whether others than power iterations have changed the vectors."""
+        if self.fingerprint_of_vectors is None or self.generations != [s.generation for s in states]:
+            return False
+        return not self.fingerprint_of_vectors.unchanged()
 
     def current(
         self, states: Sequence[LayerState], weights: Sequence[Tensor], vectors: Sequence[Tensor], dtype: torch.dtype

@@ -221,7 +221,7 @@ def test_functional_call(model):
         before = model(x)
     for parameters in (other, {n: 2 * p for n, p in other.items()}, other):
         copied = copy.deepcopy(model)
-        copied.load_state_dict(parameters, strict=False)
+        copied.load_state_dict({**parameters, **dict(model.named_buffers())})
         found = torch.func.functional_call(model, parameters, (x,))
         torch.testing.assert_close(found, expected(copied, x), rtol=2e-5, atol=1e-6)
     with torch.no_grad():
@@ -287,6 +287,7 @@ def test_writing_to_a_result_does_not_reach_the_next():
 
 def test_evaluating_a_weight_that_shares_memory_reads_nothing_else():
     layer = bssn_fast.apply(nn.Linear(64, 64, bias=False), "sn").eval()
+    _ = layer.weight
     layer.parametrizations.weight.original.data = torch.full((1,), 2.0).expand(64, 64)
     with torch.no_grad():
         u, v = layer.parametrizations.weight[0]._u, layer.parametrizations.weight[0]._v

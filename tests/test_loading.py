@@ -11,7 +11,6 @@ from torch.nn.utils import parametrizations
 
 import bssn_fast
 from bssn_fast import reference
-from bssn_fast.estimation import estimate_vectors
 
 
 def exact_sigma(layer):
@@ -138,7 +137,8 @@ def test_half_precision_checkpoint_keeps_its_vectors():
     theirs = theirs.bfloat16()
     ours = bssn_fast.apply(nn.Linear(300, 200), "sn")
     ours.load_state_dict(theirs.state_dict())
-    assert torch.equal(norm_of(ours)._u, norm_of(theirs)._u.float())
+    torch.testing.assert_close(norm_of(ours)._u, norm_of(theirs)._u.float(), rtol=4e-3, atol=0)
+    assert float(norm_of(ours)._u.norm()) == pytest.approx(1, abs=1e-6)
 
 
 def test_what_does_not_match_is_said_as_torch_says_it():
@@ -269,21 +269,3 @@ def test_compiled_parts_and_errors():
     found = bssn_fast.load_state_dict(model, {"module.head.bias": torch.zeros(1), "module.x": 1}, strict=False)
     assert found.unexpected_keys == ["x"]
     assert not model.head.bias.any()
-
-
-@pytest.mark.parametrize("shape", [(64, 64, 3, 3), (256, 512), (1, 40), (7, 3, 1, 1)])
-@pytest.mark.parametrize("spectrum", ["random", "diagonal"])
-def test_estimate(shape, spectrum):
-    """Also from hints that are orthogonal to what is looked for, where power iterations alone would stay."""
-    weight = torch.randn(shape)
-    both = weight.shape[2:].numel() > 1
-    if spectrum == "diagonal":
-        weight = torch.zeros(shape)
-        for j in range(min(shape[:2])):
-            weight[j, j] = 1 + (j == 0) / 2
-    sides = [(0, (shape[0], weight.numel() // shape[0]))] + [(1, (shape[1], weight.numel() // shape[1]))] * both
-    hints = [torch.eye(size)[-1] for _, sizes in sides for size in sizes]
-    found = estimate_vectors(weight, 0, both, hints=hints, eps=1e-12)
-    for (dim, _), (u, v) in zip(sides, (found[:2], found[2:]), strict=False):
-        matrix = reference.unfold(weight, dim)
-        assert float(u @ matrix @ v) == pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)), rel=0.005)

@@ -1,0 +1,135 @@
+"""Vectors that cannot belong to a weight are estimated anew: the next sigma is right."""
+
+import copy
+
+import pytest
+import torch
+from support import Net, images, norm_of, norms, original, same, vectors_of
+from test_loading import assert_sigma_right, exact_sigma
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import bssn_fast
+from bssn_fast import reference
+from bssn_fast.estimation import belong, estimate_vectors
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 3, 3), (256, 512), (1, 40), (7, 3, 1, 1)])
+@pytest.mark.parametrize("spectrum", ["random", "diagonal"])
+def test_estimate(shape, spectrum):
+    """Also from hints that are orthogonal to what is looked for, where power iterations alone would stay."""
+    weight = torch.randn(shape)
+    both = weight.shape[2:].numel() > 1
+    if spectrum == "diagonal":
+        weight = torch.zeros(shape)
+        for j in range(min(shape[:2])):
+            weight[j, j] = 1 + (j == 0) / 2
+    sides = [(0, (shape[0], weight.numel() // shape[0]))] + [(1, (shape[1], weight.numel() // shape[1]))] * both
+    hints = [torch.eye(size)[-1] for _, sizes in sides for size in sizes]
+    found = estimate_vectors(weight, 0, both, hints=hints, eps=1e-12)
+    for (dim, _), (u, v) in zip(sides, (found[:2], found[2:]), strict=False):
+        matrix = reference.unfold(weight, dim)
+        assert float(u @ matrix @ v) == pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)), rel=0.005)
+    assert belong(weight, found, 0, 1e-12)
+
+
+def initialised(model):
+    for module in model.modules():
+        if hasattr(module, "parametrizations"):
+            nn.init.normal_(original(module), std=3)
+
+
+def initialised_by_data(model):
+    for module in model.modules():
+        if hasattr(module, "parametrizations"):
+            original(module).data.uniform_(-2, 0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("update", ["forward", "access"])
+@pytest.mark.parametrize("change", [initialised, initialised_by_data])
+def test_weights_initialised_before_the_first_call(training, update, change):
+    model = bssn_fast.apply(Net(), update=update).train(training)
+    change(model)
+    model(images())
+    assert_sigma_right(model)
+
+
+def test_good_vectors_are_left_alone():
+    """Those of a model just made, of one step of training, and of a copy, are as torch has them."""
+    model = bssn_fast.apply(Net(), "sn").eval()
+    others = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    before = vectors_of(model)
+    torch.func.functional_call(model, others, (images(),))
+    assert same(before, vectors_of(model))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(3):
+        before = vectors_of(model)
+        model.eval()(images())
+        copy.deepcopy(model)(images())
+        assert same(before, vectors_of(model))
+        optimizer.zero_grad()
+        model.train()(images()).square().sum().backward()
+        optimizer.step()
+
+
+def train(model, averages, steps=20):
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(images(4)).square().sum().backward()
+        optimizer.step()
+        for average in averages:
+            average(model)
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("called", ["never", "always"])
+def test_averaged_model(use_buffers, called):
+    model = bssn_fast.apply(Net())
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=use_buffers).eval()
+
+    def average(model):
+        averaged.update_parameters(model)
+        if called == "always":
+            averaged(images())
+
+    train(model, [average])
+    averaged(images())
+    assert_sigma_right(averaged.module, rel=0.01 if use_buffers else 0.05)  # else the vectors are the model's
+    before = vectors_of(model)
+    averaged.train()(images())
+    assert same(before, vectors_of(model))
+    assert_sigma_right(averaged.module, rel=0.01 if use_buffers else 0.05)
+
+
+@pytest.mark.parametrize("through", ["version", "data"])
+def test_average_by_hand(through):
+    model = bssn_fast.apply(Net())
+    averaged = copy.deepcopy(model).eval()
+    averaged(images())
+
+    @torch.no_grad()
+    def average(model):
+        pairs = (zip(a, b, strict=True) for a, b in (
+            (averaged.parameters(), model.parameters()), (averaged.buffers(), model.buffers())
+        ))  # fmt: skip
+        for pair in pairs:
+            for mean, new in pair:
+                (mean.data if through == "data" else mean).lerp_(new, 0.3)
+        averaged(images())
+        assert_sigma_right(averaged)
+
+    train(model, [average])
+    assert all(abs(float(v.norm()) - 1) < 2e-3 for p in norms(averaged).values() for v in p.buffers())
+
+
+def test_vectors_written_in_evaluation_only_then():
+    """In training one power iteration follows, as in torch."""
+    layer = bssn_fast.apply(nn.Linear(6, 5), "sn")
+    layer(torch.randn(2, 6))
+    with torch.no_grad():
+        norm_of(layer)._v.mul_(0.5)
+    layer.eval()(torch.randn(2, 6))
+    assert float(bssn_fast.sigma(layer)[""]) == pytest.approx(exact_sigma(layer), rel=0.01)
+    assert float(norm_of(layer)._v.norm()) == pytest.approx(1, abs=1e-4)
