@@ -28,10 +28,10 @@ class TorchSpectralNorm:
     n_power_iterations: int
 
 
-def find(module: nn.Module, name: str) -> SpectralNormalization | TorchSpectralNorm | None:
-    """Return the spectral norm on the module's weight; raise ValueError if something else sits there."""
-    if parametrize.is_parametrized(module, WEIGHT):
-        parametrizations = parametrizations_of(module, WEIGHT)
+def find(module: nn.Module, name: str, tensor_name: str = WEIGHT) -> SpectralNormalization | TorchSpectralNorm | None:
+    """Return the spectral norm on a weight of the module; raise ValueError if something else sits there."""
+    if parametrize.is_parametrized(module, tensor_name):
+        parametrizations = parametrizations_of(module, tensor_name)
         found = list(parametrizations)
         if len(found) == 1 and isinstance(found[0], SpectralNormalization):
             return found[0]
@@ -49,10 +49,10 @@ def find(module: nn.Module, name: str) -> SpectralNormalization | TorchSpectralN
         kinds = ", ".join(type(p).__name__.lstrip("_") for p in found)
         raise ValueError(
             f"{name}: the weight already carries {kinds}; call "
-            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first, or leave the layer out"
+            f"torch.nn.utils.parametrize.remove_parametrizations(layer, {tensor_name!r}) first, or leave the layer out"
         )
     for hook in module._forward_pre_hooks.values():
-        if getattr(hook, "name", None) != WEIGHT:
+        if getattr(hook, "name", None) != tensor_name:
             continue
         if not isinstance(hook, SpectralNorm):
             raise ValueError(
@@ -60,10 +60,10 @@ def find(module: nn.Module, name: str) -> SpectralNormalization | TorchSpectralN
                 "(torch.nn.utils.remove_weight_norm for weight_norm), or leave the layer out"
             )
         _check_dim(hook.dim, name)
-        weight = cast(nn.Parameter, module._parameters[f"{WEIGHT}_orig"])
-        u, v = (cast(Tensor, module._buffers[f"{WEIGHT}_{name}"]) for name in "uv")
+        weight = cast(nn.Parameter, module._parameters[f"{tensor_name}_orig"])
+        u, v = (cast(Tensor, module._buffers[f"{tensor_name}_{name}"]) for name in "uv")
         return TorchSpectralNorm(hook, weight, u, v, hook.dim, hook.eps, hook.n_power_iterations)
-    if module._parameters.get(WEIGHT) is None:
+    if module._parameters.get(tensor_name) is None:
         raise ValueError(
             f"{name}: the weight is not a parameter of the layer; undo what replaced it first "
             "(torch.nn.utils.prune.remove for a pruned layer), or leave the layer out"
@@ -76,18 +76,18 @@ def _check_dim(dim: int, name: str) -> None:
         raise ValueError(f"{name}: torch's spectral norm over dimension {dim} cannot be taken over; remove it first")
 
 
-def unparametrize(module: nn.Module) -> None:
+def unparametrize(module: nn.Module, tensor_name: str) -> None:
     """Make the weight before normalisation a plain parameter again."""
     # Copies made by deepcopy share the class that parametrize made, whose property of the weight will be deleted.
     kind = type(module)
     module.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
-    parametrize.remove_parametrizations(module, WEIGHT, leave_parametrized=False)
+    parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
 
 
-def strip(module: nn.Module, norm: TorchSpectralNorm) -> None:
+def strip(module: nn.Module, norm: TorchSpectralNorm, tensor_name: str) -> None:
     """Take torch's spectral norm off a layer: the weight before normalisation becomes its plain parameter."""
     if norm.hook is None:
-        unparametrize(module)
+        unparametrize(module, tensor_name)
         return
     for hooks, kind in (
         (module._forward_pre_hooks, SpectralNorm),
@@ -96,8 +96,12 @@ def strip(module: nn.Module, norm: TorchSpectralNorm) -> None:
     ):
         for key, hook in list(hooks.items()):
             inner = getattr(hook, "hook", hook)  # torch wraps pre-hooks of state dicts
-            if isinstance(inner, kind) and getattr(getattr(inner, "fn", inner), "name", None) == WEIGHT:
+            if isinstance(inner, kind) and getattr(getattr(inner, "fn", inner), "name", None) == tensor_name:
                 del hooks[key]
-    delattr(module, WEIGHT)
-    del module._parameters[f"{WEIGHT}_orig"], module._buffers[f"{WEIGHT}_u"], module._buffers[f"{WEIGHT}_v"]
-    module.register_parameter(WEIGHT, norm.weight)
+    delattr(module, tensor_name)
+    del (
+        module._parameters[f"{tensor_name}_orig"],
+        module._buffers[f"{tensor_name}_u"],
+        module._buffers[f"{tensor_name}_v"],
+    )
+    module.register_parameter(tensor_name, norm.weight)

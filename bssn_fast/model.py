@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from bssn_fast import backends, convert
-from bssn_fast.checkpoint import stop_watching, watch_loading
-from bssn_fast.convert import WEIGHT, TorchSpectralNorm
-from bssn_fast.functional import check_settings, check_weight
+from bssn_fast import backends
+from bssn_fast.functional import check_settings
 from bssn_fast.group import Group, groups_of
-from bssn_fast.parametrization import (
-    VARIANTS,
-    Settings,
-    SpectralNormalization,
-    Usage,
-    original_of,
-    parametrizations_of,
-    quick_access,
+from bssn_fast.parametrization import VARIANTS, Settings, SpectralNormalization, Usage, original_of
+from bssn_fast.places import (
+    Place,
+    check,
+    check_removable,
+    choose,
+    normalized,
+    normalized_places,
+    norms_by_weight,
+    put,
+    take_off,
+    weight_of,
 )
-from bssn_fast.sharded import refuse_managed
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_COMPUTING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
-LAYER_TYPES = (*_COMPUTING, nn.Embedding)
-"""The layers that `apply` normalises."""
 
 DEFAULT_SCALE = 2**0.5
 """The gain that Kaiming's initialisation has for ReLU."""
@@ -56,7 +50,7 @@ def apply(
     All convolutions, transposed convolutions, linear and embedding layers are normalised, or those that `names` or
     `filter_fn` choose. Layers that carry one of torch's spectral norms are converted with their vectors; layers
     normalised by an earlier `apply` get the new settings. Parameters stay the same objects, so that an optimizer built
-    before remains valid.
+    before remains valid. A Parameter that several layers share is normalised once, with the vectors of the first.
 
     Draws from torch's random generator: for each new layer in the model's order a normal_ for u and one for v, as torch
     does, and then, for two directions, one for each of the input side's.
@@ -67,7 +61,9 @@ def apply(
         scale: the constant c of "ssn" and "bssn"; sqrt(2) by default. The paper tries 0.7 to 4.0 on CIFAR10.
         n_power_iterations: at each normalisation in training; by default 1, or that of a converted layer.
         eps: smallest length that a vector is divided by; by default 1e-12, or that of a converted layer.
-        names: the layers to normalise, as `model.named_modules()` calls them.
+        names: the layers to normalise, as `model.named_modules()` calls them, or single parameters of any module, as
+            `model.named_parameters()` does: "lstm.weight_hh_l0", "attention.in_proj_weight". Their first dimension is
+            the output.
         filter_fn: called with name and module of each layer; says whether to normalise it.
         update: "forward" iterates once in each call of the model; "access" each time that a weight is read in
             training mode, torch's rule.
@@ -93,26 +89,25 @@ def apply(
             "call bssn_fast.apply before wrapping in DistributedDataParallel, which keeps only those buffers equal on "
             "all ranks that are there when it is made"
         )
-    layers = _choose_layers(model, names, filter_fn)
+    places = choose(model, names, filter_fn)
     existing = {}
-    for name, module in layers:
-        shown = name or type(module).__name__
-        existing[name] = convert.find(module, shown)
-        weight, dim = _weight_of(module, existing[name])
-        check_weight(weight, dim, shown)
-        refuse_managed(module, shown)
-        _check_layer(module, weight, shown)
-        backends.get(backend, weight.device)
+    for place in places:
+        existing[place] = check(place)
+        backends.get(backend, weight_of(place, existing[place])[0].device)
 
-    together = Usage(len(layers))
-    for name, module in layers:
-        settings = Settings(variant, scale, eps or 0, n_power_iterations or 0, update, backend, gradient_groups)
-        _normalize_layer(module, existing[name], settings, together if update == "forward" else Usage(1))
-    lists = [parametrizations_of(module, WEIGHT) for _, module in layers]
+    settings = Settings(variant, scale, eps or 0, n_power_iterations or 0, update, backend, gradient_groups)
+    shared = norms_by_weight(model)
+    together = Usage(len(places))
+    norms: dict[int, SpectralNormalization] = {}
+    for place in places:
+        norm = put(place, existing[place], shared, norms, settings, together if update == "forward" else Usage(1))
+        norms[id(norm)] = norm
+    lists = {id(norm): layer for layer, norm in normalized(model) if id(norm) in norms}
     for group in list(groups_of(model)):
-        group.discard(lists)
+        group.discard([layer for layer, norm in normalized(model) if id(norm) in norms])
     if update == "forward":
-        Group(lists, together).hook(model)
+        together.layers = len(lists)
+        Group(list(lists.values()), together).hook(model)
     return model
 
 
@@ -141,92 +136,11 @@ def _check_arguments(
     return scale
 
 
-def _choose_layers(
-    model: nn.Module, names: Iterable[str] | None, filter_fn: Callable[[str, nn.Module], bool] | None
-) -> list[tuple[str, nn.Module]]:
-    modules = dict(model.named_modules())
-    if names is None:
-        chosen = [(n, m) for n, m in modules.items() if isinstance(m, LAYER_TYPES)]
-    else:
-        if isinstance(names, str):
-            raise TypeError(f"names must be a list of layer names; write names=[{names!r}]")
-        chosen = []
-        for name in names:
-            if name not in modules:
-                close = difflib.get_close_matches(name, modules, n=3)
-                hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-                raise ValueError(f"the model has no module named {name!r}{hint}")
-            if not isinstance(modules[name], LAYER_TYPES):
-                kinds = ", ".join(t.__name__ for t in LAYER_TYPES)
-                raise ValueError(f"{name}: a {type(modules[name]).__name__} cannot be normalised, only {kinds}")
-            chosen.append((name, modules[name]))
-    if filter_fn is not None:
-        chosen = [(n, m) for n, m in chosen if filter_fn(n, m)]
-    if not chosen:
-        raise ValueError(
-            f"nothing to normalise: no layer of {type(model).__name__} matched; look at `names`, `filter_fn` and "
-            "`model.named_modules()`"
-        )
-    return list(dict(chosen).items())
-
-
-def _weight_of(module: nn.Module, norm: SpectralNormalization | TorchSpectralNorm | None) -> tuple[Tensor, int]:
-    """Return the weight before normalisation and its output dimension."""
-    if isinstance(norm, TorchSpectralNorm):
-        return norm.weight, norm.dim
-    if isinstance(norm, SpectralNormalization):
-        return original_of(parametrizations_of(module, WEIGHT)), norm.dim
-    return cast(Tensor, module._parameters[WEIGHT]), int(isinstance(module, _TRANSPOSED))
-
-
-def _check_layer(module: nn.Module, weight: Tensor, name: str) -> None:
-    if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
-        raise ValueError(
-            f"{name}: elements of the weight share memory; make it a `clone()` of itself, which has its own"
-        )
-    if isinstance(module, nn.Embedding):
-        if module.sparse:
-            raise ValueError(f"{name}: an embedding with sparse gradients cannot be normalised; set sparse=False")
-        if module.max_norm is not None:
-            raise ValueError(f"{name}: an embedding with max_norm rescales its weight itself; set max_norm=None")
-
-
-def _normalize_layer(
-    module: nn.Module, norm: SpectralNormalization | TorchSpectralNorm | None, settings: Settings, usage: Usage
-) -> None:
-    """Put the parametrization on a layer, or new settings into the one it has. eps and iterations 0 stand for unset."""
-    weight, dim = _weight_of(module, norm)
-    old = norm.settings if isinstance(norm, SpectralNormalization) else norm
-    settings = settings._replace(
-        eps=settings.eps or (old.eps if old else 1e-12),
-        n_power_iterations=settings.n_power_iterations or (old.n_power_iterations if old else 1),
-    )
-    if isinstance(norm, SpectralNormalization):
-        norm.configure(weight, settings, usage)
-        return
-    known: list[Tensor] = []
-    if norm is not None:
-        known = [norm.u, norm.v]
-        convert.strip(module, norm)
-    autocast = isinstance(module, _COMPUTING)
-    parametrization = SpectralNormalization(weight, settings, dim=dim, autocast=autocast, usage=usage, known=known)
-    parametrization.train(module.training)
-    # Registering reads the weight; `unsafe` leaves that out, and with it an iteration.
-    parametrize.register_parametrization(module, WEIGHT, parametrization, unsafe=True)
-    quick_access(module, WEIGHT)
-    watch_loading(module)
-
-
-def _normalized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, SpectralNormalization]]:
-    found = False
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module, WEIGHT):
-            for parametrization in parametrizations_of(module, WEIGHT):
-                if isinstance(parametrization, SpectralNormalization):
-                    found = True
-                    yield name, module, parametrization
+def _normalized_layers(model: nn.Module) -> list[tuple[Place, SpectralNormalization]]:
+    found = normalized_places(model)
     if not found:
         raise ValueError(f"no layer of {type(model).__name__} is normalised; call bssn_fast.apply(model) first")
+    return found
 
 
 @contextlib.contextmanager
@@ -239,7 +153,7 @@ def cached(model: nn.Module) -> Iterator[None]:
 
     Raises ValueError if no layer of the model is normalised.
     """
-    states = [p.state for _, _, p in _normalized_layers(model)]
+    states = list({id(p): p.state for _, p in _normalized_layers(model)}.values())
     inside_call = {id(state) for state in states if state.ready is not None and not state.cached}
     for state in states:
         state.cached += 1
@@ -260,7 +174,7 @@ def sigma(model: nn.Module) -> dict[str, Tensor]:
 
     Raises ValueError if no layer of the model is normalised.
     """
-    return {name: p.state.current_sigma() for name, _, p in _normalized_layers(model)}
+    return {place.name: p.state.current_sigma() for place, p in _normalized_layers(model)}
 
 
 def summary(model: nn.Module) -> str:
@@ -269,13 +183,13 @@ def summary(model: nn.Module) -> str:
     Raises ValueError if no layer of the model is normalised.
     """
     rows = [("layer", "type", "weight", "variant", "sigma")]
-    for name, module, p in _normalized_layers(model):
-        kind = type(module).__name__.removeprefix("Parametrized")
-        shape = "x".join(map(str, original_of(parametrizations_of(module, WEIGHT)).shape))
+    for place, p in _normalized_layers(model):
+        kind = type(place.module).__name__.removeprefix("Parametrized")
+        shape = "x".join(map(str, original_of(place.parametrizations()).shape))
         variant = p.settings.variant
         if VARIANTS[variant][1]:
             variant += f" x {p.settings.scale:.4g}"
-        rows.append((name or "(model)", kind, shape, variant, f"{p.state.current_sigma().item():.4g}"))
+        rows.append((place.name or "(model)", kind, shape, variant, f"{p.state.current_sigma().item():.4g}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -285,23 +199,20 @@ def remove(model: Model) -> Model:
 
     Raises ValueError if no layer of the model is normalised.
     """
-    layers = list(_normalized_layers(model))
-    for name, module, _ in layers:
-        refuse_managed(module, name or type(module).__name__)
-    baked = []
+    found = _normalized_layers(model)
+    check_removable(model, found)
+    baked: dict[int, Tensor] = {}
     with torch.no_grad():
-        for _, module, p in layers:
-            baked.append(p.evaluate(original_of(parametrizations_of(module, WEIGHT))))
-    lists = [parametrizations_of(module, WEIGHT) for _, module, _ in layers]
+        for place, p in found:
+            if id(p) not in baked:
+                baked[id(p)] = p.evaluate(original_of(place.parametrizations()))
+    lists = [place.parametrizations() for place, _ in found]
     for group in list(groups_of(model)):
         group.discard(lists)
-    for (_, module, p), normalized in zip(layers, baked, strict=True):
-        convert.unparametrize(module)
-        stop_watching(module)
-        p.settings = p.settings._replace(update="access")  # for the group of a model around this one, if there is one
-        parameters: dict[str, Any] = module._parameters
-        with torch.no_grad():
-            parameters[WEIGHT].copy_(normalized)
-        for name in [n for n in parameters if n != WEIGHT]:  # the weight comes first again
-            parameters[name] = parameters.pop(name)
+    with torch.no_grad():
+        for place, p in found:
+            weight = take_off(place)
+            if (normalized_weight := baked.pop(id(p), None)) is not None:
+                weight.copy_(normalized_weight)
+            p.settings = p.settings._replace(update="access")  # for the group of a model around this one
     return model

@@ -143,6 +143,7 @@ class SpectralNormalization(nn.Module):
         super().__init__()
         self.state = LayerState()
         self.dim, self.autocast = dim, autocast
+        self.layers = 1  # that share the weight
         self.vector_names: tuple[str, ...] = ()
         self.configure(weight, settings, usage, known)
 
@@ -226,6 +227,12 @@ class SpectralNormalization(nn.Module):
         variant, scale, eps, n_power_iterations, *_ = self.settings
         shown = f"{variant!r}, dim={self.dim}, n_power_iterations={n_power_iterations}, eps={eps}"
         return f"{shown}, scale={scale:.4g}" if VARIANTS[variant][1] else shown
+
+    def _replicate_for_data_parallel(self) -> SpectralNormalization:
+        raise RuntimeError(
+            "bssn_fast: torch.nn.DataParallel runs copies of a model whose vectors are thrown away; "
+            "use torch.nn.parallel.DistributedDataParallel"
+        )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SpectralNormalization:
         # `.half()` and `.bfloat16()` reach the vectors too, which must keep their precision.

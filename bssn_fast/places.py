@@ -1,0 +1,250 @@
+"""Where normalised weights sit: which ones are chosen, and how a module is changed and changed back."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
+
+from bssn_fast import convert, recurrent
+from bssn_fast.checkpoint import stop_watching, watch_loading
+from bssn_fast.convert import WEIGHT, TorchSpectralNorm
+from bssn_fast.functional import check_weight
+from bssn_fast.parametrization import (
+    Settings,
+    SpectralNormalization,
+    Usage,
+    original_of,
+    parametrizations_of,
+    quick_access,
+)
+from bssn_fast.sharded import refuse_managed
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_COMPUTING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
+LAYER_TYPES = (*_COMPUTING, nn.Embedding)
+"""The layers whose `weight` is normalised without being named."""
+
+Norm = SpectralNormalization | TorchSpectralNorm | None
+
+
+class Place(NamedTuple):
+    """A weight of a module. The name is the module's, or the parameter's where that is not called `weight`."""
+
+    name: str
+    module: nn.Module
+    tensor_name: str = WEIGHT
+
+    def shown(self) -> str:
+        """Return the name, for messages: a model that is a layer itself is called by its type."""
+        return self.name or type(self.module).__name__
+
+    def parametrizations(self) -> ParametrizationList:
+        """Return what torch's parametrize keeps for the weight."""
+        return parametrizations_of(self.module, self.tensor_name)
+
+
+def choose(
+    model: nn.Module, names: Iterable[str] | None, filter_fn: Callable[[str, nn.Module], bool] | None
+) -> list[Place]:
+    """Return the weights to normalise, each once; raise ValueError or TypeError if there are none, or no such names."""
+    modules = dict(model.named_modules())
+    if names is None:
+        places = [Place(n, m) for n, m in modules.items() if isinstance(m, LAYER_TYPES)]
+    elif isinstance(names, str):
+        raise TypeError(f"names must be a list of layer names; write names=[{names!r}]")
+    else:
+        places = [_named(name, modules) for name in names]
+    if filter_fn is not None:
+        places = [p for p in places if filter_fn(p.name, p.module)]
+    if not places:
+        raise ValueError(
+            f"nothing to normalise: no layer of {type(model).__name__} matched; look at `names`, `filter_fn` and "
+            "`model.named_modules()`"
+        )
+    return list({(id(p.module), p.tensor_name): p for p in places}.values())
+
+
+def _named(name: str, modules: Mapping[str, nn.Module]) -> Place:
+    """Return the place that a module's or a parameter's name means."""
+    if name in modules and isinstance(modules[name], LAYER_TYPES):
+        return Place(name, modules[name])
+    path, _, tensor_name = name.rpartition(".")
+    if path in modules and tensor_name in _tensors(modules[path]):
+        return Place(path if tensor_name == WEIGHT else name, modules[path], tensor_name)
+    if name in modules:
+        kinds = ", ".join(t.__name__ for t in LAYER_TYPES)
+        found = [f"{name}.{t}" for t, x in _tensors(modules[name]).items() if x.ndim > 1]
+        hint = f"; name its parameters: {', '.join(map(repr, found))}" if found else ""
+        raise ValueError(f"{name}: a {type(modules[name]).__name__} cannot be normalised, only {kinds}{hint}")
+    known = [*modules, *(f"{n}.{t}".lstrip(".") for n, m in modules.items() for t in _tensors(m))]
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    raise ValueError(f"the model has no module or parameter named {name!r}{hint}")
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that a module computes with, by the names of its attributes, normalised ones included."""
+    found: dict[str, Tensor] = {n.removesuffix("_orig"): p for n, p in module._parameters.items() if p is not None}
+    for name, layer in (module.parametrizations if parametrize.is_parametrized(module) else {}).items():  # type: ignore[union-attr,operator]
+        if "original" in layer._parameters:
+            found[name] = original_of(layer)
+    return found
+
+
+def check(place: Place) -> Norm:
+    """Return what normalises the weight now; raise ValueError or TypeError if it cannot be normalised."""
+    norm = convert.find(place.module, place.shown(), place.tensor_name)
+    weight, dim = weight_of(place, norm)
+    check_weight(weight, dim, place.shown())
+    refuse_managed(place.module, place.shown())
+    if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+        raise ValueError(
+            f"{place.shown()}: elements of the weight share memory; make it a `clone()` of itself, which has its own"
+        )
+    if isinstance(place.module, nn.Embedding):
+        if place.module.sparse:
+            raise ValueError(
+                f"{place.shown()}: an embedding with sparse gradients cannot be normalised; set sparse=False"
+            )
+        if place.module.max_norm is not None:
+            raise ValueError(
+                f"{place.shown()}: an embedding with max_norm rescales its weight itself; set max_norm=None"
+            )
+    return norm
+
+
+def weight_of(place: Place, norm: Norm) -> tuple[Tensor, int]:
+    """Return the weight before normalisation and its output dimension."""
+    if isinstance(norm, TorchSpectralNorm):
+        return norm.weight, norm.dim
+    if isinstance(norm, SpectralNormalization):
+        return original_of(place.parametrizations()), norm.dim
+    transposed = isinstance(place.module, _TRANSPOSED) and place.tensor_name == WEIGHT
+    return cast(Tensor, place.module._parameters[place.tensor_name]), int(transposed)
+
+
+def put(
+    place: Place,
+    norm: Norm,
+    shared: dict[tuple[int, int], SpectralNormalization],
+    done: Mapping[int, SpectralNormalization],
+    settings: Settings,
+    usage: Usage,
+) -> SpectralNormalization:
+    """Put the parametrization on a weight, or new settings into the one it has; return it.
+
+    shared: parametrizations by weight and dimension: a weight that another layer normalises gets the same one.
+    done: those that have the new settings already, by id.
+    settings: eps and iterations 0 stand for unset.
+    """
+    module, tensor_name = place.module, place.tensor_name
+    weight, dim = weight_of(place, norm)
+    old = norm.settings if isinstance(norm, SpectralNormalization) else norm
+    settings = settings._replace(
+        eps=settings.eps or (old.eps if old else 1e-12),
+        n_power_iterations=settings.n_power_iterations or (old.n_power_iterations if old else 1),
+    )
+    if isinstance(norm, SpectralNormalization):
+        if id(norm) not in done:
+            norm.configure(weight, settings, usage)
+        return norm
+    names = [n for n in module._parameters if n not in (tensor_name, f"{tensor_name}_orig")]
+    order = [tensor_name, *names] if norm is not None else list(module._parameters)
+    if parametrize.is_parametrized(module):
+        order = next((vars(p)["_order"] for p in _lists(module) if "_order" in vars(p)), order)
+    known: list[Tensor] = []
+    if norm is not None:
+        known = [norm.u, norm.v]
+        convert.strip(module, norm, tensor_name)
+    autocast = isinstance(module, _COMPUTING) and tensor_name == WEIGHT
+    found = shared.get((id(weight), dim))
+    if found is None:
+        found = SpectralNormalization(weight, settings, dim=dim, autocast=autocast, usage=usage, known=known)
+        found.train(module.training)
+        shared[id(weight), dim] = found
+    else:
+        found.layers += 1
+        found.autocast = found.autocast and autocast
+        if id(found) not in done:
+            found.configure(weight, settings, usage)
+    # Registering reads the weight; `unsafe` leaves that out, and with it an iteration.
+    parametrize.register_parametrization(module, tensor_name, found, unsafe=True)
+    vars(place.parametrizations())["_order"] = order
+    quick_access(module, tensor_name)
+    watch_loading(module)
+    recurrent.follow_weights(module)
+    return found
+
+
+def _lists(module: nn.Module) -> Iterator[ParametrizationList]:
+    yield from cast(Any, module).parametrizations.values()
+
+
+def normalized_places(model: nn.Module) -> list[tuple[Place, SpectralNormalization]]:
+    """Return the normalised weights of a model, and what normalises them."""
+    found = []
+    for name, module in model.named_modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        for tensor_name in cast(Any, module).parametrizations:
+            shown = name if tensor_name == WEIGHT else f"{name}.{tensor_name}".lstrip(".")
+            place = Place(shown, module, tensor_name)
+            found += [(place, p) for p in place.parametrizations() if isinstance(p, SpectralNormalization)]
+    return found
+
+
+def normalized(model: nn.Module) -> list[tuple[ParametrizationList, SpectralNormalization]]:
+    """Return the same with torch's lists of parametrizations."""
+    return [(place.parametrizations(), norm) for place, norm in normalized_places(model)]
+
+
+def norms_by_weight(model: nn.Module) -> dict[tuple[int, int], SpectralNormalization]:
+    """Return what normalises the weights of a model, by the weight's id and the output dimension."""
+    return {(id(original_of(layer)), norm.dim): norm for layer, norm in normalized(model)}
+
+
+def check_removable(model: nn.Module, found: list[tuple[Place, SpectralNormalization]]) -> None:
+    """Raise ValueError or TypeError if a normalised weight cannot become its layer's plain weight."""
+    weights: dict[int, tuple[Place, SpectralNormalization]] = {}
+    for place, norm in found:
+        refuse_managed(place.module, place.shown())
+        other, its = weights.setdefault(id(original_of(place.parametrizations())), (place, norm))
+        if its is not norm:
+            raise ValueError(
+                f"{place.shown()} shares its weight with {other.shown()}, which normalises it in another way: nothing "
+                "can be both. Give one of them a weight of its own before"
+            )
+        if sum(n is norm for _, n in found) < norm.layers:
+            raise ValueError(
+                f"{place.shown()} shares its weight with a layer outside; call bssn_fast.remove on a module that "
+                "contains both"
+            )
+    for name, module in model.named_modules():
+        for weight in module._parameters.values():
+            if id(weight) in weights and not isinstance(module, ParametrizationList):
+                raise ValueError(
+                    f"{weights[id(weight)][0].shown()} shares its weight with {name or type(module).__name__}, which "
+                    "does not normalise it. Give one of them a weight of its own, or call bssn_fast.apply on both"
+                )
+
+
+def take_off(place: Place) -> Tensor:
+    """Take the parametrization off a weight; return the Parameter, which is in its old place in the module again."""
+    order = vars(place.parametrizations()).get("_order", [place.tensor_name])
+    convert.unparametrize(place.module, place.tensor_name)
+    if not any(isinstance(p[0], SpectralNormalization) for p in _remaining(place.module)):
+        stop_watching(place.module)
+    recurrent.forget_weights(place.module)
+    parameters: dict[str, Any] = place.module._parameters
+    for name in sorted(parameters, key=lambda n: order.index(n) if n in order else len(order)):
+        parameters[name] = parameters.pop(name)
+    return cast(Tensor, parameters[place.tensor_name])
+
+
+def _remaining(module: nn.Module) -> list[ParametrizationList]:
+    return list(_lists(module)) if parametrize.is_parametrized(module) else []
