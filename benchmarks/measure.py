@@ -91,11 +91,10 @@ def layer_set(
     *,
     device: torch.device | str = "cpu",
     seconds: float = 5.0,
-    cold: bool = False,
+    caches: Iterable[str] = ("hot",),
 ) -> list[Record]:
-    """Check and time all peers on one set; `seconds` 0 checks only."""
+    """Check and time all peers on one set, with hot caches, cold ones or both; `seconds` 0 checks only."""
     problem = Problem(chosen, variant, device)
-    caches = "cold" if cold else "hot"
     new = partial(Record, part, chosen.name, variant, layers=len(chosen.layers), megabytes=problem.bytes / 1e6)
     ready: dict[str, peers.Peer] = {}
     records: list[Record] = []
@@ -103,25 +102,33 @@ def layer_set(
         try:
             ready[name] = prepare(name, problem)
         except WrongResultError as error:
-            records.append(new(name, BOTH, caches=caches, error=f"wrong: {error}"))
+            records.append(new(name, BOTH, error=f"wrong: {error}"))
         except Exception as error:  # a compiler that gives up must not end the others' measurement
             text = str(error).splitlines() or [""]
-            records.append(new(name, BOTH, caches=caches, error=f"{type(error).__name__}: {text[0][:200]}"))
+            records.append(new(name, BOTH, error=f"{type(error).__name__}: {text[0][:200]}"))
     gc.collect()
-    if not seconds:
-        return records
-    beyond_caches = problem.device.type == "cpu" and problem.bytes > (last_level_cache() or 0)
+    for state in caches if seconds else ():
+        records += _timed(ready, problem, seconds, partial(new, caches=state), cold=state == "cold")
+    return records
+
+
+def _timed(
+    ready: dict[str, peers.Peer], problem: Problem, seconds: float, new: Callable[..., Record], *, cold: bool
+) -> list[Record]:
+    """Let peers take turns, and return the records of all phases."""
+    records: list[Record] = []
+    on_gpu = problem.device.type == "cuda"
+    beyond_caches = not on_gpu and problem.bytes > (last_level_cache() or 0)
     keep = 1 if beyond_caches else 4
     cases = [(name, stages) for name, peer in ready.items() for stages in dict.fromkeys((("forward",), peer.stages))]
-    runs = {case: partial(_lap, clock_for(device, cold=cold), ready[case[0]], case[1]) for case in cases}
+    runs = {case: partial(_lap, clock_for(problem.device, cold=cold), ready[case[0]], case[1]) for case in cases}
     laps = round_robin(runs, seconds, discard=0 if beyond_caches else 1, keep=keep)
     for name, stages in cases:
         peer, found = ready[name], laps[name, stages]
-        counts = _launches(peer, stages) if problem.device.type == "cuda" else None
+        counts = _launches(peer, stages) if on_gpu else None
         for phase, indices in ({"forward": [0]} if len(stages) == 1 else {"backward": [1], BOTH: [0, 1]}).items():
-            record = new(name, phase, caches=caches, peak_megabytes=peer.peak_megabytes)
-            record.prepare_seconds = peer.prepare_seconds
-            host = [sum(x.host[j] for j in indices) for x in found] if counts else None
+            record = new(name, phase, peak_megabytes=peer.peak_megabytes, prepare_seconds=peer.prepare_seconds)
+            host = [sum(x.host[j] for j in indices) for x in found] if on_gpu else None
             record.fill([sum(x.device[j] for j in indices) for x in found], host, per_turn=keep)
             record.launches = counts and sum(counts[j] for j in indices)
             records.append(record)

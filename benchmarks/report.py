@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -47,8 +46,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def measurements(args: argparse.Namespace) -> Iterator[tuple[str, list[Record]]]:
     """Yield what was measured, and the records of it, as they are made."""
     seconds = 0 if args.check_only else args.seconds
-    run = partial(measure.layer_set, device=args.device)
-    cold = (False, True) if torch.device(args.device).type == "cuda" else (False,)
+    caches = ("hot", "cold") if torch.device(args.device).type == "cuda" else ("hot",)
     for part in args.parts:
         if part == "gan":
             batch = args.batch or gan.batch_size(args.device)
@@ -56,16 +54,15 @@ def measurements(args: argparse.Namespace) -> Iterator[tuple[str, list[Record]]]
                 if not args.sets or kind in args.sets:
                     yield kind, measure.gan_steps(kind, device=args.device, batch=batch, seconds=4 * seconds)
             continue
+        duration = seconds if part == "layers" else seconds / 5
         for chosen in sets(part):
             for variant in args.variants:
                 if not args.sets or chosen.name in args.sets:
-                    for state in cold:
-                        duration = seconds if part == "layers" else seconds / 5
-                        names = _peers(args, part, chosen)
-                        yield (
-                            f"{chosen.name}, {variant}",
-                            run(part, chosen, variant, names, seconds=duration, cold=state),
-                        )
+                    names = _peers(args, part, chosen)
+                    records = measure.layer_set(
+                        part, chosen, variant, names, device=args.device, seconds=duration, caches=caches
+                    )
+                    yield f"{chosen.name}, {variant}", records
 
 
 def sets(part: str) -> list[layer_sets.LayerSet]:

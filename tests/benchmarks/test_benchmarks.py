@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import compare, gan, layer_sets, machine, measure, networks, page, peers, plots, report, tables, targets
+from benchmarks.clock import CpuClock
 from benchmarks.problem import VARIANTS, Problem, WrongResultError
 from benchmarks.record import BOTH, MOVED, Record, median_interval
 from benchmarks.results import Results, load
@@ -83,6 +84,17 @@ def test_peers_agree_and_are_timed(variant):
     }
     assert all(r.median > 0 and r.copies > 0 and r.runs >= measure.FEWEST_ROUNDS for r in records)
     assert all(r.low <= r.median <= r.high and r.prepare_seconds > 0 for r in records)
+
+
+def test_peers_are_made_once_for_hot_and_cold_caches(monkeypatch):
+    made = []
+    prepare = measure.prepare
+    monkeypatch.setattr(measure, "prepare", lambda name, problem: made.append(name) or prepare(name, problem))
+    monkeypatch.setattr(CpuClock, "cold_bytes", 4096)
+    names = [peers.COPY, "bssn_fast cpu"]
+    records = measure.layer_set("layers", layer_sets.tiny(), "sn", names, seconds=1e-9, caches=("hot", "cold"))
+    assert made == names
+    assert [r.caches for r in records] == ["hot"] * 4 + ["cold"] * 4
 
 
 @pytest.mark.parametrize("name", peers.COMPILED)
