@@ -117,6 +117,8 @@ def _ours(problem: Problem, backend: str) -> Rival:
         return [tuple(norm.get_buffer(name) for name in norm.vector_names) for norm in norms]
 
     with torch.no_grad():
+        model.eval()()  # vectors are looked at before the first call, and arbitrary ones would be replaced
+        model.train()
         for mine, given in zip(vectors(), problem.vectors, strict=True):
             for vector, value in zip(mine, given, strict=True):
                 vector.copy_(value)

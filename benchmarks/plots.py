@@ -160,7 +160,8 @@ def _ratios(axis: pyplot.Axes, results: Results, variant: str, series: dict[str,
     axis.set_yscale("log")
     axis.axhline(1, color="black", linewidth=0.8)
     _plain_numbers(axis)
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    if series:
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _plain_numbers(axis: pyplot.Axes) -> None:
