@@ -244,6 +244,9 @@ def test_the_page_shows_all_machines(tmp_path):
     for device, median in (("AMD EPYC", 1.0), ("Some CPU", 0.3)):
         found = invented(median, device)
         found.save(tmp_path / "results" / machine.key(found.machine))
+    gpu = invented(device="Some GPU")
+    gpu.machine["cuda"] = "13"
+    gpu.save(tmp_path / "results" / machine.key(gpu.machine))
     (tmp_path / "docs").mkdir()
     path = tmp_path / "docs" / "page.md"
     path.write_text("before\n<!-- begin results: cpu -->\nold\n<!-- end results: cpu -->\nafter\n")
@@ -253,6 +256,7 @@ def test_the_page_shows_all_machines(tmp_path):
     assert text.startswith("before\n")
     assert text.endswith("-->\nafter\n")
     assert "\nold\n" not in text
+    assert "Some GPU" not in text
     assert "|  | demanded | AMD EPYC, 2 threads, torch 2 | Some CPU, 2 threads, torch 2 |" in text
     assert "| `sn` forward, times as fast as torch, geometric mean | ≥ 5 | **4.0** | 13.3 |" in text
     assert "[All tables](../results/amd-epyc-2-threads/torch-2/report.md)" in text
