@@ -127,10 +127,12 @@ class Forward {
 
  private:
   static constexpr int64_t kConversion = 4096;  // elements converted at a time
+  static constexpr int64_t kInputRows = 4;      // rows of input-major layers worked on together
+  static constexpr int64_t kAhead = 12;         // rows of them that are fetched ahead: they are short
 
   struct State {
     T *s, *q;  // [c_out], [c_out, kernel]
-    T *t, *r;  // [tiles, columns]: each tile's sums
+    T *t, *r;  // [tiles, columns], [tiles, r_size]: each tile's sums
     T* r_sum;  // [c_in]
     T factor;  // scale / sigma
   };
@@ -144,20 +146,24 @@ class Forward {
            iterations_ <= 1;
   }
 
+  // Rows of output channels give r in one number for each column; rows of input channels for each channel.
+  static int64_t r_size(const Layer& layer) { return layer.order == Order::input_major ? layer.c_in : layer.columns(); }
+
   static int64_t state_bytes(const Layer& layer) {
-    const int64_t sums = Workspace::bytes<T>(tile_count(layer, sizeof(T)) * layer.columns());
-    const int64_t one_side = Workspace::bytes<T>(layer.c_out) + sums;
+    const int64_t tiles = tile_count(layer, sizeof(T));
+    const int64_t one_side = Workspace::bytes<T>(layer.c_out) + Workspace::bytes<T>(tiles * layer.columns());
     if (!layer.two_sided) return one_side;
-    return one_side + Workspace::bytes<T>(layer.c_out * layer.kernel) + sums + Workspace::bytes<T>(layer.c_in);
+    return one_side + Workspace::bytes<T>(layer.c_out * layer.kernel) + Workspace::bytes<T>(tiles * r_size(layer)) +
+           Workspace::bytes<T>(layer.c_in);
   }
   static void take_state(Workspace& workspace, const Layer& layer, State& state) {
-    const int64_t sums = tile_count(layer, sizeof(T)) * layer.columns();
+    const int64_t tiles = tile_count(layer, sizeof(T));
     state = {};
     state.s = workspace.take<T>(layer.c_out);
-    state.t = workspace.take<T>(sums);
+    state.t = workspace.take<T>(tiles * layer.columns());
     if (layer.two_sided) {
       state.q = workspace.take<T>(layer.c_out * layer.kernel);
-      state.r = workspace.take<T>(sums);
+      state.r = workspace.take<T>(tiles * r_size(layer));
       state.r_sum = workspace.take<T>(layer.c_in);
     }
   }
@@ -186,10 +192,7 @@ class Forward {
       const T* rows[kMaxBlockRows];
       read_rows(layer, layer.weight, weight_type_, row, count, worker.rows, rows);
       T* q = layer.two_sided ? state.q + row * layer.kernel : nullptr;
-      for (int64_t j = 0; j < count; ++j) {
-        kernels<T>().dot(rows[j], v, u, n, layer.kernel, kernel_major(layer), worker.scratch, state.s + row + j,
-                         q == nullptr ? nullptr : q + j * layer.kernel);
-      }
+      kernels<T>().dot_rows(rows, count, v, u, n, layer.kernel, kernel_major(layer), worker.scratch, state.s + row, q);
       if (iterations_ > 0) {
         kernels<T>().add_rows(rows, count, state.s + row, q, n, layer.kernel, kernel_major(layer), ahead,
                               worker.scratch, t, r);
@@ -206,17 +209,17 @@ class Forward {
     const T* first = static_cast<const T*>(layer.weight) + ticket.begin * k_size;
     const T* v_out = static_cast<const T*>(layer.vectors[1]);
     const T* u_in = static_cast<const T*>(layer.vectors[2]);
-    const T zeros[kMaxBlockRows] = {};
+    const T zeros[kInputRows] = {};
     T* s_columns = worker.v;  // s[o, k], to be summed up over k
     T* q = layer.two_sided ? state.q + ticket.begin * k_size : worker.u;
     std::fill_n(s_columns, n, T(0));
     std::fill_n(q, n, T(0));
-    for (int64_t i = 0; i < layer.c_in; i += 4) {
-      const int64_t count = std::min<int64_t>(4, layer.c_in - i);
-      const T* rows[4];
+    for (int64_t i = 0; i < layer.c_in; i += kInputRows) {
+      const int64_t count = std::min(kInputRows, layer.c_in - i);
+      const T* rows[kInputRows];
       for (int64_t j = 0; j < count; ++j) rows[j] = first + (i + j) * row_size(layer);
       kernels<T>().add_rows(rows, count, layer.two_sided ? u_in + i : zeros, v_out + i * k_size, n, k_size, false,
-                            4 * row_size(layer), worker.scratch, q, s_columns);
+                            kAhead * row_size(layer), worker.scratch, q, s_columns);
     }
     T* s = state.s + ticket.begin;
     for (int64_t o = 0; o < ticket.end - ticket.begin; ++o) {
@@ -226,19 +229,36 @@ class Forward {
     if (iterations_ == 0) return;
     over_columns(layer, s, ticket.end - ticket.begin, s_columns);
     T* t = state.t + ticket.tile * layer.columns();
-    T* r = layer.two_sided ? state.r + ticket.tile * layer.columns() : nullptr;
-    if (r != nullptr) std::fill_n(r, layer.columns(), T(0));
-    for (int64_t i = 0; i < layer.c_in; ++i) {
-      T r_i;
-      kernels<T>().dot(first + i * row_size(layer), q, s_columns, n, k_size, false, worker.scratch, &r_i,
-                       t + i * k_size);
-      if (r != nullptr) r[i * k_size] = r_i;
+    for (int64_t i = 0; i < layer.c_in; i += kInputRows) {
+      const int64_t count = std::min(kInputRows, layer.c_in - i);
+      const T* rows[kInputRows];
+      for (int64_t j = 0; j < count; ++j) rows[j] = first + (i + j) * row_size(layer);
+      T unused[kInputRows];
+      T* r = layer.two_sided ? state.r + ticket.tile * r_size(layer) + i : unused;
+      kernels<T>().dot_rows(rows, count, q, s_columns, n, k_size, false, worker.scratch, r, t + i * k_size);
     }
   }
 
   // Adds the tiles' sums in their order, into the first.
   static void add_up(T* sums, int64_t tiles, int64_t n) {
     for (int64_t tile = 1; tile < tiles; ++tile) kernels<T>().add(sums + tile * n, n, sums);
+  }
+
+  // r of each column to r of each input channel.
+  static void add_up_kernel(const Layer& layer, State& state) {
+    const int64_t c_in = layer.c_in, kernel = layer.kernel;
+    if (layer.order == Order::input_major) {
+      std::copy_n(state.r, c_in, state.r_sum);
+    } else if (kernel_major(layer)) {
+      std::copy_n(state.r, c_in, state.r_sum);
+      for (int64_t k = 1; k < kernel; ++k) kernels<T>().add(state.r + k * c_in, c_in, state.r_sum);
+    } else {
+      for (int64_t i = 0; i < c_in; ++i) {
+        T sum = 0;
+        for (int64_t k = 0; k < kernel; ++k) sum += state.r[i * kernel + k];
+        state.r_sum[i] = sum;
+      }
+    }
   }
 
   double update_vectors(const Layer& layer, State& state) const {
@@ -260,13 +280,8 @@ class Forward {
     }
     if (!layer.two_sided) return out_side.sigma;
 
-    add_up(state.r, tiles, n);
-    std::fill_n(state.r_sum, layer.c_in, T(0));
-    for (int64_t i = 0; i < layer.c_in; ++i) {
-      for (int64_t k = 0; k < layer.kernel; ++k) {
-        state.r_sum[i] += state.r[kernel_major(layer) ? k * layer.c_in + i : i * layer.kernel + k];
-      }
-    }
+    add_up(state.r, tiles, r_size(layer));
+    add_up_kernel(layer, state);
     const int64_t q_size = layer.c_out * layer.kernel;
     const Direction in_side(norm(state.q, q_size), norm(state.r_sum, layer.c_in), eps_);
     if (in_side.usable) {

@@ -69,12 +69,26 @@ inline void finish_streaming() {
 #endif
 }
 
+// Halves added to halves, with shuffles where the compiler has a short way to them.
 template <class T>
 inline T sum_lanes(Vec<T> x) {
-  T sum = 0;
-  for (int64_t l = 0; l < kLanes<T>; ++l) sum += x[l];
-  return sum;
+  T lanes[kLanes<T>];
+  store_vec<T>(lanes, x);
+  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  }
+  return lanes[0];
 }
+#if defined(__AVX512F__)
+template <>
+inline float sum_lanes<float>(Vec<float> x) {
+  return _mm512_reduce_add_ps(x);
+}
+template <>
+inline double sum_lanes<double>(Vec<double> x) {
+  return _mm512_reduce_add_pd(x);
+}
+#endif
 
 // Number of vectors after which the kernel positions of the lanes repeat.
 template <class T>
@@ -101,103 +115,195 @@ T dot_plain(const T* w, const T* v, int64_t n) {
   return total;
 }
 
-// The whole periods of a channel-major row, with P (a multiple of the period) vectors of running sums in registers.
-// Returns the number of columns done.
-template <class T, int P>
-int64_t dot_periods(const T* w, const T* v, const T* u, int64_t n, Vec<T>& s, T* q_lanes) {
-  Vec<T> s_sums[4] = {};
-  Vec<T> q_sums[P] = {};
+// sum_x w[x] v[x] and sum_x w[x] u[x]
+template <class T>
+void dot_pair(const T* w, const T* v, const T* u, int64_t n, T* s, T* q) {
+  Vec<T> s_sums[4] = {}, q_sums[4] = {};
+  int64_t x = 0;
+  const auto step = [&](int p) {
+    const Vec<T> value = load_vec(w + x + p * kLanes<T>);
+    s_sums[p] += value * load_vec(v + x + p * kLanes<T>);
+    q_sums[p] += value * load_vec(u + x + p * kLanes<T>);
+  };
+  for (; x + 4 * kLanes<T> <= n; x += 4 * kLanes<T>) {
+    for (int p = 0; p < 4; ++p) step(p);
+  }
+  for (; x + kLanes<T> <= n; x += kLanes<T>) step(0);
+  *s = sum_lanes<T>((s_sums[0] + s_sums[1]) + (s_sums[2] + s_sums[3]));
+  *q = sum_lanes<T>((q_sums[0] + q_sums[1]) + (q_sums[2] + q_sums[3]));
+  for (; x < n; ++x) {
+    *s += w[x] * v[x];
+    *q += w[x] * u[x];
+  }
+}
+
+// The whole periods of R channel-major rows, with P (a multiple of the period) vectors of running sums for each row in
+// registers. Returns the number of columns done.
+template <class T, int P, int R>
+int64_t dot_periods(const T* const* w, const T* v, const T* u, int64_t n, Vec<T>* s, T* q_lanes, int64_t stride) {
+  constexpr int kChains = 4 / R;  // sums of s for each row: enough of them to hide an addition's latency
+  Vec<T> s_sums[R][kChains] = {};
+  Vec<T> q_sums[R][P] = {};
   int64_t x = 0;
   for (; x + P * kLanes<T> <= n; x += P * kLanes<T>) {
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) {
-      const Vec<T> value = load_vec(w + x + p * kLanes<T>);
-      s_sums[p % 4] += value * load_vec(v + x + p * kLanes<T>);
-      q_sums[p] += value * load_vec(u + x + p * kLanes<T>);
+      const Vec<T> v_x = load_vec(v + x + p * kLanes<T>), u_x = load_vec(u + x + p * kLanes<T>);
+#pragma GCC unroll 4
+      for (int row = 0; row < R; ++row) {
+        const Vec<T> value = load_vec(w[row] + x + p * kLanes<T>);
+        s_sums[row][p % kChains] += value * v_x;
+        q_sums[row][p] += value * u_x;
+      }
     }
   }
-  s = (s_sums[0] + s_sums[1]) + (s_sums[2] + s_sums[3]);
-  for (int p = 0; p < P; ++p) store_vec(q_lanes + p * kLanes<T>, q_sums[p]);
+  for (int row = 0; row < R; ++row) {
+    s[row] = s_sums[row][0];
+    for (int c = 1; c < kChains; ++c) s[row] += s_sums[row][c];
+    for (int p = 0; p < P; ++p) store_vec(q_lanes + row * stride + p * kLanes<T>, q_sums[row][p]);
+  }
   return x;
 }
 
 // The same for long periods: the running sums stay in memory (the first-level cache).
-template <class T>
-int64_t dot_long_periods(const T* w, const T* v, const T* u, int64_t n, int64_t period, Vec<T>& s, T* q_lanes) {
-  s = Vec<T>{};
-  for (int64_t l = 0; l < period * kLanes<T>; ++l) q_lanes[l] = 0;
+template <class T, int R>
+int64_t dot_long_periods(const T* const* w, const T* v, const T* u, int64_t n, int64_t period, Vec<T>* s, T* q_lanes,
+                         int64_t stride) {
+  Vec<T> s_sums[R] = {};
+  for (int row = 0; row < R; ++row) {
+    for (int64_t l = 0; l < period * kLanes<T>; l += kLanes<T>) store_vec(q_lanes + row * stride + l, Vec<T>{});
+  }
   int64_t x = 0;
   for (; x + period * kLanes<T> <= n; x += period * kLanes<T>) {
     for (int64_t p = 0; p < period * kLanes<T>; p += kLanes<T>) {
-      const Vec<T> value = load_vec(w + x + p);
-      s += value * load_vec(v + x + p);
-      store_vec<T>(q_lanes + p, load_vec(q_lanes + p) + value * load_vec(u + x + p));
+      const Vec<T> v_x = load_vec(v + x + p), u_x = load_vec(u + x + p);
+#pragma GCC unroll 4
+      for (int row = 0; row < R; ++row) {
+        const Vec<T> value = load_vec(w[row] + x + p);
+        T* q = q_lanes + row * stride + p;
+        s_sums[row] += value * v_x;
+        store_vec<T>(q, load_vec(q) + value * u_x);
+      }
     }
   }
+  for (int row = 0; row < R; ++row) s[row] = s_sums[row];
   return x;
 }
 
+// q[k] = the sum of the lanes of kernel position k, the lanes being those of one period.
 template <class T>
-void dot_channel_major(const T* w, const T* v, const T* u, int64_t n, int64_t kernel, T* q_lanes, T* s, T* q) {
-  int64_t period = period_vectors<T>(kernel);
-  Vec<T> s_sum;
-  int64_t x;
-  if (period == 1 || period == 2 || period == 4) {
-    period = 4;
-    x = dot_periods<T, 4>(w, v, u, n, s_sum, q_lanes);
-  } else if (period == 3) {
-    period = 6;
-    x = dot_periods<T, 6>(w, v, u, n, s_sum, q_lanes);
-  } else if (period == 5) {
-    x = dot_periods<T, 5>(w, v, u, n, s_sum, q_lanes);
-  } else if (period == 7) {
-    x = dot_periods<T, 7>(w, v, u, n, s_sum, q_lanes);
-  } else if (period == 9) {
-    x = dot_periods<T, 9>(w, v, u, n, s_sum, q_lanes);
-  } else {
-    x = dot_long_periods<T>(w, v, u, n, period, s_sum, q_lanes);
+void sum_positions(const T* q_lanes, int64_t period, int64_t kernel, T* q) {
+  for (int64_t first = 0; first < kernel; first += kLanes<T>) {
+    Vec<T> sum = load_vec(q_lanes + first);
+    for (int64_t l = kernel; l < period; l += kernel) sum += load_vec(q_lanes + l + first);
+    T positions[kLanes<T>];
+    store_vec<T>(positions, sum);
+    for (int64_t k = first; k < kernel && k < first + kLanes<T>; ++k) q[k] = positions[k - first];
   }
-  for (int64_t p = 0; x + kLanes<T> <= n; x += kLanes<T>, p += kLanes<T>) {
-    const Vec<T> value = load_vec(w + x);
-    s_sum += value * load_vec(v + x);
-    store_vec<T>(q_lanes + p, load_vec(q_lanes + p) + value * load_vec(u + x));
-  }
-  for (int64_t k = 0; k < kernel; ++k) q[k] = q_lanes[k];
-  for (int64_t l = kernel; l < period * kLanes<T>; l += kernel) {
-    for (int64_t k = 0; k < kernel; ++k) q[k] += q_lanes[l + k];
-  }
-  T total = sum_lanes<T>(s_sum);
-  for (int64_t k = x % kernel; x < n; ++x) {
-    total += w[x] * v[x];
-    q[k] += w[x] * u[x];
-    if (++k == kernel) k = 0;
-  }
-  *s = total;
 }
 
-template <class T>
-void dot(const T* w, const T* v, const T* u, int64_t n, int64_t kernel, bool kernel_major, T* scratch, T* s, T* q) {
-  if (q == nullptr) {
-    *s = dot_plain(w, v, n);
-  } else if (kernel_major) {
-    const int64_t channels = n / kernel;
-    T total = 0;
-    for (int64_t k = 0; k < kernel; ++k) {
-      total += dot_plain(w + k * channels, v + k * channels, channels);
-      q[k] = dot_plain(w + k * channels, u, channels);
+template <class T, int R>
+void dot_rows_of_period(const T* const* w, const T* v, const T* u, int64_t n, int64_t kernel, int64_t period,
+                        int64_t done, const Vec<T>* s_sums, T* q_lanes, int64_t stride, T* s, T* q) {
+  for (int row = 0; row < R; ++row) {
+    T* lanes = q_lanes + row * stride;
+    Vec<T> s_sum = s_sums[row];
+    int64_t x = done;
+    for (int64_t p = 0; x + kLanes<T> <= n; x += kLanes<T>, p += kLanes<T>) {
+      const Vec<T> value = load_vec(w[row] + x);
+      s_sum += value * load_vec(v + x);
+      store_vec<T>(lanes + p, load_vec(lanes + p) + value * load_vec(u + x));
     }
-    *s = total;
-  } else {
-    dot_channel_major(w, v, u, n, kernel, scratch, s, q);
+    T* q_row = q + row * kernel;
+    sum_positions(lanes, period * kLanes<T>, kernel, q_row);
+    T total = sum_lanes<T>(s_sum);
+    for (int64_t k = x % kernel; x < n; ++x) {
+      total += w[row][x] * v[x];
+      q_row[k] += w[row][x] * u[x];
+      if (++k == kernel) k = 0;
+    }
+    s[row] = total;
   }
 }
 
-// `repeated` receives `values` [kernel] again and again, for one period of vectors; returns the period in elements.
+// Rows whose running sums, P vectors each, fit into the registers together.
+#if defined(__AVX512F__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+constexpr int rows_at_once(int p) { return 4 * p + 7 <= kRegisters ? 4 : 2 * p + 7 <= kRegisters ? 2 : 1; }
+
+// P = 0 stands for a long period.
+template <class T, int P, int R>
+void dot_some(const T* const* w, const T* v, const T* u, int64_t n, int64_t kernel, T* q_lanes, T* s, T* q) {
+  const int64_t stride = period_elements(kernel), period = P != 0 ? P : period_vectors<T>(kernel);
+  Vec<T> s_sums[R];
+  int64_t done;
+  if constexpr (P != 0) {
+    done = dot_periods<T, P, R>(w, v, u, n, s_sums, q_lanes, stride);
+  } else {
+    done = dot_long_periods<T, R>(w, v, u, n, period, s_sums, q_lanes, stride);
+  }
+  dot_rows_of_period<T, R>(w, v, u, n, kernel, period, done, s_sums, q_lanes, stride, s, q);
+}
+
+template <class T, int P>
+void dot_channel_major(const T* const* w, int64_t rows, const T* v, const T* u, int64_t n, int64_t kernel, T* q_lanes,
+                       T* s, T* q) {
+  constexpr int R = P == 0 ? 4 : rows_at_once(P);
+  int64_t row = 0;
+  for (; row + R <= rows; row += R) dot_some<T, P, R>(w + row, v, u, n, kernel, q_lanes, s + row, q + row * kernel);
+  for (; row < rows; ++row) dot_some<T, P, 1>(w + row, v, u, n, kernel, q_lanes, s + row, q + row * kernel);
+}
+
 template <class T>
-int64_t repeat(const T* values, int64_t kernel, T* repeated) {
+void dot_rows(const T* const* w, int64_t rows, const T* v, const T* u, int64_t n, int64_t kernel, bool kernel_major,
+              T* scratch, T* s, T* q) {
+  if (q == nullptr) {
+    for (int64_t row = 0; row < rows; ++row) s[row] = dot_plain(w[row], v, n);
+    return;
+  }
+  if (kernel_major) {
+    const int64_t channels = n / kernel;
+    for (int64_t row = 0; row < rows; ++row) {
+      s[row] = 0;
+      for (int64_t k = 0; k < kernel; ++k) {
+        T share;
+        dot_pair(w[row] + k * channels, v + k * channels, u, channels, &share, q + row * kernel + k);
+        s[row] += share;
+      }
+    }
+    return;
+  }
+  switch (period_vectors<T>(kernel)) {
+    case 1:
+    case 2:
+    case 4:
+      return dot_channel_major<T, 4>(w, rows, v, u, n, kernel, scratch, s, q);
+    case 3:
+      return dot_channel_major<T, 3>(w, rows, v, u, n, kernel, scratch, s, q);
+    case 5:
+      return dot_channel_major<T, 5>(w, rows, v, u, n, kernel, scratch, s, q);
+    case 7:
+      return dot_channel_major<T, 7>(w, rows, v, u, n, kernel, scratch, s, q);
+    case 9:
+      return dot_channel_major<T, 9>(w, rows, v, u, n, kernel, scratch, s, q);
+    default:
+      return dot_channel_major<T, 0>(w, rows, v, u, n, kernel, scratch, s, q);
+  }
+}
+
+// `repeated` receives `values` [kernel], from position `shift` on, again and again for one period of vectors, and
+// less than a vector more; returns the period in elements.
+template <class T>
+int64_t repeat(const T* values, int64_t kernel, int64_t shift, T* repeated) {
   const int64_t period = period_vectors<T>(kernel) * kLanes<T>;
-  for (int64_t l = 0; l < period; l += kernel) {
-    for (int64_t k = 0; k < kernel; ++k) repeated[l + k] = values[k];
+  for (int64_t k = 0; k < kernel; ++k) repeated[k] = values[k + shift < kernel ? k + shift : k + shift - kernel];
+  // Vectors reach beyond the end of a repetition, into the beginning of the next, which is written later.
+  for (int64_t first = (kernel - 1) / kLanes<T> * kLanes<T>; first >= 0; first -= kLanes<T>) {
+    const Vec<T> some = load_vec(repeated + first);
+    for (int64_t l = kernel; l < period; l += kernel) store_vec(repeated + l + first, some);
   }
   return period;
 }
@@ -234,7 +340,7 @@ void add_both(const T* const* w, const T* s, const T* q, int64_t n, int64_t kern
   }
   const int64_t stride = period_elements(kernel);
   int64_t period = 0;
-  for (int row = 0; row < R; ++row) period = repeat(q + row * kernel, kernel, scratch + row * stride);
+  for (int row = 0; row < R; ++row) period = repeat(q + row * kernel, kernel, 0, scratch + row * stride);
   int64_t x = 0;
   for (; x + kLanes<T> <= n;) {
     for (int64_t p = 0; p < period && x + kLanes<T> <= n; p += kLanes<T>, x += kLanes<T>) {
@@ -350,11 +456,7 @@ void grad_row(const T* g, T factor, T a, const T* v, const T* b, const T* u, int
     while (stream && shift < n && reinterpret_cast<uintptr_t>(out + shift) % kVectorBytes != 0) ++shift;
     const auto single = [=](int64_t x) { out[x] = factor * g[x] - a * v[x] - b[x % kernel] * u[x]; };
     for (int64_t x = 0; x < shift; ++x) single(x);
-    const int64_t period = period_vectors<T>(kernel) * kLanes<T>;
-    for (int64_t l = 0, k = shift % kernel; l < period; ++l) {
-      scratch[l] = b[k];
-      if (++k == kernel) k = 0;
-    }
+    const int64_t period = repeat(b, kernel, shift % kernel, scratch);
     int64_t x = shift;
     while (x + kLanes<T> <= n) {
       for (int64_t p = 0; p < period && x + kLanes<T> <= n; p += kLanes<T>, x += kLanes<T>) {
@@ -447,8 +549,8 @@ void store(const T* source, int64_t n, DType type, void* out) {
 }
 
 template <class T>
-constexpr Kernels<T> kTable = {dot<T>, add_rows<T>, scale<T>, inner<T>, sum_of_squares<T>,
-                               add<T>, grad_row<T>, load<T>,  store<T>, finish_streaming};
+constexpr Kernels<T> kTable = {dot_rows<T>, add_rows<T>, scale<T>, inner<T>, sum_of_squares<T>,
+                               add<T>,      grad_row<T>, load<T>,  store<T>, finish_streaming};
 
 }  // namespace
 

@@ -9,10 +9,11 @@ namespace bssn::cpu {
 
 template <class T>
 struct Kernels {
-  // s = sum_x w[x] v[x]; if q is given, also q[k] = sum_{x of kernel position k} w[x] u[x].
+  // s[row] = sum_x w[row][x] v[x]; if q is given, also q[row, k] = sum_{x of kernel position k} w[row][x] u[x].
   // u is expanded to one value a column for channel-major rows and is u_in itself for kernel-major ones.
-  // scratch: period_elements(kernel) values.
-  void (*dot)(const T* w, const T* v, const T* u, int64_t n, int64_t kernel, bool kernel_major, T* scratch, T* s, T* q);
+  // scratch: rows * period_elements(kernel) values.
+  void (*dot_rows)(const T* const* w, int64_t rows, const T* v, const T* u, int64_t n, int64_t kernel,
+                   bool kernel_major, T* scratch, T* s, T* q);
 
   // t[x] += sum_row s[row] w[row][x]; if r is given, also r[x] += sum_row q[row * kernel + k(x)] w[row][x].
   // scratch: rows * period_elements(kernel) values. ahead: distance from a row to the one that will be read later in
@@ -45,8 +46,9 @@ struct Kernels {
   void (*finish_streaming)();
 };
 
-// Values that one period of kernel positions takes, whatever the vector width.
-constexpr int64_t period_elements(int64_t kernel) { return (kernel > 9 ? kernel : 9) * 16; }
+// Values that one period of kernel positions takes, whatever the vector width, and a vector more for what reaches
+// beyond.
+constexpr int64_t period_elements(int64_t kernel) { return (kernel > 9 ? kernel : 9) * 16 + 16; }
 
 // One table for each instruction set this build has; defined in kernels.cpp.
 #define BSSN_DECLARE_KERNELS(isa)       \
