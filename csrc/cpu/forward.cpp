@@ -185,8 +185,8 @@ class Forward {
       std::fill_n(t, n, T(0));
       if (r != nullptr) std::fill_n(r, n, T(0));
     }
+    if (iterations_ > 0 && direct<T>(layer, weight_type_)) return read_in_steps(ticket, v, u, t, r, worker);
     const int64_t block = block_rows(layer);
-    const int64_t ahead = direct<T>(layer, weight_type_) ? block * n : 0;
     for (int64_t row = ticket.begin; row < ticket.end; row += block) {
       const int64_t count = std::min(block, ticket.end - row);
       const T* rows[kMaxBlockRows];
@@ -194,10 +194,40 @@ class Forward {
       T* q = layer.two_sided ? state.q + row * layer.kernel : nullptr;
       kernels<T>().dot_rows(rows, count, v, u, n, layer.kernel, kernel_major(layer), worker.scratch, state.s + row, q);
       if (iterations_ > 0) {
-        kernels<T>().add_rows(rows, count, state.s + row, q, n, layer.kernel, kernel_major(layer), ahead,
-                              worker.scratch, t, r);
+        kernels<T>().add_rows(rows, count, state.s + row, q, n, layer.kernel, kernel_major(layer), 0, worker.scratch, t,
+                              r);
       }
     }
+  }
+
+  // Rows that are read in place: while a block of them is added, the next is on its way from memory.
+  void read_in_steps(const Ticket& ticket, const T* v, const T* u, T* t, T* r, Worker& worker) {
+    const Layer& layer = layers_[ticket.layer];
+    const State& state = states_[ticket.layer];
+    const int64_t n = layer.columns(), kernel = layer.kernel;
+    const bool major = kernel_major(layer);
+    const T *rows[kStepRows], *next[kStepRows];
+    const auto point = [&](const T** to, int64_t row) {
+      for (int64_t j = 0; j < std::min<int64_t>(kStepRows, ticket.end - row); ++j)
+        to[j] = static_cast<const T*>(layer.weight) + (row + j) * n;
+    };
+    const auto q_of = [&](int64_t row) { return layer.two_sided ? state.q + row * kernel : nullptr; };
+    int64_t row = ticket.begin, count = std::min<int64_t>(kStepRows, ticket.end - row);
+    point(rows, row);
+    kernels<T>().dot_rows(rows, count, v, u, n, kernel, major, worker.scratch, state.s + row, q_of(row));
+    for (; row + 2 * kStepRows <= ticket.end; row += kStepRows) {
+      point(next, row + kStepRows);
+      kernels<T>().step(rows, state.s + row, q_of(row), next, v, u, n, kernel, major, worker.scratch,
+                        state.s + row + kStepRows, q_of(row + kStepRows), t, r);
+      std::copy_n(next, kStepRows, rows);
+    }
+    kernels<T>().add_rows(rows, count, state.s + row, q_of(row), n, kernel, major, 0, worker.scratch, t, r);
+    row += count;
+    count = ticket.end - row;
+    if (count == 0) return;
+    point(rows, row);
+    kernels<T>().dot_rows(rows, count, v, u, n, kernel, major, worker.scratch, state.s + row, q_of(row));
+    kernels<T>().add_rows(rows, count, state.s + row, q_of(row), n, kernel, major, 0, worker.scratch, t, r);
   }
 
   // The same for W[i, o, k], a range of o at a time. What was summed up over the columns of a row is now added up over

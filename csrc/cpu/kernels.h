@@ -7,6 +7,8 @@
 
 namespace bssn::cpu {
 
+constexpr int kStepRows = 4;  // rows that `step` works on
+
 template <class T>
 struct Kernels {
   // s[row] = sum_x w[row][x] v[x]; if q is given, also q[row, k] = sum_{x of kernel position k} w[row][x] u[x].
@@ -20,6 +22,11 @@ struct Kernels {
   // its place, which is fetched from memory meanwhile; 0 for none.
   void (*add_rows)(const T* const* w, int64_t rows, const T* s, const T* q, int64_t n, int64_t kernel,
                    bool kernel_major, int64_t ahead, T* scratch, T* t, T* r);
+
+  // add_rows of kStepRows rows and dot_rows of as many others, `next`. scratch: 2 * kStepRows * period_elements(kernel)
+  // values.
+  void (*step)(const T* const* w, const T* s, const T* q, const T* const* next, const T* v, const T* u, int64_t n,
+               int64_t kernel, bool kernel_major, T* scratch, T* next_s, T* next_q, T* t, T* r);
 
   // out[x] = factor * w[x]; `stream` writes past the caches.
   void (*scale)(const T* w, T factor, int64_t n, bool stream, T* out);

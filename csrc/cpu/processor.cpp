@@ -1,4 +1,5 @@
 // What the processor can do: instruction sets and cache size.
+#include <algorithm>
 #include <cstring>
 
 #ifdef __linux__
@@ -72,6 +73,16 @@ int64_t last_level_cache() {
   return int64_t(32) << 20;
 }
 
-bool exceeds_last_level_cache(int64_t bytes) { return bytes > last_level_cache(); }
+int64_t half_second_level_cache() {
+  int64_t size = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  size = found;
+#endif
+  return std::clamp(size / 2, int64_t(512) << 10, int64_t(1) << 20);
+}
+
+// A virtual machine is told the whole of a cache that it shares with others, some of them hundreds of megabytes.
+bool exceeds_last_level_cache(int64_t bytes) { return bytes > std::min(last_level_cache(), int64_t(32) << 20); }
 
 }  // namespace bssn::cpu

@@ -43,6 +43,9 @@ inline void largest_first(std::vector<Layer>& layers) {
   std::stable_sort(layers.begin(), layers.end(), [](const Layer& a, const Layer& b) { return a.size() > b.size(); });
 }
 
+// Half of a core's second-level cache, within 512 KB and 1 MB.
+int64_t half_second_level_cache();
+
 // Tiles of output channels. They do not depend on the number of threads: nor do, then, the results. Each tile adds its
 // share of t and r to sums of its own, which costs two rows of traffic: not below 64 rows, but for input-major layers,
 // of which a whole tile is read twice and has to stay in the cache.
@@ -56,7 +59,7 @@ inline int64_t tile_rows(const Layer& layer, int64_t size_of_number) {
   const int64_t most = std::min(layer.c_out, kMaxTileRows);
   if (layer.size() * size_of_number <= kWholeLayerBytes) return most;
   const bool input_major = layer.order == Order::input_major;
-  const int64_t bytes = input_major ? 2 * kTileBytes : kTileBytes;
+  const int64_t bytes = input_major ? half_second_level_cache() : kTileBytes;
   const int64_t rows = bytes / (layer.columns() * size_of_number);
   return std::min(most, std::max<int64_t>(input_major ? 8 : 64, (rows + 7) / 8 * 8));
 }
