@@ -5,11 +5,11 @@
 //
 // s[o] and q[o, :] need only the row W[o, :, :], and while that row is in the cache it adds s[o] W[o] to t and
 // q[o, k] W[o] to r, the latter kept as one number for each column until the end.
-#include <limits>
 #include <new>
 #include <vector>
 
 #include "cpu.h"
+#include "direction.h"
 #include "rows.h"
 #include "schedule.h"
 
@@ -27,23 +27,6 @@ double inner(const T* a, const T* b, int64_t n) {
   for (int64_t j = 0; j < n; ++j) sum += double(a[j]) * double(b[j]);
   return sum;
 }
-
-// What one direction's iteration multiplies its two raw vectors with, and its sigma.
-struct Direction {
-  bool usable;
-  double first_factor, second_factor, sigma;
-
-  // first, second: |s|, |t| or |q|, |r|. With u = s / max(|s|, eps) and v = W^T u / max(|W^T u|, eps),
-  // sigma = u W v = |W^T u|^2 / max(|W^T u|, eps), and |W^T u| = |t| / max(|s|, eps).
-  Direction(double first, double second, double eps) {
-    const bool finite = std::isfinite(first) && std::isfinite(second);
-    usable = finite && first > 0 && second > 0;
-    first_factor = 1 / std::max(first, eps);
-    const double length = second * first_factor;
-    second_factor = first_factor / std::max(length, eps);
-    sigma = usable ? length * length / std::max(length, eps) : (finite ? 0 : std::numeric_limits<double>::quiet_NaN());
-  }
-};
 
 template <class T>
 void write_scaled(const T* x, int64_t n, double factor, void* out) {
