@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.hooks import RemovableHandle
 
+from bssn_fast.handed import settle
 from bssn_fast.parametrization import SpectralNormalization, Usage, original_of
 from bssn_fast.plan import Plan, in_backward, partition, signature
 from bssn_fast.sharded import ShardedWeightError, gathering_modules, is_sharded, refuse_flattened, refuse_sharded
@@ -72,6 +73,7 @@ class Group:
                 return
             self._depth = 1
             self._withdraw()
+        settle(forget=True)
         self._usage.model_called = True
         try:
             members, weights = self._members, [original_of(layer) for layer in self._layers]

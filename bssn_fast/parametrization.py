@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from bssn_fast.estimation import estimate_vectors
 from bssn_fast.functional import Normalizer
+from bssn_fast.handed import remember, settle, settle_before_looks
 from bssn_fast.layout import compute_dtype, needs_two_sides, vector_sizes
 from bssn_fast.plan import LayerState, Plan, checked_vectors, in_backward, signature
 
@@ -107,6 +109,10 @@ class Usage:
             )
         self._recomputed = True
 
+    def written(self) -> None:
+        """A weight was initialised: layers were read for that, and not to compute with them."""
+        self._alone = 0
+
     def normalized_alone(self) -> None:
         """Warn, once, if a whole model is normalised layer by layer."""
         self._alone += 1
@@ -195,6 +201,7 @@ class SpectralNormalization(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the normalised weight: the one of the current model call, or one made for this access alone."""
+        settle()
         state = self.state
         ready = state.usable(weight)
         if ready is not None:
@@ -217,7 +224,24 @@ class SpectralNormalization(nn.Module):
             self.usage.count([[normalized]])
         if state.cached and not recomputation:
             state.offer(weight, normalized)
+        elif not recomputation:
+            remember(self, weight, normalized)
         return normalized
+
+    def adopt(self, weight: Tensor, value: Tensor) -> None:
+        """Make a value the weight before normalisation, and estimate its vectors."""
+        with torch.no_grad():
+            weight.copy_(value)
+        self.usage.written()
+        self.estimate(weight)
+
+    def estimate(self, weight: Tensor) -> None:
+        """Estimate the vectors of a weight that has nothing to do with the one before."""
+        vectors, s = self.vectors(weight), self.settings
+        found = estimate_vectors(weight, self.dim, self.two_sided, hints=vectors, eps=s.eps, backend=s.backend)
+        with torch.no_grad():
+            for vector, new in zip(vectors, found, strict=True):
+                vector.copy_(new)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """Return the value itself: who assigns to the layer's weight sets the one before normalisation, as in torch."""
@@ -270,7 +294,14 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
                 return ready
         return slow.fget(self)
 
-    setattr(kind, tensor_name, property(get, slow.fset))
+    def put(self: Any, value: Tensor) -> None:
+        slow.fset(self, value)
+        layer = self.parametrizations[tensor_name]
+        if len(layer) == 1:
+            layer[0].estimate(original_of(layer))
+
+    setattr(kind, tensor_name, property(get, put))
+    settle_before_looks(kind)
 
 
 def random_direction(weight: Tensor, size: int) -> Tensor:

@@ -241,10 +241,11 @@ class _Kept:
         self.outputs = [version(w) for w in values.normalized]
         dense = all(is_dense(w) for w in weights)  # or their elements would be looked for in the wrong places
         self.versions = _versions(states, weights, vectors) if dense else None
-        self.fingerprint = self.fingerprint_of_vectors = None
+        self.fingerprint: Fingerprint | None = None
+        self.fingerprint_of_vectors: Fingerprint | None = None
         if dense and _has_fingerprints(weights[0]):
-            self.fingerprint = _Fingerprint([*weights, *vectors])
-            self.fingerprint_of_vectors = _Fingerprint(vectors)
+            self.fingerprint = Fingerprint([*weights, *vectors])
+            self.fingerprint_of_vectors = Fingerprint(vectors)
         self.generations = [s.generation for s in states]
 
     def vectors_rewritten(self, states: Sequence[LayerState]) -> bool:
@@ -280,7 +281,12 @@ def _has_fingerprints(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and extension.module is not None
 
 
-class _Fingerprint:
+def fingerprint_of(result: Tensor) -> Fingerprint | None:
+    """Return a fingerprint of one tensor; None where there are none."""
+    return Fingerprint([result]) if _has_fingerprints(result) and is_dense(result) else None
+
+
+class Fingerprint:
     """A hash of some elements of each tensor: writing through `.data` leaves a tensor's version as it was."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
