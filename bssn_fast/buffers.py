@@ -57,7 +57,7 @@ class Pool:
 
     def take(self, dtype: torch.dtype, device: torch.device, views: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
         """Return `views` of a buffer of arbitrary contents that no one else uses."""
-        if device.type != "cpu" or _UNSHARED is None or torch.compiler.is_compiling():
+        if device.type != "cpu" or _UNSHARED is None or torch._C._len_torch_dispatch_stack() > 0:
             return views(torch.empty(self.size, dtype=dtype, device=device))
         with self._lock:  # the views must exist before another thread looks for a free buffer
             self._buffers = [b for b in self._buffers if b.dtype == dtype or _users(b) != _UNSHARED]

@@ -297,9 +297,16 @@ def normalize(
     dtype = dtype or weights[0].dtype
     if dtype not in WEIGHT_DTYPES:
         raise TypeError(f"results of {dtype} are not supported; choose float32, float64, bfloat16 or float16")
-    two_sided = [len(group) == 4 for group in groups]
+    two_sided, flat = [len(group) == 4 for group in groups], [v for group in groups for v in group]
+    if torch.compiler.is_dynamo_compiling():
+        from bssn_fast import compiled  # with it comes torch's compiler, which takes long to import
+
+        results = compiled.normalize(
+            weights, flat, dims, two_sided, float(scale), float(eps), n_power_iterations, dtype, backend, 1
+        )
+        return list(results[:-1]), results[-1]
     normalizer = Normalizer(weights, dims, two_sided, scale=float(scale), eps=float(eps), backend=backend)
-    values = normalizer.compute(weights, [v for group in groups for v in group], n_power_iterations, dtype)
+    values = normalizer.compute(weights, flat, n_power_iterations, dtype)
     return normalizer.attach(values, weights), values.sigma.clone()
 
 

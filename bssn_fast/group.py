@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import compress
 from types import FrameType
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.hooks import RemovableHandle
 
 from bssn_fast.handed import settle
 from bssn_fast.parametrization import SpectralNormalization, Usage, original_of
-from bssn_fast.plan import Plan, in_backward, partition, signature
+from bssn_fast.plan import Plan, in_backward, is_exporting, partition, signature
 from bssn_fast.sharded import ShardedWeightError, gathering_modules, is_sharded, refuse_flattened, refuse_sharded
 
 
@@ -67,6 +68,9 @@ class Group:
 
     def begin(self, model: nn.Module, args: object) -> None:
         """Before a call of the model: normalise what no call around this one has normalised already."""
+        if is_dynamo_compiling() or is_exporting():
+            self._begin_compiled()
+            return
         self._depth += 1
         if self._depth > 1:
             if _is_nested(model):
@@ -144,8 +148,23 @@ class Group:
             name = names[id(layer)].removesuffix("parametrizations.weight").rstrip(".")
             refuse_sharded(original_of(layer), name or type(model).__name__)
 
+    def _begin_compiled(self) -> None:
+        if is_exporting():
+            return  # every layer normalises itself
+        from bssn_fast import compiled  # with it comes torch's compiler, which takes long to import
+
+        self._depth, self._offered = 1, self._members  # for `begin`, should this call be interrupted
+        compiled.begin(self._layers, self._usage)
+
     def end(self, model: nn.Module, args: object, output: object) -> None:
         """After a call of the model, whether or not it succeeded: withdraw the results, but those that are cached."""
+        if is_dynamo_compiling():
+            if not is_exporting():
+                from bssn_fast import compiled
+
+                self._depth, self._offered = 0, []
+                compiled.end(self._layers)
+            return
         self._depth = max(0, self._depth - 1)  # a hook before `begin` may have failed
         if self._depth > 0:
             return
@@ -176,6 +195,23 @@ def _is_nested(model: nn.Module) -> bool:
         running += frame.f_code is _CALL and frame.f_locals.get("self") is model
         frame = frame.f_back
     return running != 1
+
+
+def _call_eagerly(*functions: Callable[..., None]) -> None:
+    """Keep torch.compile from compiling functions, and what they call, when no function that it compiles calls them.
+
+    It does not see the call of a module's hooks itself and would make of each a graph of its own, in which layers that are
+    not used get gradients of zeros. Without this function of torch that is what happens.
+    """
+    try:
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+    except ImportError:
+        return
+    for function in functions:
+        set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+
+
+_call_eagerly(Group.begin, Group.end)
 
 
 def groups_of(model: nn.Module) -> Iterator[Group]:

@@ -157,14 +157,15 @@ def cached(model: nn.Module) -> Iterator[None]:
     inside_call = {id(state) for state in states if state.ready is not None and not state.cached}
     for state in states:
         state.cached += 1
-        state.generation += state.cached == 1  # what was kept before must not be used inside
+        if state.cached == 1:
+            state.forget()
     try:
         yield
     finally:
         for state in states:
             state.cached -= 1
             if state.cached == 0:
-                state.generation += 1
+                state.forget()
                 if id(state) not in inside_call:
                     state.withdraw()
 
@@ -172,9 +173,17 @@ def cached(model: nn.Module) -> Iterator[None]:
 def sigma(model: nn.Module) -> dict[str, Tensor]:
     """Return each layer's sigma of the last normalisation, as scalar tensors, without computing anything.
 
+    Where the last one was part of a compiled function, sigma is computed: that of the weight and the vectors now.
+
     Raises ValueError if no layer of the model is normalised.
     """
-    return {place.name: p.state.current_sigma() for place, p in _normalized_layers(model)}
+    return {place.name: _sigma_of(place, p) for place, p in _normalized_layers(model)}
+
+
+def _sigma_of(place: Place, p: SpectralNormalization) -> Tensor:
+    if p.state.sigma is None:
+        p.evaluate(original_of(place.parametrizations()))
+    return p.state.current_sigma()
 
 
 def summary(model: nn.Module) -> str:
@@ -189,7 +198,7 @@ def summary(model: nn.Module) -> str:
         variant = p.settings.variant
         if VARIANTS[variant][1]:
             variant += f" x {p.settings.scale:.4g}"
-        rows.append((place.name or "(model)", kind, shape, variant, f"{p.state.current_sigma().item():.4g}"))
+        rows.append((place.name or "(model)", kind, shape, variant, f"{_sigma_of(place, p).item():.4g}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

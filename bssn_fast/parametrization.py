@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.parametrize import ParametrizationList
 
 from bssn_fast.estimation import estimate_vectors
 from bssn_fast.functional import Normalizer
 from bssn_fast.handed import remember, settle, settle_before_looks
 from bssn_fast.layout import compute_dtype, needs_two_sides, vector_sizes
-from bssn_fast.plan import LayerState, Plan, checked_vectors, in_backward, signature
+from bssn_fast.plan import LayerState, Plan, checked_vectors, in_backward, is_exporting, signature
 
 VARIANTS = {
     # name: (both directions, multiplied by a constant)
@@ -75,6 +76,7 @@ class Usage:
     def __init__(self, layers: int) -> None:
         self.layers = layers
         self.model_called = False
+        self._compiled = False  # compiled code has normalised since the latest of `_forwards`
         self.warned = False
         self._alone = 0
         self._recomputed = False
@@ -88,6 +90,7 @@ class Usage:
         if self._recomputed:
             self._recomputed = False
             self._forwards.clear()
+        self._compiled = False
         graphs = [next((w.grad_fn for w in part if w.grad_fn is not None), None) for part in results]
         latest = _Forward(torch.is_grad_enabled(), tuple([weakref.ref(g) for g in graphs if g is not None]))
         older = [f for f in self._forwards if not f.finished()]
@@ -95,12 +98,18 @@ class Usage:
         self._forwards = [f for j, f in enumerate(older) if f.graphs or f not in older[:j]]
         self._forwards.append(latest)
 
+    def note_compiled(self, *, iterated: bool) -> None:
+        """Compiled code has normalised, which can tell no more of it than this."""
+        self.model_called = True
+        if iterated:
+            self._compiled = True
+
     def recompute(self, *, inside: bool) -> None:
         """A forward repeated in a backward pass; raises RuntimeError if it is not known which one.
 
         inside: the normalisation lay inside the checkpoint, which may have switched grad mode off.
         """
-        if any((inside or f.grad_mode) and not f.finished() for f in self._forwards[:-1]):
+        if self._compiled or any((inside or f.grad_mode) and not f.finished() for f in self._forwards[:-1]):
             raise RuntimeError(
                 "bssn_fast: a checkpointed forward is recomputed, but the model was normalised several times since the "
                 "last backward pass and it is not known which of these is meant. Run the forwards in "
@@ -206,6 +215,10 @@ class SpectralNormalization(nn.Module):
         ready = state.usable(weight)
         if ready is not None:
             return ready
+        if is_dynamo_compiling() or is_exporting():
+            from bssn_fast import compiled  # with it comes torch's compiler, which takes long to import
+
+            return compiled.normalize_alone(self, weight)
         recomputation = in_backward()
         iterate = self.training and not recomputation and not state.holds(weight)
         if recomputation and self.training:

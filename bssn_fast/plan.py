@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from bssn_fast.backends import extension
 from bssn_fast.estimation import are_units, belong, estimate_vectors
@@ -22,7 +23,16 @@ _SAMPLES = 32
 
 def in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread: a forward is then a recomputation."""
-    return torch._C._current_graph_task_id() != -1
+    return not is_dynamo_compiling() and torch._C._current_graph_task_id() != -1
+
+
+# torch 2.6 does not have it.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: torch.compiler.is_compiling() and not is_dynamo_compiling())
+
+
+def is_exporting() -> bool:
+    """Whether torch.export, an ONNX exporter or torch.jit.trace records the model: they want plain operations."""
+    return bool(_is_exporting()) or torch.jit.is_tracing()
 
 
 class LayerState:
@@ -68,7 +78,7 @@ class LayerState:
 
     def current_sigma(self) -> Tensor:
         """Return sigma of the last normalisation, a scalar."""
-        assert self.sigma is not None, "a layer is evaluated before anyone can ask"
+        assert self.sigma is not None, "a layer is evaluated before anyone asks"
         return self.sigma[self.index].clone()
 
     def usable(self, weight: Tensor) -> Tensor | None:
@@ -76,12 +86,17 @@ class LayerState:
         ready = self.ready  # read once: another thread may withdraw it
         if (
             ready is None
-            or self.weight is not weight
-            or self.version != version(weight)
-            or self.ready_version != version(ready)
+            # A compiler must not look at versions; to it, what is here holds until the end of the call.
+            or (
+                ready is weight
+                if is_dynamo_compiling()
+                else self.weight is not weight
+                or self.version != version(weight)
+                or self.ready_version != version(ready)
+            )
             or not (ready.requires_grad or not weight.requires_grad or not torch.is_grad_enabled())
             # What was made for autocast is of no use where a model switches autocast off.
-            or not (ready.dtype == weight.dtype or ready.dtype == _result_dtype(weight, True))
+            or not (ready.dtype == weight.dtype or ready.dtype == result_dtype(weight, True))
             # A recomputed forward may have a backward pass of its own, which frees the graph.
             or (self.cached and ready.requires_grad and not self.recomputed and in_backward())
         ):
@@ -90,13 +105,25 @@ class LayerState:
 
     def holds(self, weight: Tensor) -> bool:
         """Whether `ready` was made of this weight as it is now: it needs no other power iteration."""
-        return self.ready is not None and self.weight is weight and self.version == version(weight)
+        if self.ready is None or self.weight is not weight:
+            return False
+        return self.ready is weight or self.version == version(weight)
 
     def offer(self, weight: Tensor, normalized: Tensor, *, recomputed: bool = False) -> None:
         """Make a result available to whoever reads the layer's weight."""
         self.weight, self.version, self.ready_version = weight, version(weight), version(normalized)
         self.ready = normalized
         self.recomputed = recomputed
+
+    def note_iteration(self, weight: Tensor) -> None:
+        """Remember, for the rest of a `cached` block, an iteration in compiled code, whose result is not kept."""
+        self.ready = self.weight = weight
+        self.ready_version = -2  # no tensor has it
+
+    def forget(self) -> None:
+        """Let no kept result be used any more."""
+        if not is_dynamo_compiling():  # compiled code keeps none, and a number that grows would have it compiled again
+            self.generation += 1
 
     def withdraw(self) -> None:
         self.ready = self.weight = None
@@ -171,7 +198,7 @@ class Plan:
         iterate: run the members' power iterations first, which changes their vectors.
         keep: hold on to the values, and use those of the last such call again while nothing has changed.
         """
-        dtype = _result_dtype(weights[0], self.members[0].autocast)
+        dtype = result_dtype(weights[0], self.members[0].autocast)
         vectors = self._current_vectors(weights)
         if keep and self._kept is not None and self._kept.current(self._states, weights, vectors, dtype):
             return self._normalizer.attach(self._kept.values.aliases(), weights)
@@ -305,7 +332,7 @@ class Fingerprint:
         return self._compute() == self._value
 
 
-def _result_dtype(weight: Tensor, autocast: bool) -> torch.dtype:
+def result_dtype(weight: Tensor, autocast: bool) -> torch.dtype:
     """Return the dtype the layer will compute in: autocast's where it applies, so that no second cast is needed."""
     if not autocast or weight.dtype == torch.float64 or not torch.is_autocast_enabled(weight.device.type):
         return weight.dtype

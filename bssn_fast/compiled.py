@@ -1,0 +1,133 @@
+"""What torch.compile and torch.export find in place of `group`'s and `parametrization`'s bookkeeping.
+
+A compiler runs this code once, with tensors that hold no values yet, and what it learns from Python objects becomes a
+condition for using the result again. So nothing that changes from step to step is read here: no versions of tensors, no
+counters. What is written is what the code outside needs to know of the call.
+
+A call of the operation is one node of the graph, whose inside (memory, autograd) is left to AOTAutograd: it sees that the
+vectors change, and which layers get a gradient. Under torch.export there is no such node but plain torch operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils.parametrize import ParametrizationList
+
+from bssn_fast import reference
+from bssn_fast.functional import Normalizer, check_weight
+from bssn_fast.layout import vector_sizes
+from bssn_fast.parametrization import SpectralNormalization, Usage, original_of
+from bssn_fast.plan import checked_vectors, is_exporting, partition, result_dtype
+
+
+@torch.compiler.allow_in_graph
+def normalize(
+    weights: list[Tensor],
+    vectors: list[Tensor],
+    dims: list[int],
+    two_sided: list[bool],
+    scale: float,
+    eps: float,
+    n_power_iterations: int,
+    dtype: torch.dtype,
+    backend: str,
+    gradient_groups: int,
+) -> tuple[Tensor, ...]:
+    """Return the normalised weights, with a graph, and then sigma [n]; `Normalizer` documents the arguments."""
+    normalizer = Normalizer(
+        weights, dims, two_sided, scale=scale, eps=eps, backend=backend, gradient_groups=gradient_groups
+    )
+    values = normalizer.compute(weights, vectors, n_power_iterations, dtype)
+    return (*normalizer.attach(values, weights), values.sigma)
+
+
+def begin(layers: Sequence[ParametrizationList], usage: Usage) -> None:
+    """Normalise the layers of a model that is being called, and offer the results until `end`."""
+    members, weights = _chosen(layers)
+    iterating = [_iterates(m) for m in members]
+    usage.note_compiled(iterated=any(iterating))
+    for part in partition(members, weights, iterating):
+        results = _normalize([members[j] for j in part], [weights[j] for j in part], iterate=iterating[part[0]])
+        for j, normalized in zip(part, results, strict=True):
+            members[j].state.ready = normalized
+
+
+def end(layers: Sequence[ParametrizationList]) -> None:
+    """Withdraw what `begin` has offered."""
+    for member, weight in zip(*_chosen(layers), strict=True):
+        _finish(member, weight)
+
+
+def normalize_alone(member: SpectralNormalization, weight: Tensor) -> Tensor:
+    """Return the normalised weight of a layer that is used outside a call of its model."""
+    if is_exporting():
+        return _exported(member, weight)
+    iterate = _iterates(member)
+    member.usage.note_compiled(iterated=iterate)
+    (normalized,) = _normalize([member], [weight], iterate=iterate)
+    _finish(member, weight)
+    return normalized
+
+
+def _chosen(layers: Sequence[ParametrizationList]) -> tuple[list[SpectralNormalization], list[Tensor]]:
+    """Return the layers that a later `apply` or `remove` has left to their group, and their weights."""
+    chosen = [layer for layer in layers if layer[0].settings.update == "forward"]
+    return [layer[0] for layer in chosen], [original_of(layer) for layer in chosen]
+
+
+def _iterates(member: SpectralNormalization) -> bool:
+    """Whether a normalisation begins with power iterations: in training, the first one of a `cached` block."""
+    return member.training and (member.state.cached == 0 or member.state.ready is None)
+
+
+def _finish(member: SpectralNormalization, weight: Tensor) -> None:
+    if member.state.cached == 0:
+        member.state.withdraw()
+    else:
+        member.state.note_iteration(weight)
+
+
+def _normalize(members: list[SpectralNormalization], weights: list[Tensor], *, iterate: bool) -> list[Tensor]:
+    """Normalise layers of one device, dtype and settings in one call."""
+    vectors = []
+    for member, weight in zip(members, weights, strict=True):
+        check_weight(weight, member.dim, "bssn_fast")
+        vectors += _vectors(member, weight)
+        member.state.sigma = None  # whoever asks for it computes it
+    settings = members[0].settings
+    *normalized, _ = normalize(
+        weights,
+        vectors,
+        [m.dim for m in members],
+        [m.two_sided for m in members],
+        settings.scale,
+        settings.eps,
+        settings.n_power_iterations if iterate else 0,
+        result_dtype(weights[0], members[0].autocast),
+        settings.backend,
+        settings.gradient_groups,
+    )
+    return normalized
+
+
+def _vectors(member: SpectralNormalization, weight: Tensor) -> list[Tensor]:
+    vectors = [cast(Tensor, member._buffers[name]) for name in member.vector_names]
+    sizes = vector_sizes(weight.shape, member.dim, member.two_sided)
+    if checked_vectors(vectors, weight, sizes) is not vectors:
+        raise RuntimeError(
+            "bssn_fast: a layer's weight has been moved or converted without its vectors. Call the model once without "
+            "torch.compile, which moves them too"
+        )
+    return vectors
+
+
+def _exported(member: SpectralNormalization, weight: Tensor) -> Tensor:
+    if member.training:
+        raise RuntimeError("bssn_fast: a model in training mode cannot be exported; call `model.eval()` first")
+    s, vectors = member.settings, tuple(_vectors(member, weight))
+    normalized, _, _ = reference.normalize(weight, vectors, member.dim, scale=s.scale, eps=s.eps, n_power_iterations=0)
+    return normalized.to(result_dtype(weight, member.autocast))
