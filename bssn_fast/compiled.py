@@ -4,14 +4,14 @@ A compiler runs this code once, with tensors that hold no values yet, and what i
 condition for using the result again. So nothing that changes from step to step is read here: no versions of tensors, no
 counters. What is written is what the code outside needs to know of the call.
 
-A call of the operation is one node of the graph, whose inside (memory, autograd) is left to AOTAutograd: it sees that the
-vectors change, and which layers get a gradient. Under torch.export there is no such node but plain torch operations.
+A call of the operation is one node of the graph, whose inside (memory, autograd) is left to AOTAutograd: it sees that
+the vectors change, and which layers get a gradient. Under torch.export there are plain torch operations instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -75,8 +75,9 @@ def normalize_alone(member: SpectralNormalization, weight: Tensor) -> Tensor:
 
 def _chosen(layers: Sequence[ParametrizationList]) -> tuple[list[SpectralNormalization], list[Tensor]]:
     """Return the layers that a later `apply` or `remove` has left to their group, and their weights."""
-    chosen = [layer for layer in layers if layer[0].settings.update == "forward"]
-    return [layer[0] for layer in chosen], [original_of(layer) for layer in chosen]
+    chosen = [(cast(SpectralNormalization, layer[0]), original_of(layer)) for layer in layers]
+    chosen = [(member, weight) for member, weight in chosen if member.settings.update == "forward"]
+    return [member for member, _ in chosen], [weight for _, weight in chosen]
 
 
 def _iterates(member: SpectralNormalization) -> bool:
@@ -128,6 +129,6 @@ def _vectors(member: SpectralNormalization, weight: Tensor) -> list[Tensor]:
 def _exported(member: SpectralNormalization, weight: Tensor) -> Tensor:
     if member.training:
         raise RuntimeError("bssn_fast: a model in training mode cannot be exported; call `model.eval()` first")
-    s, vectors = member.settings, tuple(_vectors(member, weight))
+    s, vectors = member.settings, tuple([cast(Tensor, member._buffers[name]) for name in member.vector_names])
     normalized, _, _ = reference.normalize(weight, vectors, member.dim, scale=s.scale, eps=s.eps, n_power_iterations=0)
     return normalized.to(result_dtype(weight, member.autocast))

@@ -198,10 +198,10 @@ def _is_nested(model: nn.Module) -> bool:
 
 
 def _call_eagerly(*functions: Callable[..., None]) -> None:
-    """Keep torch.compile from compiling functions, and what they call, when no function that it compiles calls them.
+    """Have torch.compile leave functions alone where nothing that it compiles calls them: hooks of a compiled module.
 
-    It does not see the call of a module's hooks itself and would make of each a graph of its own, in which layers that are
-    not used get gradients of zeros. Without this function of torch that is what happens.
+    It would make a graph of each, in which layers that are not used get gradients of zeros. That is what happens with
+    versions of torch that do not have what is asked for here.
     """
     try:
         from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy

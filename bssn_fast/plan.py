@@ -26,13 +26,16 @@ def in_backward() -> bool:
     return not is_dynamo_compiling() and torch._C._current_graph_task_id() != -1
 
 
-# torch 2.6 does not have it.
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: torch.compiler.is_compiling() and not is_dynamo_compiling())
+def _without_strict_mode() -> bool:  # all that torch 2.6 tells of torch.export
+    return torch.compiler.is_compiling() and not is_dynamo_compiling()
+
+
+_is_exporting = getattr(torch.compiler, "is_exporting", _without_strict_mode)
 
 
 def is_exporting() -> bool:
     """Whether torch.export, an ONNX exporter or torch.jit.trace records the model: they want plain operations."""
-    return bool(_is_exporting()) or torch.jit.is_tracing()
+    return bool(_is_exporting()) or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 class LayerState:

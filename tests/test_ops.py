@@ -23,11 +23,13 @@ def arguments(x):
     return forward, backward
 
 
-def test_schemas_say_what_is_written():
-    forward, backward = arguments(matrix.inputs(CASE))
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.normalize_op, forward, test_utils=tests)
-    torch.library.opcheck(ops.normalize_backward_op, backward, test_utils=tests)
+@pytest.mark.parametrize("backend", ["reference", ""])
+def test_opcheck(backend):
+    """All of torch's checks: schema, fake kernel, autograd, AOTAutograd."""
+    for op, given in zip((ops.normalize_op, ops.normalize_backward_op), arguments(matrix.inputs(CASE)), strict=True):
+        found = torch.library.opcheck(op, (*given[:-1], backend))
+        assert len(found) == 4
+        assert set(found.values()) == {"SUCCESS"}
 
 
 def test_fake_tensors_compute_nothing():

@@ -1,0 +1,462 @@
+"""torch.compile: the same results as the model itself, in one graph, compiled once."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from support import (
+    Net,
+    assert_same_gradients,
+    images,
+    norms,
+    original,
+    plain_copy,
+    same,
+    vectors_of,
+)
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+import bssn_fast
+from bssn_fast import group, reference
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch.compiler.set_stance("default")
+
+
+def compiled(function, backend="aot_eager", fullgraph=True):
+    return torch.compile(function, backend=backend, fullgraph=fullgraph)
+
+
+def as_model(model, **options):
+    """Compiled as a module: torch runs the module's hooks outside of what it compiles."""
+    return compiled(model, **options)
+
+
+def as_part(model, **options):
+    """Called by a function that is compiled: the hooks become part of its graph."""
+    return compiled(lambda *args: model(*args), **options)
+
+
+@pytest.fixture(params=[as_model, as_part])
+def ways(request):
+    return request.param
+
+
+def twins(net=None, **settings):
+    model = bssn_fast.apply(Net() if net is None else net, **settings)
+    return model, copy.deepcopy(model)
+
+
+def change_weights(*models):
+    """As an optimizer would, and more."""
+    with torch.no_grad():
+        for model in models:
+            for norm in norms(model):
+                original(model.get_submodule(norm)).mul_(1.2).add_(0.01)
+
+
+def assert_twins(model, twin, rtol=0.0):
+    assert same(vectors_of(model), vectors_of(twin))
+    assert_same_gradients(model, twin, rtol)
+
+
+def test_a_hundred_steps_of_training_and_evaluation(ways):
+    """Bit for bit what the model does itself, two forwards before each backward, and never compiled again."""
+    model, twin = twins()
+    call = ways(model)
+    optimizers = [torch.optim.Adam(net.parameters(), 1e-3) for net in (model, twin)]
+    for step in range(100):
+        if step == 2:
+            graphs = counters["stats"]["unique_graphs"]
+            torch.compiler.set_stance("fail_on_recompile")
+        x, y = images(), images()
+        losses = [net(x).square().mean() - net(y).mean() for net in (call, twin)]
+        assert torch.equal(*losses)
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    assert_twins(model, twin)
+    assert graphs == counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+    torch.compiler.set_stance("default")
+    model.eval(), twin.eval()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(call(x), twin(x))
+            assert torch.equal(model(x), twin(x))  # nothing kept from before
+    assert same(vectors_of(model), vectors_of(twin))
+
+
+def test_inductor(launches):
+    """Training and evaluation are as near to float64 as they are without a compiler; one call for all layers."""
+    small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.1), nn.Flatten(), nn.Linear(64, 1))
+    model, twin = twins(small)
+    exact = plain_copy(model).double()
+    call = as_part(model, backend="inductor")
+    launches.clear()
+    for _ in range(3):
+        x, y = images(), images()
+        for net, f in ((model, call), (twin, twin), (exact, lambda x: exact(x.double()))):
+            net.zero_grad()
+            (f(x).square().mean() - f(y).mean()).backward()
+            with torch.no_grad():
+                for p in net.parameters():
+                    p -= 0.1 * p.grad
+    assert launches == [(2, 1)] * 2 * 2 * 3  # two models, two forwards, three steps
+    found = [(p.detach() - e).norm() for p, e in zip(model.parameters(), exact.parameters(), strict=True)]
+    plain = [(p.detach() - e).norm() for p, e in zip(twin.parameters(), exact.parameters(), strict=True)]
+    for error, expected, p in zip(found, plain, exact.parameters(), strict=True):
+        assert error <= 3 * expected + 1e-6 * p.norm()
+    model.eval(), exact.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(call(x), exact(x.double()).float(), rtol=1e-5, atol=1e-5)
+
+
+class Unused(Net):
+    def forward(self, x):
+        return self.first(x).sum((1, 2, 3))
+
+
+class Checkpointed(Net):
+    def forward(self, x):
+        x = checkpoint(self.body, self.first(x), use_reentrant=False).tanh().flatten(1)
+        return self.head(x)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(self.a(x)).sum((1, 2, 3))
+
+
+def freeze(model):
+    original(model.first).requires_grad_(False)
+
+
+def not_dense(model):
+    original(model.head).data = torch.linspace(-1, 1, 128)[None, ::2]
+
+
+def some_evaluating(model):
+    model.body.eval()
+
+
+CASES = {
+    # name: (model, settings of `apply`, what is done to model and twin)
+    "unused layers": (Unused, {}, None),
+    "frozen layer": (Net, {}, freeze),
+    "checkpoint inside": (Checkpointed, {}, None),
+    "tied": (Tied, {}, None),
+    "update=access": (Net, {"update": "access"}, None),
+    "groups of gradients": (Net, {"gradient_groups": 3}, None),
+    "channels_last": (lambda: Net().to(memory_format=torch.channels_last), {}, None),
+    "not dense": (Net, {}, not_dense),
+    "mixed modes": (Net, {}, some_evaluating),
+    "reference": (Net, {"backend": "reference", "variant": "sn", "n_power_iterations": 2}, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kinds_of_models(case):
+    check_kind(case, as_part)
+
+
+def test_unused_layers_of_a_compiled_module():
+    check_kind("unused layers", as_model)
+
+
+def check_kind(case, ways):
+    make, settings, prepare = CASES[case]
+    model, twin = twins(make(), **settings)
+    for net in (model, twin):
+        if prepare:
+            prepare(net)
+    call = ways(model)
+    for _ in range(2):
+        x = images()
+        for f in (call, twin):
+            f(x).sum().backward()
+        change_weights(model, twin)
+    # Some sums of gradients are added in another order.
+    assert_twins(model, twin, rtol=1e-5 if case in ("tied", "update=access", "checkpoint inside") else 0)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(context):
+    model, twin = twins()
+    call = as_part(model)
+    for training in (True, False):
+        model.train(training), twin.train(training)
+        with context():
+            x = images()
+            assert torch.equal(call(x), twin(x))
+    x = images()
+    for f in (call, twin):
+        f(x).sum().backward()
+    assert_twins(model, twin)
+
+
+def test_layers_outside_of_a_call_of_the_model():
+    model, twin = twins()
+
+    def f(net, x):
+        return net.body(net.first(x)).sum() + net.head.weight.square().sum()
+
+    call = compiled(f)
+    for step in range(3):
+        if step == 2:
+            torch.compiler.set_stance("fail_on_recompile")
+        x = images()
+        call(model, x).backward()
+        f(twin, x).backward()
+        change_weights(model, twin)
+    assert_twins(model, twin)
+
+
+def test_only_blocks_of_the_model_are_compiled(launches):
+    model, twin = twins()
+    for block in (model.first, model.body):
+        block.compile(backend="aot_eager", fullgraph=True)
+    launches.clear()
+    for step in range(4):
+        if step == 2:
+            torch.compiler.set_stance("fail_on_recompile")
+        x = images()
+        for net in (model, twin):
+            net(x).sum().backward()
+        change_weights(model, twin)
+    assert_twins(model, twin)
+    assert launches == [(4, 1), (1, 1)] * 2 * 4
+
+
+def test_graph_breaks_in_a_layer(ways):
+    class Breaking(nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x.tanh()
+
+    net = Net()
+    net.body[2] = Breaking()
+    model, twin = twins(net)
+    call = ways(model, fullgraph=False)
+    for step in range(4):
+        if step == 2:
+            torch.compiler.set_stance("fail_on_recompile")
+        x = images()
+        for f in (call, twin):
+            f(x).sum().backward()
+        change_weights(model, twin)
+    assert counters["graph_break"]
+    assert_twins(model, twin)
+
+
+def test_without_the_function_that_keeps_hooks_from_being_compiled():
+    """The hooks are then graphs of their own."""
+    model, twin = twins()
+    frame = torch._C._dynamo.eval_frame
+    codes = group.Group.begin.__code__, group.Group.end.__code__
+    try:
+        for code in codes:
+            frame.set_code_exec_strategy(
+                code, frame._FrameExecStrategy(frame._FrameAction.DEFAULT, frame._FrameAction.DEFAULT)
+            )
+        call = as_model(model)
+        for step in range(4):
+            if step == 2:
+                torch.compiler.set_stance("fail_on_recompile")
+            x = images()
+            for f in (call, twin):
+                f(x).sum().backward()
+            change_weights(model, twin)
+        assert counters["stats"]["unique_graphs"] == 2
+        assert_twins(model, twin)
+    finally:
+        group._call_eagerly(group.Group.begin, group.Group.end)
+
+
+@pytest.mark.parametrize(("ways", "eager_first"), [(as_model, False), (as_part, False), (as_part, True)])
+def test_cached_around_compiled_calls(ways, eager_first):
+    """One iteration for compiled calls and others; a compiled call evaluates again, with a graph of its own."""
+    model, twin = twins()
+    call = ways(model)
+    for step in range(4):
+        if step == 2:
+            torch.compiler.set_stance("fail_on_recompile")
+        x, y, z = images(), images(), images()
+        for net, f in ((model, call), (twin, twin)):
+            with bssn_fast.cached(net):
+                loss = net(z).sum() if eager_first else 0
+                (loss + f(x).sum() - f(y).square().sum() + net(z.flip(0)).sum()).backward()
+        assert all(p.state.ready is None for p in norms(model).values())
+        change_weights(model, twin)
+    assert_same_gradients(model, twin, 1e-4)
+    assert same(vectors_of(model), vectors_of(twin))
+
+
+def test_cached_in_a_compiled_function():
+    model, twin = twins()
+
+    def f(net, x, y):
+        with bssn_fast.cached(net):
+            return net(x).sum() - net(y).square().sum()
+
+    call = compiled(f)
+    for step in range(4):
+        if step == 2:
+            torch.compiler.set_stance("fail_on_recompile")
+        x, y = images(), images()
+        call(model, x, y).backward()
+        f(twin, x, y).backward()
+        change_weights(model, twin)
+    assert_same_gradients(model, twin, 1e-4)
+    assert same(vectors_of(model), vectors_of(twin))
+
+
+def test_weights_that_change_in_a_cached_block():
+    model, twin = twins()
+    call = as_part(model)
+    x = images()
+    with bssn_fast.cached(model), torch.no_grad():
+        call(x)
+        change_weights(model, twin)
+        twin.load_state_dict(model.state_dict())
+        assert torch.equal(call(x), twin.eval()(x))
+        assert torch.equal(model(x), twin(x))
+
+
+def test_sigma_and_what_follows_a_compiled_call(ways):
+    model, twin = twins()
+    call = ways(model)
+    x = images()
+    for f in (call, twin):
+        f(x).sum().backward()
+    twin_sigma = bssn_fast.sigma(twin)
+    for name, sigma in bssn_fast.sigma(model).items():
+        torch.testing.assert_close(sigma, twin_sigma[name])
+    change_weights(model)
+    call(x)
+    copied = copy.deepcopy(model)
+    for net in (model, copied):
+        for name, sigma in bssn_fast.sigma(net).items():
+            layer = net.get_submodule(name)
+            norm = norms(net)[name]
+            expected = reference.spectral_norm(original(layer).detach(), tuple(norm.buffers()), norm.dim)
+            torch.testing.assert_close(sigma, expected)
+    assert f"{bssn_fast.sigma(model)['first'].item():.4g}" in bssn_fast.summary(model)
+    expected = model.eval()(x)
+    torch.testing.assert_close(bssn_fast.remove(model)(x), expected)
+
+
+def test_checkpoint_around_the_model():
+    """Recomputing would iterate again: torch.compile leaves such a call to the model itself, or refuses."""
+    model, twin = twins()
+
+    def f(net, x):
+        return checkpoint(net, x, use_reentrant=False).sum()
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled(f)(model, images())
+    call = compiled(f, fullgraph=False)
+    for _ in range(2):
+        x = images()
+        call(model, x).backward()
+        f(twin, x).backward()
+        change_weights(model, twin)
+    assert_twins(model, twin)
+
+
+def test_compiled_call_before_a_checkpoint_is_recomputed():
+    """Its vectors are no longer there."""
+    model = bssn_fast.apply(Net())
+    call = as_part(model)
+    call(images())
+    checkpoint(model, images(), use_reentrant=False).sum().backward()
+    loss = checkpoint(model, images(), use_reentrant=False).sum()
+    call(images())
+    with pytest.raises(RuntimeError, match="normalised several times"):
+        loss.backward()
+
+
+def test_functional_call():
+    model, twin = twins()
+    given = [{n: p.detach().clone().mul_(2).requires_grad_() for n, p in model.named_parameters()} for _ in range(2)]
+    x = images()
+
+    def f(net, parameters):
+        return torch.func.functional_call(net, parameters, (x,)).sum()
+
+    compiled(f)(model, given[0]).backward()
+    f(twin, given[1]).backward()
+    for name in given[0]:
+        torch.testing.assert_close(given[0][name].grad, given[1][name].grad)
+    assert same(vectors_of(model), vectors_of(twin))
+
+
+def test_normalize():
+    def f(weights, vectors):
+        normalized, sigma = bssn_fast.normalize(weights, vectors, scale=2.0)
+        return sum(w.square().sum() for w in normalized) * sigma.sum()
+
+    def arguments():
+        g = torch.Generator().manual_seed(0)
+        weights = [torch.randn(size, generator=g).requires_grad_() for size in ((4, 3, 2), (5, 7))]
+        return weights, [[torch.randn(n, generator=g) for n in sizes] for sizes in ((4, 6, 3, 8), (5, 7))]
+
+    (weights, vectors), (others, expected) = arguments(), arguments()
+    a, b = compiled(f)(weights, vectors), f(others, expected)
+    a.backward(), b.backward()
+    assert torch.equal(a, b)
+    for found, wanted in zip(vectors, expected, strict=True):
+        assert all(map(torch.equal, found, wanted))
+    assert all(torch.equal(w.grad, o.grad) for w, o in zip(weights, others, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast(dtype, inside):
+    model, twin = twins()
+
+    def f(net, x):
+        with torch.autocast("cpu", dtype) if inside else contextlib.nullcontext():
+            return net(x).float().sum()
+
+    call, x = compiled(f), images()
+    for run, net in ((call, model), (f, twin)):
+        with contextlib.nullcontext() if inside else torch.autocast("cpu", dtype):
+            loss = run(net, x)
+        loss.backward()
+    assert_twins(model, twin)
+
+
+def test_half_precision_model():
+    model, twin = twins(Net().bfloat16())
+    call, x = as_part(model), images(2, torch.bfloat16)
+    for f in (call, twin):
+        f(x).float().sum().backward()
+    assert_twins(model, twin)
+    assert all(v.dtype == torch.float32 for p in norms(model).values() for v in p.buffers())
+
+
+def test_bad_input_is_refused_before_anything_changes():
+    model, _ = twins()
+    call = as_part(model)
+    original(model.head).data = original(model.head).data.double()
+    before = vectors_of(model)
+    with pytest.raises(Exception, match="without its vectors"):
+        call(images())
+    assert same(before, vectors_of(model))

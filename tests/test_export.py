@@ -1,0 +1,87 @@
+"""torch.export, ONNX and torch.jit.trace: models in evaluation, in plain operations."""
+
+import pytest
+import torch
+from support import Net, images, original, vectors_of
+
+import bssn_fast
+
+EXPORTERS = {
+    "export": lambda model, x: torch.export.export(model, (x,)),
+    "strict export": lambda model, x: torch.export.export(model, (x,), strict=True),
+}
+
+
+@pytest.fixture
+def model():
+    return bssn_fast.apply(Net()).eval()
+
+
+def operations(program):
+    """Names of all operations, also of the graphs inside."""
+    graphs = [m.graph for m in program.graph_module.modules() if hasattr(m, "graph")]
+    return {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_export(model, exporter):
+    x = images()
+    expected = model(x)
+    before = vectors_of(model)
+    program = EXPORTERS[exporter](model, x)
+    found = operations(program)
+    assert any(name.startswith("aten.conv2d") for name in found)
+    assert not any("bssn" in name for name in found), found
+    assert set(program.state_dict) == set(model.state_dict())
+    torch.testing.assert_close(program.module()(x), expected)
+    assert all(torch.equal(v, before[name]) for name, v in vectors_of(model).items())
+    assert torch.equal(model(x), expected)  # nothing is left of the tensors without values
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_training_is_refused(model, exporter):
+    with pytest.raises(Exception, match=r"model\.eval\(\)"):
+        EXPORTERS[exporter](model.train(), images())
+    model(images()).sum().backward()
+
+
+def test_half_precision(model):
+    x = images().bfloat16()
+    expected = model.bfloat16()(x)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+
+
+def test_a_cached_block_does_not_make_the_weights_constants(model):
+    x = images()
+    with bssn_fast.cached(model):
+        model(x)
+        program = torch.export.export(model, (x,))
+    state = program.state_dict["first.parametrizations.weight.original"]
+    before = program.module()(x)
+    with torch.no_grad():
+        state.copy_(state.flip(0))
+    assert not torch.equal(program.module()(x), before)
+
+
+def test_onnx(model):
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    x = images()
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    assert {node.domain for node in program.model.graph} == {""}  # ONNX's own operations
+    (name,) = [value.name for value in program.model_proto.graph.input]
+    (found,) = ReferenceEvaluator(program.model_proto).run(None, {name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_torch_jit_trace(model):
+    """So that the older exporter to ONNX works too."""
+    x = images()
+    traced = torch.jit.trace(model, (x,))
+    torch.testing.assert_close(traced(x), model(x))
+    with torch.no_grad():
+        original(model.first).mul_(2).add_(0.1)  # the traced model shares the weight
+    torch.testing.assert_close(traced(x), model(x))
+    with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
+        torch.jit.trace(model.train(), (x,))
