@@ -50,13 +50,17 @@ def _speedups(
     complete = 0 < len(known) == len(names)
     some = "" if complete else f"; {len(known)} of {len(names)} models"
     what = f"`{variant}` {phase}, times as fast as {peer}"
+    # What bounds a forward pass.
+    copies = [results.speedup("layers", s, variant, phase, COPY, peer) or 0 for s in known if phase == "forward"]
     if least is not None:
         worst = min(known, key=known.__getitem__, default="")
         text = f"{known[worst]:.1f} ({worst}{some})" if known else NOT_MEASURED
+        text += f"; a plain copy {min(copies):.1f}" if copies and all(copies) else ""
         yield Target(f"{what}, every model", f"≥ {least:g}", text, complete and known[worst] >= least)
     if mean is not None:
         x = geometric_mean(known.values()) if known else 0
         text = f"{x:.1f}{some}" if known else NOT_MEASURED
+        text += f"; a plain copy {geometric_mean(copies):.1f}" if copies and all(copies) else ""
         yield Target(f"{what}, geometric mean", f"≥ {mean:g}", text, complete and x >= mean)
 
 
