@@ -3,23 +3,23 @@
     python -m benchmarks.gradient_groups
 
 First table: forward and backward of the normalisation alone, all threads. Second: a discriminator's training steps, two
-forwards and one backward, in two processes of one thread each that exchange gradients through gloo on this machine.
+forwards and one backward, in two processes of one thread each that exchange gradients through gloo on this machine; and
+the same over an imitated network: every bucket of gradients waits for its turn and takes a second for NETWORK bytes.
 Median milliseconds of rounds in which all candidates take turns.
 """
-
-from __future__ import annotations
 
 import copy
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import relu
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +31,7 @@ GROUPS = (1, 2, 4, 8)
 SETS = ("sngan_d32", "bsn_cnn_d32", "bsn_resnet_d128", "biggan_d128")
 ROUNDS, STEPS = 15, 10
 BATCH, WIDTH, BUCKET_MB = 8, 64, 4
+NETWORK = 125e6  # 1 Gbit/s
 
 
 def _medians(candidates: list[Callable[[], None]], rounds: int) -> list[float]:
@@ -60,7 +61,20 @@ def normalisation(name: str) -> list[float]:
     return _medians([candidate(n) for n in GROUPS], ROUNDS)
 
 
-def _train(rank: int, store: str, name: str, found: mp.SimpleQueue) -> None:
+def _send_slowly(wire: ThreadPoolExecutor, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    sent: torch.futures.Future[Tensor] = torch.futures.Future()
+    buffer = bucket.buffer()
+
+    def send() -> None:
+        dist.all_reduce(buffer)
+        time.sleep(buffer.nbytes / NETWORK)
+        sent.set_result(buffer / dist.get_world_size())
+
+    wire.submit(send)
+    return sent
+
+
+def _train(rank: int, store: str, name: str, network: bool, found: mp.SimpleQueue) -> None:
     machine.pin_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
@@ -69,6 +83,8 @@ def _train(rank: int, store: str, name: str, found: mp.SimpleQueue) -> None:
 
     def candidate(model: nn.Module) -> Callable[[], None]:
         model = DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB)
+        if network:
+            model.register_comm_hook(ThreadPoolExecutor(1), _send_slowly)
 
         def run() -> None:
             model.zero_grad()
@@ -83,11 +99,11 @@ def _train(rank: int, store: str, name: str, found: mp.SimpleQueue) -> None:
     dist.destroy_process_group()
 
 
-def training(name: str) -> list[float]:
+def training(name: str, network: bool) -> list[float]:
     """Steps of a discriminator in two processes: without normalisation, and for each number of groups."""
     with tempfile.TemporaryDirectory() as folder:
         found = mp.get_context("spawn").SimpleQueue()
-        mp.spawn(_train, (str(Path(folder) / "store"), name, found), nprocs=2)
+        mp.spawn(_train, (str(Path(folder) / "store"), name, network, found), nprocs=2)
         return found.get()
 
 
@@ -100,7 +116,9 @@ def main() -> None:
         print(f"| `{name}` | {' | '.join(f'{t:.2f}' for t in normalisation(name))} |", flush=True)
     print(f"\n| training step, ms | not normalised | {header} |\n|---|---|{'---|' * len(GROUPS)}")
     for name in DISCRIMINATORS:
-        print(f"| {name} | {' | '.join(f'{t:.0f}' for t in training(name))} |", flush=True)
+        for network in (False, True):
+            about = f"{name}, {NETWORK * 8e-9:g} Gbit/s" if network else name
+            print(f"| {about} | {' | '.join(f'{t:.0f}' for t in training(name, network))} |", flush=True)
 
 
 if __name__ == "__main__":
