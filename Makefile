@@ -4,6 +4,7 @@
 # make bench-compare   the same against this machine's kept figures
 # make gpu     correctness and speed on this machine's GPU, with the Python and torch that it already has
 # make asan    the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make docs    the reference of all public names, in build/docs
 # make format  lay out Python and C++
 # All but gpu use .venv, which they create if need be, with the package installed in it for editing.
 
@@ -21,7 +22,7 @@ WITH_ASAN = PYTHONPATH=$(ASAN_DIR) PYTHONSAFEPATH=1 BSSN_FAST_BACKEND=cpu \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
-.PHONY: train test lint bench bench-compare gpu asan format env build clean
+.PHONY: train test lint bench bench-compare gpu asan docs format env build clean
 .DELETE_ON_ERROR:
 
 train: build
@@ -58,6 +59,9 @@ asan: build
 	CXX=$(CXX) BSSN_FAST_SANITIZE=1 BSSN_FAST_STRICT=1 $(BIN)/python setup.py -q build --build-lib $(ASAN_DIR)
 	$(WITH_ASAN) $(BIN)/python -c "import bssn_fast._C as m; assert 'asan' in m.__file__, m.__file__"
 	$(WITH_ASAN) $(BIN)/pytest -p no:cacheprovider --capture=sys tests/backends/test_cpu.py $(ARGS)
+
+docs: build
+	$(BIN)/python -W error -m pdoc -d google -o build/docs bssn_fast
 
 env: $(ENV_STAMP)
 
