@@ -145,7 +145,7 @@ class Group:
                 self.discard(found)
         for layer in left:
             names = {id(m): name for name, m in model.named_modules()}
-            name = names[id(layer)].removesuffix("parametrizations.weight").rstrip(".")
+            name = names[id(layer)].rpartition("parametrizations.")[0].rstrip(".")
             refuse_sharded(original_of(layer), name or type(model).__name__)
 
     def _begin_compiled(self) -> None:
