@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from support import vectors_of
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -231,3 +232,28 @@ def flat(module: nn.Module, use_orig_params: bool = True) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     return FullyShardedDataParallel(module, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+
+
+def ddp_compiled(steps: int, inside: bool, gradient_groups: int) -> Result:
+    """DDP around a compiled model, or a compiled DDP."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = critic(gradient_groups=gradient_groups)
+    compiler = CompileCounterWithBackend("aot_eager")
+    if inside:
+        call = DistributedDataParallel(torch.compile(model, backend=compiler, fullgraph=True))
+    else:
+        call = torch.compile(DistributedDataParallel(model), backend=compiler)
+    result = train(call, model, steps, split=True)
+    assert compiler.frame_count > 0
+    return result
+
+
+def fsdp_compiled(steps: int, how: str) -> Result:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = critic()
+    compiler = CompileCounterWithBackend("aot_eager")
+    result = train(torch.compile(shard(model, how), backend=compiler), model, steps, split=True)
+    assert compiler.frame_count > 0
+    return result

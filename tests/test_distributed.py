@@ -112,3 +112,19 @@ def test_refusals_name_the_layer_and_what_to_do(ranks):
         assert "before wrapping in DistributedDataParallel" in said["apply after DDP"]
         assert "Use fully_shard" in said["FullyShardedDataParallel False"]
         assert "Use fully_shard" in said["FullyShardedDataParallel True"]
+
+
+@pytest.mark.parametrize(
+    ("inside", "gradient_groups"), [(False, 1), (True, 1), (True, 2)], ids=["compiled_ddp", "ddp_of_compiled", "groups"]
+)
+def test_ddp_and_compile_are_one_process(ranks, inside, gradient_groups):
+    results = ranks.run(runs.ddp_compiled, 50, inside, gradient_groups)
+    assert_bit_equal(results[1:], results[0])
+    assert_close(results, runs.alone(50))
+
+
+@pytest.mark.parametrize("how", ["root", "blocks"])
+def test_fsdp_and_compile_are_one_process(ranks, how):
+    results = ranks.run(runs.fsdp_compiled, 10, how)
+    assert_bit_equal(results[1:], results[0])
+    assert_close(results, runs.alone(10))
