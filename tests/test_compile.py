@@ -1,73 +1,26 @@
 """torch.compile: the same results as the model itself, in one graph, compiled once."""
 
 import contextlib
-import copy
 
 import pytest
 import torch
-from support import (
-    Net,
-    assert_same_gradients,
-    images,
-    norms,
-    original,
-    plain_copy,
-    same,
-    vectors_of,
-)
+from compiling import as_model, as_part, assert_twins, both_ways, change_weights, compiled, fresh_compiler, twins
+from support import Net, images, norms, original, plain_copy, same, vectors_of
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import bssn_fast
-from bssn_fast import group, reference
+from bssn_fast import group
 
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch.compiler.set_stance("default")
+    with fresh_compiler():
+        yield
 
 
-def compiled(function, backend="aot_eager", fullgraph=True):
-    return torch.compile(function, backend=backend, fullgraph=fullgraph)
-
-
-def as_model(model, **options):
-    """Compiled as a module: torch runs the module's hooks outside of what it compiles."""
-    return compiled(model, **options)
-
-
-def as_part(model, **options):
-    """Called by a function that is compiled: the hooks become part of its graph."""
-    return compiled(lambda *args: model(*args), **options)
-
-
-@pytest.fixture(params=[as_model, as_part])
-def ways(request):
-    return request.param
-
-
-def twins(net=None, **settings):
-    model = bssn_fast.apply(Net() if net is None else net, **settings)
-    return model, copy.deepcopy(model)
-
-
-def change_weights(*models):
-    """As an optimizer would, and more."""
-    with torch.no_grad():
-        for model in models:
-            for norm in norms(model):
-                original(model.get_submodule(norm)).mul_(1.2).add_(0.01)
-
-
-def assert_twins(model, twin, rtol=0.0):
-    assert same(vectors_of(model), vectors_of(twin))
-    assert_same_gradients(model, twin, rtol)
-
-
+@both_ways
 def test_a_hundred_steps_of_training_and_evaluation(ways):
     """Bit for bit what the model does itself, two forwards before each backward, and never compiled again."""
     model, twin = twins()
@@ -196,13 +149,12 @@ def check_kind(case, ways):
     assert_twins(model, twin, rtol=1e-5 if case in ("tied", "update=access", "checkpoint inside") else 0)
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(context):
+def test_inference_mode():
     model, twin = twins()
     call = as_part(model)
     for training in (True, False):
         model.train(training), twin.train(training)
-        with context():
+        with torch.inference_mode():
             x = images()
             assert torch.equal(call(x), twin(x))
     x = images()
@@ -244,6 +196,7 @@ def test_only_blocks_of_the_model_are_compiled(launches):
     assert launches == [(4, 1), (1, 1)] * 2 * 4
 
 
+@both_ways
 def test_graph_breaks_in_a_layer(ways):
     class Breaking(nn.Module):
         def forward(self, x):
@@ -289,109 +242,6 @@ def test_without_the_function_that_keeps_hooks_from_being_compiled():
         group._call_eagerly(group.Group.begin, group.Group.end)
 
 
-@pytest.mark.parametrize(("ways", "eager_first"), [(as_model, False), (as_part, False), (as_part, True)])
-def test_cached_around_compiled_calls(ways, eager_first):
-    """One iteration for compiled calls and others; a compiled call evaluates again, with a graph of its own."""
-    model, twin = twins()
-    call = ways(model)
-    for step in range(4):
-        if step == 2:
-            torch.compiler.set_stance("fail_on_recompile")
-        x, y, z = images(), images(), images()
-        for net, f in ((model, call), (twin, twin)):
-            with bssn_fast.cached(net):
-                loss = net(z).sum() if eager_first else 0
-                (loss + f(x).sum() - f(y).square().sum() + net(z.flip(0)).sum()).backward()
-        assert all(p.state.ready is None for p in norms(model).values())
-        change_weights(model, twin)
-    assert_same_gradients(model, twin, 1e-4)
-    assert same(vectors_of(model), vectors_of(twin))
-
-
-def test_cached_in_a_compiled_function():
-    model, twin = twins()
-
-    def f(net, x, y):
-        with bssn_fast.cached(net):
-            return net(x).sum() - net(y).square().sum()
-
-    call = compiled(f)
-    for step in range(4):
-        if step == 2:
-            torch.compiler.set_stance("fail_on_recompile")
-        x, y = images(), images()
-        call(model, x, y).backward()
-        f(twin, x, y).backward()
-        change_weights(model, twin)
-    assert_same_gradients(model, twin, 1e-4)
-    assert same(vectors_of(model), vectors_of(twin))
-
-
-def test_weights_that_change_in_a_cached_block():
-    model, twin = twins()
-    call = as_part(model)
-    x = images()
-    with bssn_fast.cached(model), torch.no_grad():
-        call(x)
-        change_weights(model, twin)
-        twin.load_state_dict(model.state_dict())
-        assert torch.equal(call(x), twin.eval()(x))
-        assert torch.equal(model(x), twin(x))
-
-
-def test_sigma_and_what_follows_a_compiled_call(ways):
-    model, twin = twins()
-    call = ways(model)
-    x = images()
-    for f in (call, twin):
-        f(x).sum().backward()
-    twin_sigma = bssn_fast.sigma(twin)
-    for name, sigma in bssn_fast.sigma(model).items():
-        torch.testing.assert_close(sigma, twin_sigma[name])
-    change_weights(model)
-    call(x)
-    copied = copy.deepcopy(model)
-    for net in (model, copied):
-        for name, sigma in bssn_fast.sigma(net).items():
-            layer = net.get_submodule(name)
-            norm = norms(net)[name]
-            expected = reference.spectral_norm(original(layer).detach(), tuple(norm.buffers()), norm.dim)
-            torch.testing.assert_close(sigma, expected)
-    assert f"{bssn_fast.sigma(model)['first'].item():.4g}" in bssn_fast.summary(model)
-    expected = model.eval()(x)
-    torch.testing.assert_close(bssn_fast.remove(model)(x), expected)
-
-
-def test_checkpoint_around_the_model():
-    """Recomputing would iterate again: torch.compile leaves such a call to the model itself, or refuses."""
-    model, twin = twins()
-
-    def f(net, x):
-        return checkpoint(net, x, use_reentrant=False).sum()
-
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        compiled(f)(model, images())
-    call = compiled(f, fullgraph=False)
-    for _ in range(2):
-        x = images()
-        call(model, x).backward()
-        f(twin, x).backward()
-        change_weights(model, twin)
-    assert_twins(model, twin)
-
-
-def test_compiled_call_before_a_checkpoint_is_recomputed():
-    """Its vectors are no longer there."""
-    model = bssn_fast.apply(Net())
-    call = as_part(model)
-    call(images())
-    checkpoint(model, images(), use_reentrant=False).sum().backward()
-    loss = checkpoint(model, images(), use_reentrant=False).sum()
-    call(images())
-    with pytest.raises(RuntimeError, match="normalised several times"):
-        loss.backward()
-
-
 def test_functional_call():
     model, twin = twins()
     given = [{n: p.detach().clone().mul_(2).requires_grad_() for n, p in model.named_parameters()} for _ in range(2)]
@@ -426,8 +276,7 @@ def test_normalize():
     assert all(torch.equal(w.grad, o.grad) for w, o in zip(weights, others, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(("dtype", "inside"), [(torch.bfloat16, False), (torch.float16, True)])
 def test_autocast(dtype, inside):
     model, twin = twins()
 

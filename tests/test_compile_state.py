@@ -1,0 +1,122 @@
+"""What is left behind by calls of compiled models: vectors, sigma, results in `cached` blocks, checkpoints."""
+
+import copy
+
+import pytest
+import torch
+from compiling import as_model, as_part, assert_twins, both_ways, change_weights, compiled, fresh_compiler, twins
+from support import Net, assert_same_gradients, images, norms, original, same, vectors_of
+from torch.utils.checkpoint import checkpoint
+
+import bssn_fast
+from bssn_fast import reference
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    with fresh_compiler():
+        yield
+
+
+@pytest.mark.parametrize(("ways", "eager_first"), [(as_model, False), (as_part, False), (as_part, True)])
+def test_cached_around_compiled_calls(ways, eager_first):
+    """One iteration for compiled calls and others; a compiled call evaluates again, with a graph of its own."""
+    model, twin = twins()
+    call = ways(model)
+    for step in range(4):
+        if step == 2:
+            torch.compiler.set_stance("fail_on_recompile")
+        x, y, z = images(), images(), images()
+        for net, f in ((model, call), (twin, twin)):
+            with bssn_fast.cached(net):
+                loss = net(z).sum() if eager_first else 0
+                (loss + f(x).sum() - f(y).square().sum() + net(z.flip(0)).sum()).backward()
+        assert all(p.state.ready is None for p in norms(model).values())
+        change_weights(model, twin)
+    assert_same_gradients(model, twin, 1e-4)
+    assert same(vectors_of(model), vectors_of(twin))
+
+
+def test_cached_in_a_compiled_function():
+    model, twin = twins()
+
+    def f(net, x, y):
+        with bssn_fast.cached(net):
+            return net(x).sum() - net(y).square().sum()
+
+    call = compiled(f)
+    for step in range(4):
+        if step == 2:
+            torch.compiler.set_stance("fail_on_recompile")
+        x, y = images(), images()
+        call(model, x, y).backward()
+        f(twin, x, y).backward()
+        change_weights(model, twin)
+    assert_same_gradients(model, twin, 1e-4)
+    assert same(vectors_of(model), vectors_of(twin))
+
+
+def test_weights_that_change_in_a_cached_block():
+    model, twin = twins()
+    call = as_part(model)
+    x = images()
+    with bssn_fast.cached(model), torch.no_grad():
+        call(x)
+        change_weights(model, twin)
+        twin.load_state_dict(model.state_dict())
+        assert torch.equal(call(x), twin.eval()(x))
+        assert torch.equal(model(x), twin(x))
+
+
+@both_ways
+def test_sigma_and_what_follows_a_compiled_call(ways):
+    model, twin = twins()
+    call = ways(model)
+    x = images()
+    for f in (call, twin):
+        f(x).sum().backward()
+    twin_sigma = bssn_fast.sigma(twin)
+    for name, sigma in bssn_fast.sigma(model).items():
+        torch.testing.assert_close(sigma, twin_sigma[name])
+    change_weights(model)
+    call(x)
+    copied = copy.deepcopy(model)
+    for net in (model, copied):
+        for name, sigma in bssn_fast.sigma(net).items():
+            layer = net.get_submodule(name)
+            norm = norms(net)[name]
+            expected = reference.spectral_norm(original(layer).detach(), tuple(norm.buffers()), norm.dim)
+            torch.testing.assert_close(sigma, expected)
+    assert f"{bssn_fast.sigma(model)['first'].item():.4g}" in bssn_fast.summary(model)
+    expected = model.eval()(x)
+    torch.testing.assert_close(bssn_fast.remove(model)(x), expected)
+
+
+def test_checkpoint_around_the_model():
+    """Recomputing would iterate again: torch.compile leaves such a call to the model itself, or refuses."""
+    model, twin = twins()
+
+    def f(net, x):
+        return checkpoint(net, x, use_reentrant=False).sum()
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled(f)(model, images())
+    call = compiled(f, fullgraph=False)
+    for _ in range(2):
+        x = images()
+        call(model, x).backward()
+        f(twin, x).backward()
+        change_weights(model, twin)
+    assert_twins(model, twin)
+
+
+def test_compiled_call_before_a_checkpoint_is_recomputed():
+    """Its vectors are no longer there."""
+    model = bssn_fast.apply(Net())
+    call = as_part(model)
+    call(images())
+    checkpoint(model, images(), use_reentrant=False).sum().backward()
+    loss = checkpoint(model, images(), use_reentrant=False).sum()
+    call(images())
+    with pytest.raises(RuntimeError, match="normalised several times"):
+        loss.backward()
