@@ -22,8 +22,6 @@ def report() -> str:
             if not backends.serves(name, device_type):
                 continue
             reason = backends.why_unavailable(name, device_type)
-            if device_type == "cuda" and not torch.cuda.is_available():
-                reason = reason or "torch sees no GPU"
             note = f"not available: {reason}" if reason else "available"
             if name == default and not reason:
                 note += ", the default"

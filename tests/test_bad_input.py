@@ -99,11 +99,11 @@ def test_missing_backend(model, monkeypatch):
     refuses(model, bssn_fast.BackendUnavailableError, "'triton'", "not cpu", backend="triton")
     refuses(model, bssn_fast.BackendUnavailableError, "'cuda'", "not cpu", backend="cuda")
     monkeypatch.setattr(extension, "module", None)
-    backends._resolve.cache_clear()
+    backends.forget()
     try:
         refuses(model, bssn_fast.BackendUnavailableError, "'cpu'", "compiler", backend="cpu")
     finally:
-        backends._resolve.cache_clear()
+        backends.forget()
 
 
 def with_layer(layer):

@@ -2,7 +2,8 @@
 
 `DEVICES`: the device types it serves; empty for all.
 
-`why_unavailable() -> str | None`: None when it works here, else the reason with its remedy.
+`why_unavailable(device) -> str | None`: None when it works on this device, else the reason with its remedy. Asked once
+per device, so that it may take its time: to compile and load a kernel, for instance.
 
 `forward(weights, vectors, dims, two_sided, scale, eps, n_power_iterations, normalized, snapshot, sigma) -> None`
 normalises n layers of one device and dtype:
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from functools import cache
 from types import ModuleType
 
@@ -53,37 +55,70 @@ def serves(name: str, device_type: str) -> bool:
     return not devices or device_type in devices
 
 
-def why_unavailable(name: str, device_type: str) -> str | None:
-    """Return None if backend `name` works here for this type of device, else the reason."""
+def _with_index(device: torch.device | str) -> torch.device:
+    """Return the device with its number: "cuda" alone is the current one, which may change."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    return device
+
+
+@cache
+def _why_unavailable(name: str, device: torch.device) -> str | None:
+    return _module(name).why_unavailable(device)
+
+
+def why_unavailable(name: str, device: torch.device | str) -> str | None:
+    """Return None if backend `name` works on this device, else the reason."""
+    device = _with_index(device)
     if name not in NAMES:
         return f"there is no such backend; choose one of {', '.join(NAMES)}"
-    if not serves(name, device_type):
-        return f"it serves {' and '.join(_module(name).DEVICES)} tensors, not {device_type}"
-    return _module(name).why_unavailable()
+    if not serves(name, device.type):
+        return f"it serves {' and '.join(_module(name).DEVICES)} tensors, not {device.type}"
+    return _why_unavailable(name, device)
 
 
-def default(device_type: str) -> str:
-    """Return the name of the backend that a type of device gets when none is asked for."""
-    return os.environ.get("BSSN_FAST_BACKEND") or _first_available(device_type)
-
-
-@cache
-def _first_available(device_type: str) -> str:
-    candidates = _PREFERRED.get(device_type, ("reference",))
-    return next(name for name in candidates if why_unavailable(name, device_type) is None)
+def default(device: torch.device | str) -> str:
+    """Return the name of the backend that a device gets when none is asked for."""
+    return os.environ.get("BSSN_FAST_BACKEND") or _first_available(_with_index(device))
 
 
 @cache
-def _resolve(name: str, device_type: str) -> ModuleType:
-    reason = why_unavailable(name, device_type)
+def _first_available(device: torch.device) -> str:
+    """Return the first backend that works on a device; decided once for each device."""
+    reasons = []
+    for name in _PREFERRED.get(device.type, ("reference",)):
+        reason = why_unavailable(name, device)
+        if reason is None:
+            break
+        reasons.append(f"{name}: {reason}")
+    if name == "reference" and device.type == "cuda" and torch.cuda.is_available():
+        warnings.warn(
+            f"bssn_fast has no kernels that work on {device} and uses plain torch operations, which are slower. "
+            + "; ".join(reasons),
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return name
+
+
+def forget() -> None:
+    """Decide anew, for all devices, which backends work."""
+    for decided in (_why_unavailable, _first_available, _resolve):
+        decided.cache_clear()
+
+
+@cache
+def _resolve(name: str, device: torch.device) -> ModuleType:
+    reason = why_unavailable(name, device)
     if reason is not None:
-        raise BackendUnavailableError(f"bssn_fast backend {name!r} cannot be used: {reason}")
+        raise BackendUnavailableError(f"bssn_fast backend {name!r} cannot be used on {device}: {reason}")
     return _module(name)
 
 
 def get(name: str, device: torch.device) -> ModuleType:
     """Return the backend `name` for a device; an empty name takes BSSN_FAST_BACKEND or the device's default.
 
-    Raises BackendUnavailableError if the one asked for cannot run here.
+    Raises BackendUnavailableError if the one asked for cannot run there.
     """
-    return _resolve(name or default(device.type), device.type)
+    return _resolve(name or default(device), device)

@@ -22,7 +22,7 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _CHANNEL_MAJOR, _KERNEL_MAJOR, _STRIDED, _INPUT_MAJOR = range(4)
 
 
-def why_unavailable() -> str | None:
+def why_unavailable(device: torch.device) -> str | None:
     return extension.why_missing()
 
 

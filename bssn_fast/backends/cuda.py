@@ -22,15 +22,10 @@ from bssn_fast.layout import channels, snapshot_offsets
 
 DEVICES = ("cuda",)
 
-_REMEDY = (
-    "update the driver, or reinstall with this machine's CUDA toolkit, for the architecture of this GPU, e.g. "
-    "`BSSN_FAST_CUDA_ARCHS=90 pip install --force-reinstall --no-deps .`"
-)
-
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def why_unavailable() -> str | None:
+def why_unavailable(device: torch.device) -> str | None:
     if extension.module is None:
         return extension.why_missing()
     if not hasattr(extension.module, "cuda_forward"):
@@ -38,8 +33,14 @@ def why_unavailable() -> str | None:
         return f"the extension was built without CUDA: {reason}"
     if not torch.cuda.is_available() or torch.version.hip:
         return "torch sees no NVIDIA GPU; check the driver and that torch was installed with CUDA"
-    error = extension.module.cuda_status(torch.cuda.current_device())
-    return None if error == 0 else f"CUDA says '{_words(error)}'; {_REMEDY}"
+    error = extension.module.cuda_status(device.index)
+    if error == 0:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        f"CUDA says '{_words(error)}'; update the driver, or reinstall with this machine's CUDA toolkit for this GPU: "
+        f"`BSSN_FAST_CUDA_ARCHS={major}{minor} pip install --force-reinstall --no-deps .`"
+    )
 
 
 def _words(error: int) -> str:

@@ -11,7 +11,7 @@ from bssn_fast.layout import Batch
 DEVICES: tuple[str, ...] = ()
 
 
-def why_unavailable() -> str | None:
+def why_unavailable(device: torch.device) -> str | None:
     return None
 
 

@@ -1,11 +1,16 @@
 """Which backend is taken, and what is said where one cannot be."""
 
+import sys
+import warnings
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
 import bssn_fast
 from bssn_fast import backends
+from bssn_fast.backends import cuda, extension
 
 CPU = torch.device("cpu")
 
@@ -13,13 +18,16 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     monkeypatch.delenv("BSSN_FAST_BACKEND", raising=False)
+    backends.forget()
+    yield
+    backends.forget()
 
 
 @pytest.mark.parametrize("name", backends.NAMES)
 def test_each_has_the_four_names(name):
     module = backends._module(name)
     assert isinstance(module.DEVICES, tuple)
-    assert module.why_unavailable() is None or module.why_unavailable()
+    assert module.why_unavailable(CPU) is None or module.why_unavailable(CPU)
     assert callable(module.forward)
     assert callable(module.backward)
 
@@ -39,7 +47,7 @@ def test_default_from_the_environment(monkeypatch):
 
 @pytest.mark.parametrize("name", ["triton", "cuda", "tpu"])
 def test_one_that_cannot_serve_says_why(name):
-    with pytest.raises(bssn_fast.BackendUnavailableError, match=rf"'{name}' cannot be used: \w+"):
+    with pytest.raises(bssn_fast.BackendUnavailableError, match=rf"'{name}' cannot be used on cpu: \w+"):
         backends.get(name, CPU)
 
 
@@ -52,3 +60,86 @@ def test_the_one_asked_for_is_used(monkeypatch):
     calls.clear()
     model(torch.randn(1, 3)).sum().backward()
     assert calls == [1]
+
+
+NO_CODE = 209  # CUDA's error for a GPU that the module has no code for
+
+
+class FourGpus:
+    """Stands for a machine with GPUs of several generations, and a module built for some of them."""
+
+    capabilities = ((9, 0), (7, 5), (6, 0), (13, 0))
+
+    def __init__(self):
+        self.probed = []
+
+    def compile_probe(self):
+        self.probed.append(1)
+        raise RuntimeError("ptxas fatal:\n  Value 'sm_130' is not defined")
+
+    def cuda_forward(self):
+        raise AssertionError("nothing is launched")
+
+    def cuda_status(self, index):
+        return 0 if self.capabilities[index] in ((9, 0), (7, 5)) else NO_CODE
+
+    def cuda_error_string(self, error):
+        return {NO_CODE: "no kernel image is available for execution on the device"}[error]
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    pytest.importorskip("triton")
+    from bssn_fast.backends.triton import kernels
+
+    fake = FourGpus()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: fake.capabilities[device.index])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(extension, "module", fake)
+    monkeypatch.setattr(kernels, "compile_probe", fake.compile_probe)
+    return fake
+
+
+def gpu(index):
+    return torch.device("cuda", index)
+
+
+def test_triton_that_compiles_is_the_default_of_gpus(gpus, monkeypatch):
+    monkeypatch.setattr(sys.modules["bssn_fast.backends.triton.kernels"], "compile_probe", lambda: None)
+    assert backends.get("", gpu(0)) is backends._module("triton")
+
+
+def test_triton_that_cannot_compile_gives_way_to_cuda(gpus):
+    """Decided once for each device, by compiling: the calls to come only look it up."""
+    for _ in range(3):
+        assert backends.get("", gpu(0)) is cuda
+    assert len(gpus.probed) == 1
+    with pytest.raises(bssn_fast.BackendUnavailableError, match=r"'triton'.*cuda:0: .*RuntimeError: ptxas fatal: Value"):
+        backends.get("triton", gpu(0))
+    assert len(gpus.probed) == 1
+
+
+def test_gpus_too_old_for_triton_are_not_tried(gpus):
+    assert backends.get("", gpu(1)) is cuda
+    assert not gpus.probed
+    with pytest.raises(bssn_fast.BackendUnavailableError, match=r"'triton'.*cuda:1: .*8\.0, this one has 7\.5"):
+        backends.get("triton", gpu(1))
+
+
+@pytest.mark.parametrize(("index", "arch"), [(2, "60"), (3, "130")])
+def test_gpus_without_code_of_either_get_the_reference_and_a_warning(gpus, index, arch):
+    with pytest.warns(RuntimeWarning, match=rf"no kernels.*cuda:{index}.*triton: .*cuda: .*no kernel image"):
+        assert backends.get("", gpu(index)) is backends._module("reference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        assert backends.get("", gpu(index)) is backends._module("reference")
+    with pytest.raises(bssn_fast.BackendUnavailableError, match=rf"'cuda'.*no kernel image.*ARCHS={arch} "):
+        backends.get("cuda", gpu(index))
+
+
+def test_each_gpu_has_a_default_of_its_own(gpus):
+    assert backends.default(gpu(1)) == "cuda"
+    with pytest.warns(RuntimeWarning):
+        assert backends.default(gpu(2)) == "reference"

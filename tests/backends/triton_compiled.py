@@ -142,6 +142,13 @@ def test_no_spills_on_hopper(compile_calls, tmp_path, layers, dtype, out_dtype, 
         check_resources(compiled, tmp_path)
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_probe_has_what_the_kernels_rest_on(arch):
+    driver.set_active(AbsentGPU(arch))
+    text = kernels.probe_kernel.warmup(torch.int64, grid=(1,)).asm["ptx"]
+    assert all(word in text for word in ("atom", "acquire", "release", "bar.sync"))
+
+
 def wide(text, access):
     return len(re.findall(rf"\b{access}\.global\S*\.(v4\.b32|v2\.b64)", text))
 

@@ -13,14 +13,39 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import torch
 from torch import Tensor
 
 DEVICES: tuple[str, ...] = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 
 
-def why_unavailable() -> str | None:
+MIN_CAPABILITY = (8, 0)
+"""NVIDIA's GPUs that Triton supports begin here."""
+
+
+def why_unavailable(device: torch.device) -> str | None:
+    """None if a small kernel of ours compiles and loads.
+
+    Being able to import Triton says little: it needs a C compiler and Python's headers for its launchers, and an
+    assembler and a driver that know the GPU.
+    """
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; it comes with torch for CUDA and ROCm, or: pip install triton"
+    if device.type != "cuda":
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no GPU; check the driver and that torch was installed with CUDA or ROCm"
+    capability = torch.cuda.get_device_capability(device)
+    if not torch.version.hip and capability < MIN_CAPABILITY:
+        return f"Triton needs a GPU of compute capability 8.0, this one has {capability[0]}.{capability[1]}"
+    try:
+        from bssn_fast.backends.triton import kernels
+
+        with torch.cuda.device(device):
+            kernels.compile_probe()
+    except Exception as error:  # of whatever kind: the message says what is missing
+        text = " ".join(str(error).split())[:300]
+        return f"Triton cannot compile for this GPU ({type(error).__name__}: {text})"
     return None
 
 

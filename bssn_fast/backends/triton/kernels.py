@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from bssn_fast.backends.triton import fields as f
 from bssn_fast.backends.triton.backward_tiles import gradient_tile, inner_tile
 from bssn_fast.backends.triton.forward_tiles import columns_tile, rows_tile, scaling_tile, vectors_tile
-from bssn_fast.backends.triton.tiles import announce, choose, decode, field, float_of, take_tile
+from bssn_fast.backends.triton.tiles import announce, choose, decode, field, float_of, take_tile, wait_for
 
 
 @triton.jit(do_not_specialize=["scale_bits", "eps_bits", "first_tile"])
@@ -100,6 +101,20 @@ def backward_kernel(
                 gradient_tile(row, tile, grad, out, stats, snapshot, sigma, scale, SHAPES, n, W_TYPE, G_TYPE, ACC)
     if SINGLE:
         announce(counters, done)
+
+
+@triton.jit
+def probe_kernel(counter):
+    """What the other kernels rest on, in a kernel that compiles at once."""
+    tile = tl.atomic_add(counter, 1, sem="relaxed")
+    wait_for(counter, tile)
+    announce(counter, tile)
+
+
+def compile_probe() -> None:
+    """Compile a small kernel for the current device and load it there; raises whatever goes wrong."""
+    compiled = probe_kernel.warmup(torch.int64, grid=(1,))
+    assert compiled.run is not None  # loads it
 
 
 @triton.jit(do_not_specialize=["start"])
