@@ -32,19 +32,26 @@ cudaError_t launch(DType weight_type, Args& args, const Device& limits, uint32_t
   }
 }
 
-template <int Capacity>
-int run(const Layer* layers, int n, DType weight_type, DType grad_type, double scale, void* workspace, bool one_launch,
+struct Settings {
+  DType weight_type, grad_type;
+  double scale;
+  bool one_launch;
+};
+
+// planned: the arguments' own layers, or what becomes the table that they point to.
+template <class Args>
+int run(Args& args, BackwardLayer* planned, const std::vector<Layer>& layers, const Settings& settings, void* workspace,
         const Device& limits, cudaStream_t stream) {
-  BackwardArgs<Capacity> args;
   BackwardCall& call = args.call;
-  call.scale = scale;
-  call.grad_type = int32_t(grad_type);
-  const Plan plan = plan_backward(layers, n, limits, call, args.layers);
+  call.scale = settings.scale;
+  call.grad_type = int32_t(settings.grad_type);
+  const Plan plan = plan_backward(layers, limits, call, planned);
   set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
+  if (const int error = launch_table(args, planned, layers.size(), workspace, plan, stream)) return error;
   const cudaError_t error = cudaMemsetAsync(call.counters, 0, size_t(plan.counter_bytes), stream);
   if (error != cudaSuccess) return error;
-  return launch_phases(call, kBackwardPhases, one_launch,
-                       [&] { return int(launch(weight_type, args, limits, plan.shared_bytes, stream)); });
+  return launch_phases(call, kBackwardPhases, settings.one_launch,
+                       [&] { return int(launch(settings.weight_type, args, limits, plan.shared_bytes, stream)); });
 }
 
 }  // namespace
@@ -53,11 +60,10 @@ int64_t backward_workspace(const Geometry* geometry, int64_t n, int device) {
   Device limits;
   const cudaError_t error = query_device(device, limits);
   if (error != cudaSuccess) return -int64_t(error);
-  return largest_workspace(geometry, n, [&](const Layer* layers, int count) {
-    BackwardCall call = {};
-    BackwardLayer planned[kMaxLayers];
-    return plan_backward(layers, count, limits, call, planned);
-  });
+  const std::vector<Layer> layers = layers_without_memory(geometry, n);
+  std::vector<BackwardLayer> planned(layers.size());
+  BackwardCall call = {};
+  return plan_backward(layers, limits, call, planned.data()).workspace_bytes;
 }
 
 int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, DType weight_type,
@@ -67,10 +73,10 @@ int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* 
   if (error != cudaSuccess) return error;
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return guard.error();
-  return for_backward_layers(geometry, n, pointers, snapshot, [&](const Layer* layers, int count) {
-    const auto run_with = count <= kSmallCapacity ? run<kSmallCapacity> : run<kMaxLayers>;
-    return run_with(layers, count, weight_type, grad_type, scale, workspace, one_launch, limits,
-                    static_cast<cudaStream_t>(stream));
+  const std::vector<Layer> layers = backward_layers(geometry, n, pointers, snapshot);
+  const Settings settings = {weight_type, grad_type, scale, one_launch};
+  return with_arguments<BackwardArgs, BackwardTableArgs, BackwardLayer>(n, [&](auto& args, BackwardLayer* planned) {
+    return run(args, planned, layers, settings, workspace, limits, static_cast<cudaStream_t>(stream));
   });
 }
 

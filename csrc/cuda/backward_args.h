@@ -47,9 +47,13 @@ struct BackwardCall {
 
 template <int Capacity>
 struct BackwardArgs {
-  static constexpr int kCapacity = Capacity;
   BackwardCall call;
   BackwardLayer layers[Capacity];
+};
+
+struct BackwardTableArgs {
+  BackwardCall call;
+  const BackwardLayer* layers;  // in device memory
 };
 
 }  // namespace bssn::cuda

@@ -1,4 +1,5 @@
-// The CUDA backend's entry points: integers in, error codes out, nothing thrown. Works without any CUDA header.
+// The CUDA backend's entry points: integers in, error codes out, nothing thrown but std::bad_alloc. Works without any
+// CUDA header.
 //
 // Vectors, snapshots and sigma are float; weights, outputs and gradients f32, bf16 or f16; a weight has less than 2^31
 // elements, is dense, and the offsets of its kernel positions are equally spaced.
@@ -16,9 +17,9 @@ int status(int device);
 int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int device);
 int64_t backward_workspace(const Geometry* geometry, int64_t n, int device);
 
-// Normalises n layers: puts one launch for each iteration (one_launch), or one for each phase, on the stream. More than
-// 200 layers are several such calls. `pointers`: n weights, n outputs, then each layer's two or four vectors.
-// iterations = 0 evaluates with the vectors as they are. Returns 0 or an error code.
+// Normalises n layers: puts one launch for each iteration (one_launch), or one for each phase, on the stream. For more
+// than 200 layers small launches before them write a table of layers. `pointers`: n weights, n outputs, then each
+// layer's two or four vectors. iterations = 0 evaluates with the vectors as they are. Returns 0 or an error code.
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, float* sigma,
             DType weight_type, DType output_type, double scale, double eps, int64_t iterations, void* workspace,
             bool one_launch, int device, void* stream);

@@ -28,21 +28,29 @@ cudaError_t launch(DType weight_type, Args& args, const Device& limits, uint32_t
   }
 }
 
-template <int Capacity>
-int run(const Layer* layers, int n, DType weight_type, DType output_type, double scale, double eps, int64_t iterations,
-        void* workspace, bool one_launch, const Device& limits, cudaStream_t stream) {
-  ForwardArgs<Capacity> args;
+struct Settings {
+  DType weight_type, output_type;
+  double scale, eps;
+  int64_t iterations;
+  bool one_launch;
+};
+
+// planned: the arguments' own layers, or what becomes the table that they point to.
+template <class Args>
+int run(Args& args, ForwardLayer* planned, const std::vector<Layer>& layers, const Settings& settings, void* workspace,
+        const Device& limits, cudaStream_t stream) {
   ForwardCall& call = args.call;
-  call.scale = scale;
-  call.eps = eps;
-  call.output_type = int32_t(output_type);
-  call.update = iterations > 0;
-  const Plan plan = plan_forward(layers, n, weight_type, limits, call, args.layers);
+  call.scale = settings.scale;
+  call.eps = settings.eps;
+  call.output_type = int32_t(settings.output_type);
+  call.update = settings.iterations > 0;
+  const Plan plan = plan_forward(layers, settings.weight_type, limits, call, planned);
   set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
+  if (const int error = launch_table(args, planned, layers.size(), workspace, plan, stream)) return error;
   return launch_forward(
-      call, iterations, one_launch,
+      call, settings.iterations, settings.one_launch,
       [&] { return int(cudaMemsetAsync(call.counters, 0, size_t(plan.counter_bytes), stream)); },
-      [&] { return int(launch(weight_type, args, limits, plan.shared_bytes, stream)); });
+      [&] { return int(launch(settings.weight_type, args, limits, plan.shared_bytes, stream)); });
 }
 
 }  // namespace
@@ -51,19 +59,18 @@ int status(int device) {
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return guard.error();
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, forward_kernel<float, ForwardArgs<kMaxLayers>>);
+  return cudaFuncGetAttributes(&attributes, forward_kernel<float, ForwardTableArgs>);
 }
 
 int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int device) {
   Device limits;
   const cudaError_t error = query_device(device, limits);
   if (error != cudaSuccess) return -int64_t(error);
-  return largest_workspace(geometry, n, [&](const Layer* layers, int count) {
-    ForwardCall call = {};
-    ForwardLayer planned[kMaxLayers];
-    call.update = true;
-    return plan_forward(layers, count, weight_type, limits, call, planned);
-  });
+  const std::vector<Layer> layers = layers_without_memory(geometry, n);
+  std::vector<ForwardLayer> planned(layers.size());
+  ForwardCall call = {};
+  call.update = true;
+  return plan_forward(layers, weight_type, limits, call, planned.data()).workspace_bytes;
 }
 
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, float* sigma,
@@ -74,10 +81,10 @@ int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* s
   if (error != cudaSuccess) return error;
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return guard.error();
-  return for_forward_layers(geometry, n, pointers, snapshot, sigma, [&](const Layer* layers, int count) {
-    const auto run_with = count <= kSmallCapacity ? run<kSmallCapacity> : run<kMaxLayers>;
-    return run_with(layers, count, weight_type, output_type, scale, eps, iterations, workspace, one_launch, limits,
-                    static_cast<cudaStream_t>(stream));
+  const std::vector<Layer> layers = forward_layers(geometry, n, pointers, snapshot, sigma);
+  const Settings settings = {weight_type, output_type, scale, eps, iterations, one_launch};
+  return with_arguments<ForwardArgs, ForwardTableArgs, ForwardLayer>(n, [&](auto& args, ForwardLayer* planned) {
+    return run(args, planned, layers, settings, workspace, limits, static_cast<cudaStream_t>(stream));
   });
 }
 

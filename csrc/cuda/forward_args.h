@@ -81,9 +81,13 @@ BSSN_HD uint32_t* counter_of(uint32_t* counters, int layer, int counter) {
 
 template <int Capacity>
 struct ForwardArgs {
-  static constexpr int kCapacity = Capacity;
   ForwardCall call;
   ForwardLayer layers[Capacity];
+};
+
+struct ForwardTableArgs {
+  ForwardCall call;
+  const ForwardLayer* layers;  // in device memory
 };
 
 }  // namespace bssn::cuda

@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+#include <vector>
+
 #include "block.cuh"
 #include "plan.h"
 
@@ -31,11 +34,6 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-template <class Args>
-constexpr bool fits_into_arguments() {
-  return sizeof(Args) <= (Args::kCapacity <= kSmallCapacity ? 4096 : 32764);
-}
-
 cudaError_t query_device(int device, Device& limits);
 
 // Works through the launch's tickets: process(block, ticket). See Phase for why that cannot hang.
@@ -52,11 +50,47 @@ __device__ __forceinline__ void work_through(const Call& call, Process process) 
   }
 }
 
+// Calls f(args, planned) with the kind of arguments that suits a call of n layers, and the place for their
+// descriptions.
+template <template <int> class ByValue, class Table, class Planned, class F>
+int with_arguments(int64_t n, F f) {
+  static_assert(sizeof(ByValue<kSmallCapacity>) <= 4096 && sizeof(ByValue<kMaxByValue>) <= kMaxArgumentBytes);
+  if (n <= kSmallCapacity) {
+    ByValue<kSmallCapacity> args;
+    return f(args, args.layers);
+  }
+  if (n <= kMaxByValue) {
+    ByValue<kMaxByValue> args;
+    return f(args, args.layers);
+  }
+  std::vector<Planned> planned(static_cast<size_t>(n));
+  Table args;
+  return f(args, planned.data());
+}
+
+template <class Chunk>
+__global__ void write_table(const __grid_constant__ Chunk chunk) {
+  chunk.write(int(threadIdx.x), int(blockDim.x));
+}
+
+// Puts the planned layers into the table that the arguments point to, if they do.
+template <class Args, class Planned>
+int launch_table(Args& args, const Planned* planned, size_t n, void* workspace, const Plan& plan, cudaStream_t stream) {
+  if constexpr (std::is_pointer_v<decltype(args.layers)>) {
+    Planned* const table = reinterpret_cast<Planned*>(static_cast<unsigned char*>(workspace) + plan.table_at);
+    args.layers = table;
+    return for_table_chunks(planned, n, table, [&](const TableChunk<Planned>& chunk) {
+      write_table<<<1, 1024, 0, stream>>>(chunk);
+      return int(cudaGetLastError());
+    });
+  }
+  return 0;
+}
+
 // As many blocks as fit at a time, if there are tickets for them.
 template <class Args>
 cudaError_t launch_kernel(void (*kernel)(Args), Args& args, int threads, int blocks_each, const Device& limits,
                           uint32_t shared_bytes, cudaStream_t stream) {
-  static_assert(fits_into_arguments<Args>(), "kernel arguments");
   const void* const function = reinterpret_cast<const void*>(kernel);
   const cudaError_t error =
       cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(limits.shared_bytes));

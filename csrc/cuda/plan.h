@@ -4,14 +4,18 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
+#include <vector>
 
 #include "reductions.h"
 
 namespace bssn::cuda {
 
-// Kernel arguments may be 4 KiB long, or 32764 bytes since CUDA 12.1: the longer ones take longer to launch.
+// Layers that are described by value, in the kernel arguments. These may be 4 KiB long, or 32764 bytes since CUDA 12.1,
+// which takes longer to launch. The descriptions of more layers go to a table in the workspace: see TableChunk.
 constexpr int kSmallCapacity = 24;
-constexpr int kMaxLayers = 200;
+constexpr int kMaxByValue = 200;
+constexpr int kMaxArgumentBytes = 32764;
 
 // What a plan depends on besides the layers.
 struct Device {
@@ -22,6 +26,7 @@ struct Device {
 struct Plan {
   int64_t workspace_bytes;
   int64_t counter_bytes;  // at the start of the workspace, zero before a launch
+  int64_t table_at;       // in the workspace
   uint32_t shared_bytes;
 };
 
@@ -30,18 +35,16 @@ inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 inline int64_t counter_bytes(int n) { return round_up((kPhases + 1 + n * kCounters) * int64_t(sizeof(uint32_t)), 16); }
 inline int64_t element_size(DType type) { return type == DType::f32 ? 4 : 2; }
 
-inline int64_t total_size(const Layer* layers, int n) {
+inline int64_t total_size(const std::vector<Layer>& layers) {
   int64_t total = 0;
-  for (int j = 0; j < n; ++j) total += layers[j].size();
+  for (const Layer& layer : layers) total += layer.size();
   return total;
 }
 
 // The largest layers come first: what they make others wait for is then done while the others run.
-inline void order_by_size(const Layer* layers, int n, int* order) {
-  for (int j = 0; j < n; ++j) order[j] = j;
-  std::sort(order, order + n, [&](int a, int b) {
-    return layers[a].size() != layers[b].size() ? layers[a].size() > layers[b].size() : a < b;
-  });
+inline std::vector<Layer> ordered_by_size(std::vector<Layer> layers) {
+  std::stable_sort(layers.begin(), layers.end(), [](const Layer& a, const Layer& b) { return a.size() > b.size(); });
+  return layers;
 }
 
 // The flat tiles of the phases that go through memory in order.
@@ -55,59 +58,81 @@ inline Layer with_geometry(const Geometry& geometry) {
   return layer;
 }
 
-// Calls f with at most kMaxLayers layers at a time: f(layers, count), until it returns an error. Pointers of a forward
-// call: n weights, n outputs, then each layer's two or four vectors.
-template <class F>
-int for_forward_layers(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, float* sigma, F f) {
-  Layer layers[kMaxLayers];
+// The layers of a call of which only the sizes matter.
+inline std::vector<Layer> layers_without_memory(const Geometry* geometry, int64_t n) {
+  std::vector<Layer> layers;
+  layers.reserve(size_t(n));
+  for (int64_t j = 0; j < n; ++j) layers.push_back(with_geometry(geometry[j]));
+  return layers;
+}
+
+// Pointers of a forward call: n weights, n outputs, then each layer's two or four vectors.
+inline std::vector<Layer> forward_layers(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot,
+                                         float* sigma) {
+  std::vector<Layer> layers = layers_without_memory(geometry, n);
   void* const* vector = pointers + 2 * n;
-  for (int64_t begin = 0; begin < n; begin += kMaxLayers) {
-    const int count = int(std::min(n - begin, int64_t(kMaxLayers)));
-    for (int64_t j = begin; j < begin + count; ++j) {
-      Layer& layer = layers[j - begin] = with_geometry(geometry[j]);
-      layer.weight = pointers[j];
-      layer.output = pointers[n + j];
-      for (int v = 0; v < (layer.two_sided ? 4 : 2); ++v) {
-        layer.vectors[v] = static_cast<float*>(*vector++);
-        layer.snapshot[v] = snapshot + layer.snapshot_offsets[v];
-      }
-      layer.sigma = sigma + j;
+  for (int64_t j = 0; j < n; ++j) {
+    Layer& layer = layers[size_t(j)];
+    layer.weight = pointers[j];
+    layer.output = pointers[n + j];
+    for (int v = 0; v < (layer.two_sided ? 4 : 2); ++v) {
+      layer.vectors[v] = static_cast<float*>(*vector++);
+      layer.snapshot[v] = snapshot + layer.snapshot_offsets[v];
     }
-    if (const int error = f(layers, count)) return error;
+    layer.sigma = sigma + j;
   }
-  return 0;
+  return ordered_by_size(std::move(layers));
 }
 
-// The same for a backward call: n weights, n gradients, n outputs, n addresses of sigmas.
-template <class F>
-int for_backward_layers(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, F f) {
-  Layer layers[kMaxLayers];
-  for (int64_t begin = 0; begin < n; begin += kMaxLayers) {
-    const int count = int(std::min(n - begin, int64_t(kMaxLayers)));
-    for (int64_t j = begin; j < begin + count; ++j) {
-      Layer& layer = layers[j - begin] = with_geometry(geometry[j]);
-      layer.weight = pointers[j];
-      layer.grad = pointers[n + j];
-      layer.output = pointers[2 * n + j];
-      layer.sigma = static_cast<float*>(pointers[3 * n + j]);
-      for (int v = 0; v < (layer.two_sided ? 4 : 2); ++v) layer.snapshot[v] = snapshot + layer.snapshot_offsets[v];
-    }
-    if (const int error = f(layers, count)) return error;
+// Of a backward call: n weights, n gradients, n outputs, n addresses of sigmas.
+inline std::vector<Layer> backward_layers(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot) {
+  std::vector<Layer> layers = layers_without_memory(geometry, n);
+  for (int64_t j = 0; j < n; ++j) {
+    Layer& layer = layers[size_t(j)];
+    layer.weight = pointers[j];
+    layer.grad = pointers[n + j];
+    layer.output = pointers[2 * n + j];
+    layer.sigma = static_cast<float*>(pointers[3 * n + j]);
+    for (int v = 0; v < (layer.two_sided ? 4 : 2); ++v) layer.snapshot[v] = snapshot + layer.snapshot_offsets[v];
   }
-  return 0;
+  return ordered_by_size(std::move(layers));
 }
 
-// Bytes of workspace that a call needs: plan(layers, count) for the part that needs most.
-template <class MakePlan>
-int64_t largest_workspace(const Geometry* geometry, int64_t n, MakePlan plan) {
-  Layer layers[kMaxLayers];
-  int64_t bytes = 0;
-  for (int64_t begin = 0; begin < n; begin += kMaxLayers) {
-    const int count = int(std::min(n - begin, int64_t(kMaxLayers)));
-    for (int j = 0; j < count; ++j) layers[j] = with_geometry(geometry[begin + j]);
-    bytes = std::max(bytes, plan(layers, count).workspace_bytes);
+// Reserves room for the table of planned layers behind the rest of the workspace, if they need one.
+template <class Planned>
+void plan_table(Plan& plan, size_t n) {
+  plan.table_at = round_up(plan.workspace_bytes, 16);
+  if (n > size_t(kMaxByValue)) plan.workspace_bytes = plan.table_at + int64_t(n * sizeof(Planned));
+}
+
+// A part of the table of layers on its way to the device: the argument of a kernel that writes it there. As an argument
+// it belongs to the launch, so that the replay of a captured graph needs nothing of the host's memory.
+template <class Planned>
+struct TableChunk {
+  static constexpr int kCapacity = (kMaxArgumentBytes - 16) / int(sizeof(Planned));
+  Planned* target;
+  int32_t n;
+  Planned layers[kCapacity];
+
+  BSSN_HD void write(int thread, int threads) const {
+    const uint64_t* const from = reinterpret_cast<const uint64_t*>(layers);
+    uint64_t* const to = reinterpret_cast<uint64_t*>(target);
+    static_assert(sizeof(Planned) % sizeof(uint64_t) == 0, "whole words");
+    for (int x = thread; x < n * int(sizeof(Planned) / sizeof(uint64_t)); x += threads) to[x] = from[x];
   }
-  return bytes;
+};
+
+// Calls f(chunk) until all layers are on their way or f returns an error.
+template <class Planned, class F>
+int for_table_chunks(const Planned* layers, size_t n, Planned* table, F f) {
+  TableChunk<Planned> chunk;
+  for (size_t begin = 0; begin < n; begin += size_t(chunk.kCapacity)) {
+    chunk.target = table + begin;
+    chunk.n = int32_t(std::min(n - begin, size_t(chunk.kCapacity)));
+    std::copy_n(layers + begin, chunk.n, chunk.layers);
+    if (const int error = f(chunk)) return error;
+  }
+  return 0;
 }
 
 // Puts the workspace's address in place of the offset that the plan left.

@@ -28,16 +28,17 @@ inline void plan_memory_order(const Layer& layer, BackwardLayer& out) {
   out.middle = uint32_t(dimensions[1].size);
 }
 
-inline Plan plan_backward(const Layer* layers, int n, const Device& device, BackwardCall& call, BackwardLayer* out) {
-  const int64_t total = total_size(layers, n);
-  int order[kMaxLayers];
-  order_by_size(layers, n, order);
-  Plan plan = {0, counter_bytes(n), kMinShared};
+// out: one for each layer, in the order of `layers`, of which the largest comes first.
+inline Plan plan_backward(const std::vector<Layer>& layers, const Device& device, BackwardCall& call,
+                          BackwardLayer* out) {
+  const int64_t total = total_size(layers);
+  const int n = int(layers.size());
+  Plan plan = {0, counter_bytes(n), 0, kMinShared};
   call.n_layers = n;
   call.tile_elements = flat_tile(total, device, 16384);
   uint32_t tiles = 0;
   for (int j = 0; j < n; ++j) {
-    const Layer& layer = layers[order[j]];
+    const Layer& layer = layers[size_t(j)];
     BackwardLayer& to = out[j];
     to.weight = layer.weight;
     to.grad = layer.grad;
@@ -59,6 +60,7 @@ inline Plan plan_backward(const Layer* layers, int n, const Device& device, Back
   call.records = reinterpret_cast<BackwardRecord*>(records_at);
   call.sums = reinterpret_cast<double*>(sums_at);
   plan.workspace_bytes = sums_at + tiles * int64_t(sizeof(double));
+  plan_table<BackwardLayer>(plan, layers.size());
   return plan;
 }
 

@@ -46,17 +46,17 @@ inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels
 }
 
 // Fills in `call` and `out` but for the workspace's address (offsets stand in its place) and what is not the plan's.
-inline Plan plan_forward(const Layer* layers, int n, DType weight_type, const Device& device, ForwardCall& call,
+// out: one for each layer, in the order of `layers`, of which the largest comes first.
+inline Plan plan_forward(const std::vector<Layer>& layers, DType weight_type, const Device& device, ForwardCall& call,
                          ForwardLayer* out) {
-  const int64_t total = total_size(layers, n);
-  int order[kMaxLayers];
-  order_by_size(layers, n, order);
-  Plan plan = {0, counter_bytes(n), kMinShared};
+  const int64_t total = total_size(layers);
+  const int n = int(layers.size());
+  Plan plan = {0, counter_bytes(n), 0, kMinShared};
   call.n_layers = n;
   call.write_elements = flat_tile(total, device, 32768);
   int64_t sums = 0, slots = 0;
   for (int j = 0; j < n; ++j) {
-    const Layer& layer = layers[order[j]];
+    const Layer& layer = layers[size_t(j)];
     ForwardLayer& to = out[j];
     to.weight = layer.weight;
     to.output = layer.output;
@@ -106,6 +106,7 @@ inline Plan plan_forward(const Layer* layers, int n, DType weight_type, const De
   call.sums = reinterpret_cast<double*>(sums_at);
   call.slots = reinterpret_cast<float*>(slots_at);
   plan.workspace_bytes = slots_at + slots * int64_t(sizeof(float));
+  plan_table<ForwardLayer>(plan, layers.size());
   return plan;
 }
 

@@ -24,6 +24,7 @@ SIGNATURES = {
     ),
     "backward": (I32, (ADDRESS, I64, ADDRESS, ADDRESS, I64, I64, REAL, ADDRESS, BOOL, *DEVICE)),
     "set_last_thread_first": (None, (BOOL,)),
+    "count_launches": (I32, ()),
     "divide": (ctypes.c_uint32, (ctypes.c_uint32, I64)),
     "plan_of": (None, (ADDRESS, I32, I64, *DEVICE, ADDRESS)),
 }

@@ -19,6 +19,9 @@ enum Error : int { kWaited = 1, kBadType = 2 };
 // Whether a block's threads run from the last to the first.
 bool last_thread_first = false;
 
+// How many have there been.
+int launches = 0;
+
 template <int Threads>
 class HostBlock {
  public:
@@ -79,6 +82,16 @@ int with_weight_type(DType type, F f) {
   }
 }
 
+template <class Planned>
+const Planned* write_table(const std::vector<Planned>& planned, void* workspace, const Plan& plan) {
+  Planned* const table = reinterpret_cast<Planned*>(static_cast<unsigned char*>(workspace) + plan.table_at);
+  for_table_chunks(planned.data(), planned.size(), table, [](const TableChunk<Planned>& chunk) {
+    for (int thread = 0; thread < 1024; ++thread) chunk.write(thread, 1024);
+    return 0;
+  });
+  return table;
+}
+
 template <int Threads, class Call, class Process>
 int work_through(const Call& call, uint32_t shared_bytes, Process process) {
   Shared shared(uint32_t(round_up(shared_bytes, 16)));
@@ -96,9 +109,11 @@ extern "C" {
 
 void set_last_thread_first(bool value) { last_thread_first = value; }
 
+int count_launches() { return launches; }
+
 uint32_t divide(uint32_t x, int64_t by) { return divisor(by)(x); }
 
-// Of each layer of a forward call (at most 200): power tiles, their channels, bytes of a step in shared memory (0: the
+// Of each layer of a forward call: power tiles, their channels, bytes of a step in shared memory (0: the
 // rows are read from global memory), steps in shared memory at a time, threads that share a row.
 void plan_of(const Geometry* geometry, int n, DType weight_type, int multiprocessors, int64_t shared, int64_t* out) {
   std::vector<Layer> layers;
@@ -109,7 +124,7 @@ void plan_of(const Geometry* geometry, int n, DType weight_type, int multiproces
   ForwardCall call = {};
   std::vector<ForwardLayer> planned(layers.size());
   call.update = true;
-  plan_forward(layers.data(), n, weight_type, Device{multiprocessors, shared}, call, planned.data());
+  plan_forward(layers, weight_type, Device{multiprocessors, shared}, call, planned.data());
   for (const ForwardLayer& layer : planned) {
     int64_t* const to = out + 5 * (static_cast<const Geometry*>(layer.weight) - geometry);
     to[0] = layer.tiles[power];
@@ -122,43 +137,44 @@ void plan_of(const Geometry* geometry, int n, DType weight_type, int multiproces
 
 // Everything as in csrc/cuda/cuda.h, but for the device, given by its limits.
 int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int multiprocessors, int64_t shared) {
-  return largest_workspace(geometry, n, [&](const Layer* layers, int count) {
-    ForwardCall call = {};
-    ForwardLayer planned[kMaxLayers];
-    call.update = true;
-    return plan_forward(layers, count, weight_type, Device{multiprocessors, shared}, call, planned);
-  });
+  const std::vector<Layer> layers = layers_without_memory(geometry, n);
+  std::vector<ForwardLayer> planned(layers.size());
+  ForwardCall call = {};
+  call.update = true;
+  return plan_forward(layers, weight_type, Device{multiprocessors, shared}, call, planned.data()).workspace_bytes;
 }
 
 int64_t backward_workspace(const Geometry* geometry, int64_t n, int multiprocessors, int64_t shared) {
-  return largest_workspace(geometry, n, [&](const Layer* layers, int count) {
-    BackwardCall call = {};
-    BackwardLayer planned[kMaxLayers];
-    return plan_backward(layers, count, Device{multiprocessors, shared}, call, planned);
-  });
+  const std::vector<Layer> layers = layers_without_memory(geometry, n);
+  std::vector<BackwardLayer> planned(layers.size());
+  BackwardCall call = {};
+  return plan_backward(layers, Device{multiprocessors, shared}, call, planned.data()).workspace_bytes;
 }
 
+// More layers than arguments hold are read from the table in the workspace, which is written as the GPU's is.
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, float* sigma,
             DType weight_type, DType output_type, double scale, double eps, int64_t iterations, void* workspace,
             bool one_launch, int multiprocessors, int64_t shared) {
-  return for_forward_layers(geometry, n, pointers, snapshot, sigma, [&](const Layer* layers, int count) {
-    const auto args = std::make_unique<ForwardArgs<kMaxLayers>>();
-    ForwardCall& call = args->call;
-    call.scale = scale;
-    call.eps = eps;
-    call.output_type = int32_t(output_type);
-    call.update = iterations > 0;
-    const Plan plan = plan_forward(layers, count, weight_type, Device{multiprocessors, shared}, call, args->layers);
-    set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
-    const auto reset = [&] {
-      std::memset(call.counters, 0, size_t(plan.counter_bytes));
-      return 0;
-    };
-    return launch_forward(call, iterations, one_launch, reset, [&] {
-      return with_weight_type(weight_type, [&](auto element) {
-        return work_through<kThreads>(call, plan.shared_bytes, [&](auto& block, uint32_t ticket) {
-          forward_ticket<decltype(element)>(block, *args, ticket);
-        });
+  const std::vector<Layer> layers = forward_layers(geometry, n, pointers, snapshot, sigma);
+  std::vector<ForwardLayer> planned(layers.size());
+  ForwardTableArgs args = {};
+  ForwardCall& call = args.call;
+  call.scale = scale;
+  call.eps = eps;
+  call.output_type = int32_t(output_type);
+  call.update = iterations > 0;
+  const Plan plan = plan_forward(layers, weight_type, Device{multiprocessors, shared}, call, planned.data());
+  set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
+  args.layers = n > kMaxByValue ? write_table<ForwardLayer>(planned, workspace, plan) : planned.data();
+  const auto reset = [&] {
+    std::memset(call.counters, 0, size_t(plan.counter_bytes));
+    return 0;
+  };
+  return launch_forward(call, iterations, one_launch, reset, [&] {
+    ++launches;
+    return with_weight_type(weight_type, [&](auto element) {
+      return work_through<kThreads>(call, plan.shared_bytes, [&](auto& block, uint32_t ticket) {
+        forward_ticket<decltype(element)>(block, args, ticket);
       });
     });
   });
@@ -166,19 +182,21 @@ int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* s
 
 int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, DType weight_type,
              DType grad_type, double scale, void* workspace, bool one_launch, int multiprocessors, int64_t shared) {
-  return for_backward_layers(geometry, n, pointers, snapshot, [&](const Layer* layers, int count) {
-    const auto args = std::make_unique<BackwardArgs<kMaxLayers>>();
-    BackwardCall& call = args->call;
-    call.scale = scale;
-    call.grad_type = int32_t(grad_type);
-    const Plan plan = plan_backward(layers, count, Device{multiprocessors, shared}, call, args->layers);
-    set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
-    std::memset(call.counters, 0, size_t(plan.counter_bytes));
-    return launch_phases(call, kBackwardPhases, one_launch, [&] {
-      return with_weight_type(weight_type, [&](auto element) {
-        return work_through<kBackwardThreads>(call, plan.shared_bytes, [&](auto& block, uint32_t ticket) {
-          backward_ticket<decltype(element)>(block, *args, ticket);
-        });
+  const std::vector<Layer> layers = backward_layers(geometry, n, pointers, snapshot);
+  std::vector<BackwardLayer> planned(layers.size());
+  BackwardTableArgs args = {};
+  BackwardCall& call = args.call;
+  call.scale = scale;
+  call.grad_type = int32_t(grad_type);
+  const Plan plan = plan_backward(layers, Device{multiprocessors, shared}, call, planned.data());
+  set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
+  args.layers = n > kMaxByValue ? write_table<BackwardLayer>(planned, workspace, plan) : planned.data();
+  std::memset(call.counters, 0, size_t(plan.counter_bytes));
+  return launch_phases(call, kBackwardPhases, one_launch, [&] {
+    ++launches;
+    return with_weight_type(weight_type, [&](auto element) {
+      return work_through<kBackwardThreads>(call, plan.shared_bytes, [&](auto& block, uint32_t ticket) {
+        backward_ticket<decltype(element)>(block, args, ticket);
       });
     });
   });

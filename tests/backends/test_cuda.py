@@ -145,9 +145,12 @@ def test_threads_in_another_order_change_no_bit(gpu, memory):
                 assert matrix.same_bits(a, b), part
 
 
-def test_more_layers_than_one_launch_takes(gpu):
-    shapes = tuple((2 + j % 5, 1 + j % 3, 1 + j % 2) for j in range(403))
+def test_more_layers_than_arguments_hold_are_one_launch(gpu):
+    """Layers are described in a table in the workspace, which takes several writes."""
+    shapes = tuple((2 + j % 5, 1 + j % 3, 1 + j % 2) for j in range(1003))
+    before = cuda_emulated.library().count_launches()
     matrix.check("cuda", Case(shapes=shapes))
+    assert cuda_emulated.library().count_launches() - before == 2  # forward and backward
 
 
 def test_errors_are_raised_in_cudas_words(gpu):
