@@ -1,6 +1,7 @@
 """Tests that need a GPU: `make gpu`. Without one there is nothing to collect here."""
 
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,21 +14,26 @@ from bssn_fast import backends  # noqa: E402 - after the path is set
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*.py"]
 
-WAYS = [  # a backend and, for Triton, its way of launching
+WAYS = [  # a backend and its way of launching
     (backend, mode)
-    for backend, modes in (("triton", ("single", "phases")), ("cuda", ("",)))
-    for mode in modes
+    for backend in ("triton", "cuda")
+    for mode in ("single", "phases")
     if torch.cuda.is_available() and backends.why_unavailable(backend, "cuda") is None
 ]
 
 
-@pytest.fixture(params=WAYS, ids=lambda way: "-".join(filter(None, way)))
-def backend(request, monkeypatch):
-    """The name of each backend that serves GPUs here, in each of its ways."""
+@pytest.fixture(params=WAYS, ids="-".join)
+def way(request, monkeypatch):
+    """Each backend that serves GPUs here in each of its ways: (name, mode), with the mode switched on."""
     name, mode = request.param
-    if mode:
-        monkeypatch.setenv("BSSN_FAST_TRITON_LAUNCH", mode)
-    return name
+    monkeypatch.setenv(f"BSSN_FAST_{name.upper()}_LAUNCH", mode)
+    return name, mode
+
+
+@pytest.fixture
+def backend(way):
+    """The name of the backend of `way`."""
+    return way[0]
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +43,15 @@ def _seed():
 
 @pytest.fixture
 def no_synchronization():
-    """Whatever waits for the device raises."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    """A context in which whatever waits for the device raises."""
+
+    @contextmanager
+    def context():
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context

@@ -20,9 +20,9 @@ CASES = [
 
 for name in ("triton", "cuda"):
     if backends.why_unavailable(name, "cuda") is None:
-        for mode in ("single", "phases") if name == "triton" else ("",):
-            os.environ["BSSN_FAST_TRITON_LAUNCH"] = mode
+        for mode in ("single", "phases"):
+            os.environ[f"BSSN_FAST_{name.upper()}_LAUNCH"] = mode
             for case in CASES:
                 matrix.check(name, case, "cuda")
             torch.cuda.synchronize()
-            print(f"{name} {mode}: right")
+            print(f"{name} {mode}: right", flush=True)

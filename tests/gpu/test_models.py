@@ -73,3 +73,41 @@ def test_default_backend_is_one_for_gpus():
         torch.cuda.synchronize()
     names = [event.name for event in profile.events()]
     assert any("forward_kernel" in name or "bssn" in name for name in names), names
+
+
+def trained_twice(model, x):
+    """Copies of the parameters and vectors after two steps."""
+    steps(model, x, 2)
+    return [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
+
+
+@pytest.fixture
+def reproducible(monkeypatch):
+    """The same bits from the layers around ours."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+def test_training_on_a_side_stream(backend, reproducible):
+    """The backward pass runs in a thread of autograd, on the stream of the forward."""
+    plain, x = bssn_fast.apply(OnDevice(), backend=backend).cuda(), images(4).cuda()
+    other = copy.deepcopy(plain)
+    expected = trained_twice(plain, x)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        found = trained_twice(other, x)
+    torch.cuda.synchronize()
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+
+
+def test_training_on_a_device_that_is_not_current(backend, reproducible):
+    """Needs two GPUs."""
+    if torch.cuda.device_count() < 2:
+        return  # nothing to confuse
+    plain, x = bssn_fast.apply(OnDevice(), backend=backend), images(4)
+    here, there = copy.deepcopy(plain).to("cuda:0"), copy.deepcopy(plain).to("cuda:1")
+    with torch.cuda.device(0):
+        expected, found = trained_twice(here, x.to("cuda:0")), trained_twice(there, x.to("cuda:1"))
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b.cpu(), a.cpu(), rtol=1e-5, atol=1e-6)
