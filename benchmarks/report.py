@@ -93,6 +93,8 @@ def main(words: Sequence[str] | None = None) -> int:
         current.merge(records)
         for record in records:
             print(_line(record))
+        if not (args.compare or args.check_only):
+            current.save(folder)  # or all is lost if time runs out
         print(f"{what}: done after {perf_counter() - start:.0f} s", flush=True)
     if args.check_only:
         return int(any(r.error for r in current.records))

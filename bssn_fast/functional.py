@@ -129,10 +129,7 @@ class Normalizer:
         if len(layers) == len(weights):
             results = self._grads.take(weights[0].dtype, weights[0].device, batch.views)
         else:
-            results = [
-                torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device)
-                for w in (weights[j] for j in layers)
-            ]
+            results = _in_one_buffer([weights[j] for j in layers])
         ops.normalize_backward(
             given,
             weights,
@@ -172,6 +169,12 @@ def _ranges(sizes: Sequence[int], count: int) -> list[slice]:
     ideal = [bounds[-1] * k / count for k in range(count + 1)]
     cuts = {min(range(len(bounds)), key=lambda j: abs(bounds[j] - x)) for x in ideal}
     return [slice(a, b) for a, b in pairwise(sorted(cuts))]
+
+
+def _in_one_buffer(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return a new tensor like each weight. They share a buffer: their distances are the same at every call."""
+    batch = Batch(weights, [0] * len(weights), [False] * len(weights))
+    return batch.views(torch.empty(batch.size, dtype=weights[0].dtype, device=weights[0].device))
 
 
 def _with_strides(grad: Tensor, weight: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from bssn_fast.backends import extension
 REGISTERS = {"forward": 255, "backward": 80}
 """With 256 threads: one block of the forward kernel fits on a multiprocessor, three of the backward kernel."""
 
-KERNELS = 2 * 3 * 2  # forward and backward, dtypes of the weights, short and long kernel arguments
+KERNELS = 2 * 3 * 3  # forward and backward, dtypes of the weights, layers in short or long arguments or in a table
 
 
 def cuobjdump() -> str | None:

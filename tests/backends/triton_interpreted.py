@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+import triton.language as tl
 
 from bssn_fast import layout
 from bssn_fast.backends import reference, triton
-from bssn_fast.backends.triton import kernels, launch
+from bssn_fast.backends.triton import fields, kernels, launch, prepared
 
 SCALE, EPS = 1.3, 1e-12
 MARGIN = 8
@@ -234,9 +235,16 @@ def test_some_gradients_missing():
         assert problem.grad_weights[j].isnan().all()
 
 
-def test_groups_of_layers(monkeypatch):
-    monkeypatch.setattr(launch, "MAX_LAYERS", 2)
+def test_many_layers_are_one_launch(monkeypatch):
+    """More gradients than arguments, and more segments than are looked at at once."""
+    for module in (launch, prepared):
+        monkeypatch.setattr(module, "MAX_ARGUMENTS", 2)
+    monkeypatch.setattr(fields, "SEARCH_AT_ONCE", tl.constexpr(4))
+    started = []
+    run = launch._run
+    monkeypatch.setattr(launch, "_run", lambda *a, **k: started.append(1) or run(*a, **k))
     check(Problem(LAYERS[:5], seed=1))
+    assert len(started) == 2
 
 
 def test_one_dominant_input_direction():

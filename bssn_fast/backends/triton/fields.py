@@ -1,7 +1,8 @@
 """The device table: what one row says about a layer and about a segment of tiles.
 
 Rows hold 64-bit integers: sizes, strides, offsets into our own buffers, and the addresses that stay the same from call
-to call. Addresses that change with every call (outputs, gradients) are kernel arguments instead.
+to call. What changes with every call is a kernel argument: the address of the first output, from which the others have
+the same distances as long as all lie in one buffer, and the addresses of the gradients.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ SNAPSHOT = tl.constexpr(27)  # offset in the snapshot
 SIZE = tl.constexpr(31)
 INDEX = tl.constexpr(35)  # of the layer in `sigma`
 FLAT_BLOCKS = tl.constexpr(36)
-LAYER_FIELDS = tl.constexpr(37)
+OUTPUT = tl.constexpr(37)  # distance in bytes from the first layer's output
+LAYER_FIELDS = tl.constexpr(38)
 
 START = tl.constexpr(0)  # number of the segment's first tile
 KIND = tl.constexpr(1)
@@ -61,6 +63,7 @@ COLUMN_BLOCK = tl.constexpr(256)
 SLOT_BLOCK = tl.constexpr(16)  # slots added at a time
 VECTOR_BLOCK = tl.constexpr(1024)
 SUM_BLOCK = tl.constexpr(128)  # partial sums added at a time
+SEARCH_AT_ONCE = tl.constexpr(256)  # segments that one look for a tile's segment goes through
 
 FIRST_COUNTER = tl.constexpr(16)
 """Counter 0 numbers the tiles and has its own 128 bytes; two counters per layer follow from here."""
@@ -69,7 +72,7 @@ BIAS = tl.constexpr(2**62)
 
 
 def encode(number: int) -> int:
-    """Return a number of 0 to 2^60 as an argument of a kernel: odd and 64 bits wide whatever it is.
+    """Return a number of -2^60 to 2^60 as an argument of a kernel: odd and 64 bits wide whatever it is.
 
     Triton compiles a kernel anew for arguments that are 1, divisible by 16 or short, also within a tuple.
     """

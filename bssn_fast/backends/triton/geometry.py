@@ -23,10 +23,25 @@ class TileShape(NamedTuple):
     positions: int
 
 
-TILE_COLUMNS = 1024
+class Configuration(NamedTuple):
+    """How many threads a program has, and how many columns its tile: one 16-byte load of fp32 per thread and row."""
+
+    num_warps: int
+    columns: int
+
+
+TWO_PROGRAMS = Configuration(num_warps=8, columns=1024)
+ONE_PROGRAM = Configuration(num_warps=16, columns=2048)
+"""On a multiprocessor at a time, each thread having at most 128 registers: one loads while the other adds, or one has
+the first-level cache to itself."""
+
+CACHE_BYTES = 160 << 10
+"""Of the first-level cache, that rows can count on to be there at their second use: of 192 KB or more on sm_80, sm_90
+and sm_100, where 16 KB go to a program's reductions."""
+
 TILE_ROWS = 4
-"""256 threads hold a tile of [4, 1024]: one 16-byte load of fp32 per thread and row. The rows share the loads of v_out
-and u_in, and add up in registers before they reach a slot. `_tile_rows` says where four would spill registers."""
+"""The rows of a tile share the loads of v_out and u_in, and add up in registers before they reach a slot. `_tile_rows`
+says where four would spill registers."""
 
 MAX_VECTOR_TWO_SIDED = 4
 """As does a vector of eight 16-bit elements with four rows."""
@@ -80,15 +95,31 @@ def _kernel_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
     return dims[-1][1] if dims else 1
 
 
-def _tile_rows(c_out: int, vector: int, kernel_innermost: bool, two_sided: bool, positions: int, itemsize: int) -> int:
-    if c_out == 1 or positions > TILE_COLUMNS:
+def configuration(row_bytes: int) -> Configuration:
+    """Return what suits a call whose longest row of more than a few has this size.
+
+    Two programs where what both of them hold, four rows each, stays in the first-level cache between its two uses.
+    """
+    return ONE_PROGRAM if 2 * TILE_ROWS * row_bytes > CACHE_BYTES else TWO_PROGRAMS
+
+
+def _tile_rows(
+    c_out: int, vector: int, kernel_innermost: bool, two_sided: bool, positions: int, itemsize: int, columns: int
+) -> int:
+    if c_out == 1 or positions > columns:
         return 1
-    spills = itemsize > 4 or vector == 1 or (two_sided and not (kernel_innermost and 64 <= positions <= 128))
-    return 2 if spills else TILE_ROWS
+    two_sided_fits = itemsize == 4 and kernel_innermost and 64 <= positions <= 128
+    return 2 if itemsize > 4 or vector == 1 or (two_sided and not two_sided_fits) else TILE_ROWS
 
 
 def geometry(
-    shape: Sequence[int], strides: Sequence[int], dim: int, two_sided: bool, itemsize: int, aligned: bool
+    shape: Sequence[int],
+    strides: Sequence[int],
+    dim: int,
+    two_sided: bool,
+    itemsize: int,
+    aligned: bool,
+    columns: int = TWO_PROGRAMS.columns,
 ) -> Geometry | None:
     """Return how to address a weight, or None if the kernels cannot.
 
@@ -116,7 +147,9 @@ def geometry(
     if k * vector > MAX_K:
         vector = 1
     positions = power_of_two(k * vector)
-    rows = _tile_rows(c_out, vector, kernel_innermost, two_sided, positions, itemsize)
-    tile_shape = TileShape(vector, kernel_innermost, two_sided, rows, max(TILE_COLUMNS // positions, 1), positions)
+    if two_sided and not kernel_innermost:
+        columns //= 2  # Triton 3.6 spills otherwise
+    rows = _tile_rows(c_out, vector, kernel_innermost, two_sided, positions, itemsize, columns)
+    tile_shape = TileShape(vector, kernel_innermost, two_sided, rows, max(columns // positions, 1), positions)
     group_stride = k if kernel_innermost else 1 if vector > 1 else channel_stride
     return Geometry(tile_shape, c_out, c_in, k, row_stride // vector, group_stride, k_stride // vector, numel)

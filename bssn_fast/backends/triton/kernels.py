@@ -12,7 +12,7 @@ from bssn_fast.backends.triton.forward_tiles import columns_tile, rows_tile, sca
 from bssn_fast.backends.triton.tiles import announce, choose, decode, field, float_of, take_tile, wait_for
 
 
-@triton.jit(do_not_specialize=["scale_bits", "eps_bits", "first_tile"])
+@triton.jit(do_not_specialize=["first_out", "scale_bits", "eps_bits", "first_tile"])
 def forward_kernel(
     layers,
     segments,
@@ -21,7 +21,7 @@ def forward_kernel(
     stats,
     snapshot,
     sigmas,
-    outs,
+    first_out: tl.int64,
     scale_bits: tl.int64,
     eps_bits: tl.int64,
     first_tile: tl.int64,
@@ -37,7 +37,7 @@ def forward_kernel(
     """One tile of the forward pass.
 
     layers, segments: rows of the table. counters: int64. scratch: ACC. stats: fp64. snapshot, sigmas: ACC.
-    outs: encoded addresses of the normalised weights. SHAPES: the tile shapes that occur.
+    first_out: address of the first normalised weight. SHAPES: the tile shapes that occur.
     SINGLE: all phases in this launch.
     """
     tile, segment = take_tile(segments, counters, first_tile, SINGLE, N_SEGMENTS)
@@ -56,13 +56,13 @@ def forward_kernel(
     elif kind == f.VECTORS:
         vectors_tile(row, tile, scratch, stats, snapshot, sigmas, eps, ITERATE, ACC)
     else:
-        out = choose(outs, layer)
+        out = first_out + tl.load(row + f.OUTPUT)
         scaling_tile(row, tile, out, stats, float_of(scale_bits), eps, ALIGNED, ITERATE, W_TYPE, OUT_TYPE, ACC)
     if SINGLE:
         announce(counters, done)
 
 
-@triton.jit(do_not_specialize=["scale_bits", "first_tile"])
+@triton.jit(do_not_specialize=["first_out", "scale_bits", "first_tile"])
 def backward_kernel(
     layers,
     segments,
@@ -71,28 +71,37 @@ def backward_kernel(
     stats,
     snapshot,
     sigmas,
+    first_out: tl.int64,
+    addresses,
     grads,
-    grad_weights,
     scale_bits: tl.int64,
     first_tile: tl.int64,
     SHAPES: tl.constexpr,
     N_SEGMENTS: tl.constexpr,
     SINGLE: tl.constexpr,
+    TABLE: tl.constexpr,
     ALIGNED: tl.constexpr,
     W_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One tile of the backward pass; the arguments are those of `forward_kernel`."""
+    """One tile of the backward pass.
+
+    The arguments are those of `forward_kernel`, but for
+    grads: encoded addresses of the gradients; with TABLE they lie in `addresses` instead.
+    """
     tile, segment = take_tile(segments, counters, first_tile, SINGLE, N_SEGMENTS)
     layer = field(segments + segment, f.LAYER)
     done = field(segments + segment, f.DONE_COUNTER)
     row = layers + layer * f.LAYER_FIELDS
-    grad = choose(grads, layer)
+    if TABLE:
+        grad = tl.load(addresses + layer)
+    else:
+        grad = choose(grads, layer)
     if field(segments + segment, f.KIND) == f.INNER:
         inner_tile(row, tile, grad, stats, ALIGNED, W_TYPE, G_TYPE, ACC)
     else:
-        out = choose(grad_weights, layer)
+        out = first_out + tl.load(row + f.OUTPUT)
         sigma = tl.load(sigmas + field(row, f.INDEX))
         shape = field(row, f.SHAPE)
         scale = float_of(scale_bits)

@@ -18,8 +18,16 @@ from bssn_fast import layout
 from bssn_fast.backends import reference
 from bssn_fast.backends.triton import kernels
 from bssn_fast.backends.triton.fields import encode
-from bssn_fast.backends.triton.geometry import geometry, power_of_two
-from bssn_fast.backends.triton.prepared import Buffers, Cache, Prepared
+from bssn_fast.backends.triton.geometry import (
+    ONE_PROGRAM,
+    TILE_ROWS,
+    TWO_PROGRAMS,
+    Configuration,
+    configuration,
+    geometry,
+    power_of_two,
+)
+from bssn_fast.backends.triton.prepared import MAX_ARGUMENTS, Buffers, Cache, Made, Prepared, write_table
 from bssn_fast.backends.triton.program import Layer, backward_stages, build, stages
 
 TYPES = {
@@ -28,12 +36,10 @@ TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-NUM_WARPS = 8
 MAX_REGISTERS = 128
-"""Two programs on a multiprocessor of 64K registers, so that one loads while the other adds. Not for fp64."""
+"""512 threads on a multiprocessor of 64K registers, in one program or two. Not for fp64."""
 
-MAX_LAYERS = 128
-"""Layers of one launch: their outputs' addresses are kernel arguments, of which CUDA takes 4 KB. More take several."""
+CONFIGURATIONS = {"1": ONE_PROGRAM, "2": TWO_PROGRAMS}
 
 _cache = Cache()
 
@@ -46,13 +52,30 @@ def launch_mode() -> str:
     return mode
 
 
+def _configuration(weights: Sequence[Tensor], dims: Sequence[int]) -> Configuration:
+    """Return what BSSN_FAST_TRITON_PROGRAMS names, or what suits the weights."""
+    programs = os.environ.get("BSSN_FAST_TRITON_PROGRAMS", "")
+    if programs:
+        if programs not in CONFIGURATIONS:
+            raise ValueError(f"BSSN_FAST_TRITON_PROGRAMS must be 1 or 2, not {programs!r}")
+        return CONFIGURATIONS[programs]
+    rows = [(w.shape[dim], w.nbytes) for w, dim in zip(weights, dims, strict=True)]
+    return configuration(max((nbytes // c_out for c_out, nbytes in rows if c_out > TILE_ROWS), default=0))
+
+
 def _addresses(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    return tuple(x.data_ptr() for x in tensors)
+    return tuple([x.data_ptr() for x in tensors])
 
 
-def _arguments(addresses: Sequence[int] | dict[int, int], indices: Sequence[int]) -> tuple[int, ...]:
-    """Return the encoded addresses at `indices`, padded to a power of two so that few kernels are compiled."""
-    chosen = [encode(addresses[j]) for j in indices]
+def _distances(addresses: Sequence[int]) -> tuple[int, ...]:
+    """Return the distances in bytes from the first: from call to call the same for tensors that share a buffer."""
+    first = addresses[0]
+    return tuple([a - first for a in addresses])
+
+
+def _arguments(addresses: Sequence[int]) -> tuple[int, ...]:
+    """Return encoded addresses, padded to a power of two so that few kernels are compiled."""
+    chosen = [encode(address) for address in addresses or (0,)]
     return (*chosen, *chosen[-1:] * (power_of_two(len(chosen)) - len(chosen)))
 
 
@@ -67,32 +90,40 @@ def _per_layer(vectors: Sequence[Any], two_sided: Sequence[bool]) -> list[tuple[
 
 def _layers(
     weights: Sequence[Tensor],
-    indices: Sequence[int],
+    outputs: dict[int, int],
     vectors: Sequence[tuple[int, ...]],
     dims: Sequence[int],
     two_sided: Sequence[bool],
     aligned: bool,
-) -> tuple[list[list[Layer]], list[int]]:
-    """Return the layers at `indices` in groups for a launch each, and the indices of those the kernels cannot address.
+    columns: int,
+) -> tuple[list[Layer], list[int]]:
+    """Return the layers that `outputs` names, with the distances of theirs, and the indices of those not addressable.
 
     Large layers come first, so that the waits at the end of a launch are for small ones.
     """
     snapshot, _ = layout.snapshot_offsets(tuple(tuple(w.shape) for w in weights), tuple(dims), tuple(two_sided))
     layers, others = [], []
-    for j in sorted(indices, key=lambda j: -weights[j].numel()):
+    for j in sorted(outputs, key=lambda j: -weights[j].numel()):
         w = weights[j]
-        place = geometry(w.shape, w.stride(), dims[j], two_sided[j], w.element_size(), aligned)
+        place = geometry(w.shape, w.stride(), dims[j], two_sided[j], w.element_size(), aligned, columns)
         if place is None:
             others.append(j)
         else:
-            layers.append(Layer(j, place, w.data_ptr(), vectors[j] if vectors else (), snapshot[j]))
-    return [layers[start : start + MAX_LAYERS] for start in range(0, len(layers), MAX_LAYERS)], others
+            layers.append(Layer(j, place, w.data_ptr(), outputs[j], vectors[j] if vectors else (), snapshot[j]))
+    return layers, others
 
 
-def _run(kernel: Any, prepared: Prepared, buffers: Buffers, arguments: tuple[Any, ...], **constants: Any) -> None:
+def _run(
+    kernel: Any,
+    prepared: Prepared,
+    buffers: Buffers,
+    num_warps: int,
+    arguments: tuple[Any, ...],
+    **constants: Any,
+) -> None:
     """Start the program's launches; `arguments` are those between the buffers and the first tile."""
     program = prepared.program
-    options = {"num_warps": NUM_WARPS}
+    options = {"num_warps": num_warps}
     if not torch.version.hip and buffers.scratch.dtype != torch.float64:
         options["maxnreg"] = MAX_REGISTERS
     try:
@@ -136,38 +167,57 @@ def forward(
     """See `backends`."""
     if not weights:
         return
-    single = launch_mode() == "single"
+    single, config = launch_mode() == "single", _configuration(weights, dims)
     iterate = n_power_iterations > 0
     inputs = (_addresses(weights), _addresses(vectors))
     outs = _addresses(normalized)
+    distances = _distances(outs)
     aligned = reduce(or_, (*inputs[0], *inputs[1], *outs, snapshot.data_ptr())) % 16 == 0
 
-    def make(write: bool) -> Callable[[], tuple[list[Prepared], list[int]]]:
-        def programs() -> tuple[list[Prepared], list[int]]:
-            groups, others = _layers(
-                weights, range(len(weights)), _per_layer(inputs[1], two_sided), dims, two_sided, aligned
+    def make(write: bool) -> Callable[[], Made]:
+        def program() -> Made:
+            layers, others = _layers(
+                weights,
+                dict(enumerate(distances)),
+                _per_layer(inputs[1], two_sided),
+                dims,
+                two_sided,
+                aligned,
+                config.columns,
             )
-            built = []
-            for group in groups:
-                tiles = [stages(x.geometry, iterate=iterate, write=write) for x in group]
-                program = build(group, tiles, single=single, backward=False)
-                built.append(Prepared(program, [x.position for x in group], single, sigma.device))
-            return built, others
+            if not layers:
+                return None, others
+            tiles = [stages(x.geometry, iterate=iterate, write=write) for x in layers]
+            built = build(layers, tiles, single=single, backward=False)
+            return Prepared(built, [x.position for x in layers], single, sigma.device), others
 
-        return programs
+        return program
 
     shapes = tuple((w.shape, w.stride()) for w in weights)
-    key = ("forward", sigma.device, weights[0].dtype, inputs, shapes, tuple(dims), tuple(two_sided), aligned, single)
+    key = (
+        "forward",
+        sigma.device,
+        weights[0].dtype,
+        inputs,
+        distances,
+        shapes,
+        tuple(dims),
+        tuple(two_sided),
+        aligned,
+        single,
+        config,
+    )
     with _on(sigma.device):
         for iteration in range(max(n_power_iterations, 1)):
             write = iteration + 1 >= n_power_iterations
-            found, others = _cache.get((*key, iterate, write), sigma, make(write))
-            for prepared, buffers in found:
+            prepared, buffers, others = _cache.get((*key, iterate, write), sigma, make(write))
+            if prepared is not None and buffers is not None:
                 _run(
                     kernels.forward_kernel,
                     prepared,
                     buffers,
-                    (snapshot, sigma, _arguments(outs, prepared.indices), _bits(scale), _bits(eps)),
+                    config.num_warps,
+                    (snapshot, sigma, outs[0], _bits(scale), _bits(eps)),
                     ITERATE=iterate,
                     ALIGNED=aligned,
                     W_TYPE=TYPES[weights[0].dtype],
@@ -208,19 +258,20 @@ def backward(
     """See `backends`."""
     if not layers:
         return
-    single = launch_mode() == "single"
+    single, config = launch_mode() == "single", _configuration(weights, dims)
     inputs = _addresses(weights)
     grad_addresses = dict(zip(layers, _addresses(grads), strict=True))
-    outs = dict(zip(layers, _addresses(grad_weights), strict=True))
-    aligned = reduce(or_, (*inputs, *grad_addresses.values(), *outs.values(), snapshot.data_ptr())) % 16 == 0
+    outs = _addresses(grad_weights)
+    distances = _distances(outs)
+    aligned = reduce(or_, (*inputs, *grad_addresses.values(), *outs, snapshot.data_ptr())) % 16 == 0
 
-    def programs() -> tuple[list[Prepared], list[int]]:
-        groups, others = _layers(weights, layers, [], dims, two_sided, aligned)
-        built = []
-        for group in groups:
-            program = build(group, [backward_stages(x.geometry) for x in group], single=single, backward=True)
-            built.append(Prepared(program, [x.position for x in group], single, sigma.device))
-        return built, others
+    def program() -> Made:
+        outputs = dict(zip(layers, distances, strict=True))
+        placed, others = _layers(weights, outputs, [], dims, two_sided, aligned, config.columns)
+        if not placed:
+            return None, others
+        built = build(placed, [backward_stages(x.geometry) for x in placed], single=single, backward=True)
+        return Prepared(built, [x.position for x in placed], single, sigma.device), others
 
     shapes = tuple((w.shape, w.stride()) for w in weights)
     key = (
@@ -228,27 +279,29 @@ def backward(
         sigma.device,
         weights[0].dtype,
         inputs,
+        distances,
         shapes,
         tuple(layers),
         tuple(dims),
         tuple(two_sided),
         aligned,
         single,
+        config,
     )
     with _on(sigma.device):
-        found, others = _cache.get(key, sigma, programs)
-        for prepared, buffers in found:
+        prepared, buffers, others = _cache.get(key, sigma, program)
+        if prepared is not None and buffers is not None:
+            chosen = [grad_addresses[j] for j in prepared.indices]
+            table = len(chosen) > MAX_ARGUMENTS
+            if table:
+                write_table(buffers.addresses, chosen)
             _run(
                 kernels.backward_kernel,
                 prepared,
                 buffers,
-                (
-                    snapshot,
-                    sigma,
-                    _arguments(grad_addresses, prepared.indices),
-                    _arguments(outs, prepared.indices),
-                    _bits(scale),
-                ),
+                config.num_warps,
+                (snapshot, sigma, outs[0], buffers.addresses, _arguments([] if table else chosen), _bits(scale)),
+                TABLE=table,
                 ALIGNED=aligned,
                 W_TYPE=TYPES[weights[0].dtype],
                 G_TYPE=TYPES[grads[0].dtype],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +16,24 @@ from bssn_fast.backends.triton.program import Program
 TABLE_CHUNK = 256
 """Numbers written per launch of the table kernel: 2 KB of arguments, of which CUDA takes 4."""
 
+MAX_ARGUMENTS = 256
+"""Gradients whose addresses are arguments of the backward kernel: 2 KB as well. More lie in a table."""
+
 MAX_KEPT = 64
 """Sets of programs kept; a model needs one forward and one backward per stream, and the longest unused go first."""
+
+
+def empty_table(size: int, device: torch.device) -> Tensor:
+    """Return memory on the device for at least `size` numbers."""
+    return torch.empty(-(-size // TABLE_CHUNK) * TABLE_CHUNK, dtype=torch.int64, device=device)
+
+
+def write_table(table: Tensor, values: Sequence[int]) -> None:
+    """Write numbers to the device, by kernels of which they are arguments."""
+    for start in range(0, len(values), TABLE_CHUNK):
+        chunk = [encode(value) for value in values[start : start + TABLE_CHUNK]]
+        chunk += [encode(0)] * (TABLE_CHUNK - len(chunk))
+        kernels.table_kernel[(1,)](table, start, tuple(chunk), num_warps=1)
 
 
 class Prepared:
@@ -27,11 +43,8 @@ class Prepared:
         self.program = program
         self.indices = indices
         self.single = single
-        values = [*program.values, *[0] * (-len(program.values) % TABLE_CHUNK)]
-        table = torch.empty(len(values), dtype=torch.int64, device=device)
-        for start in range(0, len(values), TABLE_CHUNK):
-            chunk = tuple(encode(value) for value in values[start : start + TABLE_CHUNK])
-            kernels.table_kernel[(1,)](table, start, chunk, num_warps=1)
+        table = empty_table(len(program.values), device)
+        write_table(table, program.values)
         split = program.n_segments * SEGMENT_FIELDS.value
         self.segments, self.layers = table[:split], table[split:]
 
@@ -44,10 +57,20 @@ class Buffers:
         self.counters = like.new_zeros(program.counters_size if prepared.single else 1, dtype=torch.int64)
         self.scratch = like.new_empty(max(program.scratch_size, 1))
         self.stats = like.new_empty(program.stats_size, dtype=torch.float64)
+        many = len(prepared.indices) > MAX_ARGUMENTS
+        self.addresses = empty_table(len(prepared.indices) if many else 1, like.device)
 
 
-Found = tuple[list[tuple[Prepared, Buffers]], list[int]]
-"""Programs with their buffers, and the indices of layers that they leave to the reference."""
+Made = tuple[Prepared | None, list[int]]
+"""A program, if there are layers for it, and the indices of layers that it leaves to the reference."""
+
+Found = tuple[Prepared | None, Buffers | None, list[int]]
+"""The same with the program's buffers."""
+
+
+def _with_buffers(made: Made, like: Tensor) -> Found:
+    prepared, others = made
+    return prepared, Buffers(prepared, like) if prepared else None, others
 
 
 class Cache:
@@ -63,7 +86,7 @@ class Cache:
         with self._lock:
             self._kept.clear()
 
-    def get(self, key: Hashable, like: Tensor, make: Callable[[], tuple[list[Prepared], list[int]]]) -> Found:
+    def get(self, key: Hashable, like: Tensor, make: Callable[[], Made]) -> Found:
         """Return what was kept for `key`, or make it on the current stream; buffers have the dtype of `like`.
 
         While a CUDA graph is captured, its buffers are its own (counters are cleared at every replay), and a table
@@ -75,8 +98,7 @@ class Cache:
             stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
             found = self._kept.get((key, stream))
             if found is None:
-                prepared, others = make()
-                found = [(x, Buffers(x, like)) for x in prepared], others
+                found = _with_buffers(make(), like)
                 self._kept[(key, stream)] = found
                 while len(self._kept) > MAX_KEPT:
                     self._kept.popitem(last=False)
@@ -84,11 +106,9 @@ class Cache:
                 self._kept.move_to_end((key, stream))
             return found
 
-    def _for_graph(self, key: Hashable, like: Tensor, make: Callable[[], tuple[list[Prepared], list[int]]]) -> Found:
+    def _for_graph(self, key: Hashable, like: Tensor, make: Callable[[], Made]) -> Found:
         known = next((found for (k, _), found in self._kept.items() if k == key), self._captured.get(key))
         if known is None:
-            prepared, others = make()
-        else:
-            self._captured[key] = known
-            prepared, others = [x for x, _ in known[0]], known[1]
-        return [(x, Buffers(x, like)) for x in prepared], others
+            return _with_buffers(make(), like)
+        self._captured[key] = known
+        return _with_buffers((known[0], known[2]), like)

@@ -19,11 +19,15 @@ time: less and tiles wait, more and the weight has left the L2 cache before it i
 
 
 class Layer(NamedTuple):
-    """A layer of a call: its position there, geometry, addresses and places in the snapshot."""
+    """A layer of a call: its position there, geometry, addresses and places in the snapshot.
+
+    output: how many bytes its output is from that of the call's first layer.
+    """
 
     position: int
     geometry: Geometry
     weight: int
+    output: int
     vectors: tuple[int, ...]
     snapshot: tuple[int, ...]
 
@@ -141,6 +145,7 @@ def _row(layer: Layer, shape_index: int, scratch: _Offsets, stats: _Offsets, bac
         (f.N_IN_COLUMN_TILES, in_columns),
         (f.STATS, stats.take(n_stats)),
         (f.INDEX, layer.position),
+        (f.OUTPUT, layer.output),
     ):
         row[name.value] = value
     if not backward:

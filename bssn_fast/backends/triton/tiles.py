@@ -59,10 +59,23 @@ def announce(counters, done):
 
 @triton.jit
 def find_segment(segments, tile, N_SEGMENTS: tl.constexpr):
-    """Where in the table the segment of `tile` has its row: the last segment that does not start after it."""
-    n = tl.arange(0, N_SEGMENTS)
+    """Where in the table the segment of `tile` has its row: the last segment that does not start after it.
+
+    Of many segments first every STEP-th one is looked at, then those from there on.
+    """
+    STEP: tl.constexpr = max(N_SEGMENTS // f.SEARCH_AT_ONCE, 1)
+    segment = last_start(segments, tile, 0, STEP, N_SEGMENTS // STEP)
+    if STEP > 1:
+        segment = last_start(segments, tile, segment, 1, STEP)
+    return segment * f.SEGMENT_FIELDS
+
+
+@triton.jit
+def last_start(segments, tile, first, STEP: tl.constexpr, N: tl.constexpr):
+    """The last of the N segments first, first + STEP, ... that does not start after `tile`."""
+    n = first + tl.arange(0, N) * STEP
     starts = tl.load(segments + n * f.SEGMENT_FIELDS + f.START)
-    return (tl.sum((starts <= tile).to(tl.int32), axis=0) - 1) * f.SEGMENT_FIELDS
+    return first + (tl.sum((starts <= tile).to(tl.int32), axis=0) - 1) * STEP
 
 
 @triton.jit
