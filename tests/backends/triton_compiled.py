@@ -120,6 +120,13 @@ def test_no_spills(compile_calls, tmp_path, arch):
     check_resources(compile_calls(arch, RESNET), tmp_path, max_stack=8 if arch == 80 else 0)
 
 
+def test_no_spills_with_one_program_a_multiprocessor(compile_calls, tmp_path, monkeypatch):
+    monkeypatch.setenv("BSSN_FAST_TRITON_PROGRAMS", "1")
+    compiled = compile_calls(90, RESNET)
+    assert compiled["forward_kernel"].metadata.num_warps == 16
+    check_resources(compiled, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("layers", "dtype", "out_dtype", "memory_format", "offset"),
     [

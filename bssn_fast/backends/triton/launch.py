@@ -52,9 +52,8 @@ def launch_mode() -> str:
     return mode
 
 
-def _configuration(weights: Sequence[Tensor], dims: Sequence[int]) -> Configuration:
-    """Return what BSSN_FAST_TRITON_PROGRAMS names, or what suits the weights."""
-    programs = os.environ.get("BSSN_FAST_TRITON_PROGRAMS", "")
+def _configuration(programs: str, weights: Sequence[Tensor], dims: Sequence[int]) -> Configuration:
+    """Return what `programs` names, the value of BSSN_FAST_TRITON_PROGRAMS; where it is empty, what suits the weights."""
     if programs:
         if programs not in CONFIGURATIONS:
             raise ValueError(f"BSSN_FAST_TRITON_PROGRAMS must be 1 or 2, not {programs!r}")
@@ -71,6 +70,11 @@ def _distances(addresses: Sequence[int]) -> tuple[int, ...]:
     """Return the distances in bytes from the first: from call to call the same for tensors that share a buffer."""
     first = addresses[0]
     return tuple([a - first for a in addresses])
+
+
+def _aligned(offset: int, *addresses: tuple[int, ...]) -> bool:
+    """Whether everything that a call reads and writes starts at multiples of 16 bytes."""
+    return reduce(or_, (x for part in addresses for x in part), offset) % 16 == 0
 
 
 def _arguments(addresses: Sequence[int]) -> tuple[int, ...]:
@@ -117,13 +121,12 @@ def _run(
     kernel: Any,
     prepared: Prepared,
     buffers: Buffers,
-    num_warps: int,
     arguments: tuple[Any, ...],
     **constants: Any,
 ) -> None:
     """Start the program's launches; `arguments` are those between the buffers and the first tile."""
     program = prepared.program
-    options = {"num_warps": num_warps}
+    options = {"num_warps": prepared.config.num_warps}
     if not torch.version.hip and buffers.scratch.dtype != torch.float64:
         options["maxnreg"] = MAX_REGISTERS
     try:
@@ -139,6 +142,7 @@ def _run(
                 SHAPES=program.shapes,
                 N_SEGMENTS=program.n_segments,
                 SINGLE=prepared.single,
+                ALIGNED=prepared.aligned,
                 ACC=TYPES[buffers.scratch.dtype],
                 **constants,
                 **options,
@@ -167,15 +171,17 @@ def forward(
     """See `backends`."""
     if not weights:
         return
-    single, config = launch_mode() == "single", _configuration(weights, dims)
+    single, programs = launch_mode() == "single", os.environ.get("BSSN_FAST_TRITON_PROGRAMS", "")
     iterate = n_power_iterations > 0
     inputs = (_addresses(weights), _addresses(vectors))
     outs = _addresses(normalized)
     distances = _distances(outs)
-    aligned = reduce(or_, (*inputs[0], *inputs[1], *outs, snapshot.data_ptr())) % 16 == 0
+    offset = (outs[0] | snapshot.data_ptr()) % 16
 
     def make(write: bool) -> Callable[[], Made]:
         def program() -> Made:
+            config = _configuration(programs, weights, dims)
+            aligned = _aligned(offset, *inputs, distances)
             layers, others = _layers(
                 weights,
                 dict(enumerate(distances)),
@@ -189,7 +195,7 @@ def forward(
                 return None, others
             tiles = [stages(x.geometry, iterate=iterate, write=write) for x in layers]
             built = build(layers, tiles, single=single, backward=False)
-            return Prepared(built, [x.position for x in layers], single, sigma.device), others
+            return Prepared(built, [x.position for x in layers], single, config, aligned, sigma.device), others
 
         return program
 
@@ -203,9 +209,9 @@ def forward(
         shapes,
         tuple(dims),
         tuple(two_sided),
-        aligned,
+        offset,
         single,
-        config,
+        programs,
     )
     with _on(sigma.device):
         for iteration in range(max(n_power_iterations, 1)):
@@ -216,10 +222,8 @@ def forward(
                     kernels.forward_kernel,
                     prepared,
                     buffers,
-                    config.num_warps,
                     (snapshot, sigma, outs[0], _bits(scale), _bits(eps)),
                     ITERATE=iterate,
-                    ALIGNED=aligned,
                     W_TYPE=TYPES[weights[0].dtype],
                     OUT_TYPE=TYPES[normalized[0].dtype],
                 )
@@ -258,20 +262,22 @@ def backward(
     """See `backends`."""
     if not layers:
         return
-    single, config = launch_mode() == "single", _configuration(weights, dims)
+    single, programs = launch_mode() == "single", os.environ.get("BSSN_FAST_TRITON_PROGRAMS", "")
     inputs = _addresses(weights)
     grad_addresses = dict(zip(layers, _addresses(grads), strict=True))
     outs = _addresses(grad_weights)
     distances = _distances(outs)
-    aligned = reduce(or_, (*inputs, *grad_addresses.values(), *outs, snapshot.data_ptr())) % 16 == 0
+    offset = reduce(or_, grad_addresses.values(), outs[0] | snapshot.data_ptr()) % 16
 
     def program() -> Made:
+        config = _configuration(programs, weights, dims)
+        aligned = _aligned(offset, inputs, distances)
         outputs = dict(zip(layers, distances, strict=True))
         placed, others = _layers(weights, outputs, [], dims, two_sided, aligned, config.columns)
         if not placed:
             return None, others
         built = build(placed, [backward_stages(x.geometry) for x in placed], single=single, backward=True)
-        return Prepared(built, [x.position for x in placed], single, sigma.device), others
+        return Prepared(built, [x.position for x in placed], single, config, aligned, sigma.device), others
 
     shapes = tuple((w.shape, w.stride()) for w in weights)
     key = (
@@ -284,9 +290,9 @@ def backward(
         tuple(layers),
         tuple(dims),
         tuple(two_sided),
-        aligned,
+        offset,
         single,
-        config,
+        programs,
     )
     with _on(sigma.device):
         prepared, buffers, others = _cache.get(key, sigma, program)
@@ -299,10 +305,8 @@ def backward(
                 kernels.backward_kernel,
                 prepared,
                 buffers,
-                config.num_warps,
                 (snapshot, sigma, outs[0], buffers.addresses, _arguments([] if table else chosen), _bits(scale)),
                 TABLE=table,
-                ALIGNED=aligned,
                 W_TYPE=TYPES[weights[0].dtype],
                 G_TYPE=TYPES[grads[0].dtype],
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bssn_fast.backends.triton import kernels
 from bssn_fast.backends.triton.fields import SEGMENT_FIELDS, encode
+from bssn_fast.backends.triton.geometry import Configuration
 from bssn_fast.backends.triton.program import Program
 
 TABLE_CHUNK = 256
@@ -39,10 +40,20 @@ def write_table(table: Tensor, values: Sequence[int]) -> None:
 class Prepared:
     """A program with its table on the device; `indices` are its layers' in the call."""
 
-    def __init__(self, program: Program, indices: list[int], single: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        program: Program,
+        indices: list[int],
+        single: bool,
+        config: Configuration,
+        aligned: bool,
+        device: torch.device,
+    ) -> None:
         self.program = program
         self.indices = indices
         self.single = single
+        self.config = config
+        self.aligned = aligned
         table = empty_table(len(program.values), device)
         write_table(table, program.values)
         split = program.n_segments * SEGMENT_FIELDS.value
