@@ -2,7 +2,7 @@
 # make test    lint, types and all tests
 # make bench   speed on this machine's CPU, and the report in docs/performance.md; nothing else should run
 # make bench-compare   the same against this machine's kept figures
-# make gpu     correctness and speed on this machine's GPU, with the Python and torch that it already has
+# make gpu     correctness and speed on this machine's GPU in ten minutes, with the Python and torch that it already has
 # make asan    the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make docs    the reference of all public names, in build/docs
 # make format  lay out Python and C++

@@ -15,7 +15,8 @@ normalises n layers of one device and dtype:
 - `dims`: 0 or 1 per layer, the output dimension. `two_sided`: per layer.
 - `n_power_iterations`: 0 evaluates with the vectors as they are.
 - `normalized`: n tensors to write, each with the shape and strides of its weight; their common dtype is the weights'
-  or another floating dtype (autocast).
+  or another floating dtype (autocast). Calls go fastest if they, and `grad_weights` below, lie in one buffer each: what
+  is prepared for one call then serves the next.
 - `snapshot`: to write, flat, compute dtype: the vectors that sigma was computed with, at `layout.snapshot_offsets`.
 - `sigma`: to write, [n], compute dtype.
 

@@ -53,7 +53,7 @@ def launch_mode() -> str:
 
 
 def _configuration(programs: str, weights: Sequence[Tensor], dims: Sequence[int]) -> Configuration:
-    """Return what `programs` names, the value of BSSN_FAST_TRITON_PROGRAMS; where it is empty, what suits the weights."""
+    """Return what `programs`, of BSSN_FAST_TRITON_PROGRAMS, names; where it is empty, what suits the weights."""
     if programs:
         if programs not in CONFIGURATIONS:
             raise ValueError(f"BSSN_FAST_TRITON_PROGRAMS must be 1 or 2, not {programs!r}")
