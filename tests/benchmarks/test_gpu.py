@@ -9,13 +9,10 @@ import pytest
 import torch
 
 from benchmarks import gpu, machine, peers, report, results
-from benchmarks.layer_sets import GRID, load, square
+from benchmarks.layer_sets import GRID, grid, load
 from benchmarks.measure import Record
 
-SETS = {
-    *load(),
-    *(square(kind, n, w).name for kind, (numbers, widths) in GRID.items() for n in numbers for w in widths),
-}
+SETS = {*load(), *(point.name for kind in GRID for point in grid(kind))}
 
 
 @pytest.fixture
@@ -48,11 +45,12 @@ def test_every_command_is_one_that_its_program_understands(commands, monkeypatch
         assert env["PYTHONPATH"].startswith(str(tmp_path))
         if command[1:3] != ["-m", "benchmarks.report"]:
             continue
-        monkeypatch.setattr(sys, "argv", ["report", *command[3:]])
-        args = report.arguments()
+        args = report.arguments(command[3:])
         assert set(args.sets or ()) <= SETS
         for part in set(args.parts) - {"gan"}:
-            assert set(report._peers(args, part)) > {peers.COPY}, command
+            for chosen in load().values() if part == "layers" else grid(part):
+                if not args.sets or chosen.name in args.sets:
+                    assert set(report._peers(args, part, chosen)) > {peers.COPY}, command
         assert args.output.is_relative_to(tmp_path)
     given = [" ".join(command) for command, _ in commands]
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
