@@ -35,7 +35,7 @@ _is_exporting = getattr(torch.compiler, "is_exporting", _without_strict_mode)
 
 def is_exporting() -> bool:
     """Whether torch.export, an ONNX exporter or torch.jit.trace records the model: they want plain operations."""
-    return bool(_is_exporting()) or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return bool(_is_exporting()) or torch._C._get_tracing_state() is not None  # torch.jit.is_tracing is slow
 
 
 class LayerState:
