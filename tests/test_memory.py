@@ -1,0 +1,88 @@
+"""No more memory than torch's spectral norm takes, and none that grows."""
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import Net, images
+from torch import nn
+
+import bssn_fast
+
+PEAK = """
+import sys, torch
+from torch import nn
+import bssn_fast
+
+torch.set_num_threads(1)
+channels, layers = (3, 64, 128, 256, 512, 512, 512), []
+for i, o in zip(channels, channels[1:]):
+    layers += [nn.Conv2d(i, o, 3, padding=1, stride=2 if 64 < o < 512 else 1), nn.LeakyReLU(0.1)]
+model = nn.Sequential(*layers)
+if sys.argv[1] == "torch":
+    for layer in layers[::2]:
+        nn.utils.parametrizations.spectral_norm(layer)
+else:
+    bssn_fast.apply(model, sys.argv[1])
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+def status(key):  # in MB
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
+
+before = status("VmRSS")
+for _ in range(2):
+    optimizer.zero_grad()
+    model(torch.randn(2, 3, 16, 16)).sum().backward()
+    optimizer.step()
+print(status("VmHWM") - before)
+"""
+
+
+def resident():
+    """How many bytes of memory this process holds; 0 where that is not known."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def peak(which):
+    """How many MB two steps of training add to 24 MB of weights."""
+    found = subprocess.run([sys.executable, "-c", PEAK, which], capture_output=True, text=True, check=True, timeout=300)
+    return float(found.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
+def test_peak():
+    theirs = peak("torch")
+    assert peak("bssn") <= 1.05 * theirs
+
+
+@pytest.mark.parametrize("update", ["forward", "access"])
+def test_nothing_grows(update):
+    model = bssn_fast.apply(Net(), update=update)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    x = images()
+
+    def steps(n):
+        for j in range(n):
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            optimizer.step()
+            if j % 10 == 0:
+                with torch.no_grad():
+                    model.eval()(x), model.first.weight
+                    nn.init.normal_(model.first.weight)
+                model.train()
+        gc.collect()
+        tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+        return tensors, len(gc.get_objects()), resident()
+
+    steps(50)
+    tensors, objects, before = steps(50)
+    after = steps(1000 if update == "forward" else 200)
+    assert after[0] <= tensors
+    assert after[1] <= objects + 100  # the garbage collector's and pytest's own
+    assert after[2] <= before + 8 * 2**20
