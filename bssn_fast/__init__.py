@@ -1,10 +1,11 @@
 """Spectral normalisation of all of a model's weights at once: SN, SSN, BSN and BSSN."""
 
+from bssn_fast import diagnostics
 from bssn_fast.backends import BackendUnavailableError
 from bssn_fast.checkpoint import load_state_dict
 from bssn_fast.functional import normalize
 from bssn_fast.model import apply, cached, remove, sigma, summary
 
-__all__ = ["BackendUnavailableError", "apply", "cached", "load_state_dict", "normalize", "remove", "sigma", "summary"]
+__all__ = ["BackendUnavailableError", "apply", "cached", "diagnostics", "load_state_dict", "normalize", "remove", "sigma", "summary"]
 
 __version__ = "0.1.0"

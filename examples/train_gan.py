@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from gan import data, metrics, report
-from gan.networks import NORMS, SCALED_NORMS, levels
+from gan.networks import NETWORKS, NORMS, SCALED_NORMS, levels
 from gan.training import Run, Settings, load_checkpoint
 from tqdm import tqdm
 
@@ -33,14 +33,18 @@ def make_parser() -> argparse.ArgumentParser:
         text = f"{text} (default: {value:.4g})" if isinstance(value, float) else f"{text} (default: {value})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=text, **options)
 
-    setting("data", "digits, cifar10, or a folder of images whose subfolders are the classes")
+    setting("data", "digits, photos, cifar10, or a folder of images whose subfolders are the classes")
     setting("size", "images are resized to size x size: 8, 16, 32, ...")
+    setting("network", "class-conditional by projection, or the BSSN paper's CNN, unconditional", choices=NETWORKS)
     setting("norm", "normalisation of the discriminator", choices=NORMS)
     setting("scale", f"c of {' and '.join(SCALED_NORMS)}")
     setting("width", "channels at full resolution")
     setting("batch", "images per batch")
     setting("lr_generator", "learning rate")
     setting("lr_discriminator", "learning rate")
+    setting("beta1", "of both Adam optimizers")
+    setting("beta2", "of both Adam optimizers")
+    setting("critic_steps", "steps of the discriminator for one of the generator")
     setting("seed", "of everything random")
     parser.add_argument("--steps", type=int, default=1500, help="in total, also when resuming (default: 1500)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")

@@ -1,4 +1,4 @@
-"""Real images as one tensor in memory, by name: scikit-learn's digits, an image folder, CIFAR10."""
+"""Real images as one tensor in memory, by name: scikit-learn's digits and photographs, an image folder, CIFAR10."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -37,17 +37,19 @@ class Images:
 
 
 def load(data: str, size: int, cifar10_root: str) -> Images:
-    """Return the images called "digits" or "cifar10", or those of the folder `data`, at size x size.
+    """Return the images called "digits", "photos" or "cifar10", or those of the folder `data`, at size x size.
 
     Raises DataError.
     """
     if data == "digits":
         return _digits(size)
+    if data == "photos":
+        return _photos(size)
     if data == "cifar10":
         return _cifar10(size, cifar10_root)
     if Path(data).is_dir():
         return _folder(Path(data), size)
-    raise DataError(f"--data {data}: neither digits nor cifar10 nor an existing folder of images")
+    raise DataError(f"--data {data}: neither digits nor photos nor cifar10 nor an existing folder of images")
 
 
 def _resize(pixels: Tensor, size: int) -> Tensor:
@@ -60,6 +62,22 @@ def _digits(size: int) -> Images:
     digits = load_digits()  # 1,797 scans of 8 x 8 pixels with the values 0 to 16
     pixels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
     return Images(_resize(pixels, size), torch.tensor(digits.target), tuple("0123456789"))
+
+
+def _photos(size: int) -> Images:
+    """Patches of the two photographs that scikit-learn ships; the classes are the quarters that the patches lie in."""
+    side, stride = 2 * size, 16
+    pixels, labels = [], []
+    for photo, array in enumerate(load_sample_images().images):  # [427, 640, 3], uint8
+        windows = torch.tensor(array).float().unfold(0, side, stride).unfold(1, side, stride)  # [rows, columns, 3, ...]
+        rows, columns = windows.shape[:2]
+        pixels.append(windows.flatten(0, 1) / 127.5 - 1)
+        lower = (torch.arange(rows) >= rows / 2).long()[:, None]
+        right = (torch.arange(columns) >= columns / 2).long()
+        labels.append((4 * photo + 2 * lower + right).flatten())
+    quarters = [f"{v} {h}" for v in ("upper", "lower") for h in ("left", "right")]
+    classes = tuple(f"{photo}, {quarter}" for photo in ("temple", "flower") for quarter in quarters)
+    return Images(_resize(torch.cat(pixels), size), torch.cat(labels), classes)
 
 
 def _cifar10(size: int, root: str) -> Images:

@@ -1,4 +1,4 @@
-"""Frechet distance between real and generated images in the feature space of a small classifier of the real ones."""
+"""How close generated images are to real ones, in the feature space of a small classifier of the real ones."""
 
 from __future__ import annotations
 
@@ -16,13 +16,27 @@ CLASSIFIER_SEED = 0
 """The classifier does not depend on the training's seed, so that distances of different runs can be compared."""
 
 
+NEIGHBOURS = 3
+"""Of precision and recall, as in the paper that they come from."""
+
+
 @dataclass(frozen=True)
 class Quality:
-    """How close generated images are to the real ones of the same labels."""
+    """How close generated images are to the real ones; all of it by a classifier of the same real images.
+
+    So the figures compare runs on the same data with each other, not with any published FID or inception score.
+    """
 
     frechet: float
+    """Frechet distance of the features; infinite where a generated image is not finite."""
     frechet_of_real_halves: float
     """What two random halves of the real images are apart, to judge the other by; whole sets would be closer."""
+    classifier_score: float
+    """exp of the mean divergence of the images' class probabilities from their mean: the inception score's formula."""
+    precision: float
+    """Share of generated images within the real ones' neighbourhoods."""
+    recall: float
+    """Share of real images within the generated ones' neighbourhoods."""
     label_agreement: float
     """Share of generated images that the classifier takes for the class they were generated as."""
     classifier_accuracy: float
@@ -92,18 +106,61 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return ((mean_a - mean_b).square().sum() + trace_a + trace_b - 2 * common).item()
 
 
+@torch.no_grad()
+def classifier_score(model: Classifier, pixels: Tensor) -> float:
+    """Return exp(E KL(p(y|x) || p(y))), Salimans and others' inception score with this classifier: 1 to its classes."""
+    logs = torch.cat([model(part).double().log_softmax(1) for part in pixels.split(512)])
+    mean = logs.exp().mean(0)
+    return ((logs.exp() * (logs - mean.log())).sum(1).mean()).exp().item()
+
+
+def precision_recall(real: Tensor, generated: Tensor) -> tuple[float, float]:
+    """Return improved precision and recall (Kynkaanniemi and others, NeurIPS 2019) of features [n, d] and [m, d]."""
+
+    def share_within(points: Tensor, centres: Tensor) -> float:
+        radius = torch.cdist(centres, centres).kthvalue(NEIGHBOURS + 1, dim=1).values  # the first is the point itself
+        return (torch.cdist(points, centres) <= radius).any(1).double().mean().item()
+
+    return share_within(generated, real), share_within(real, generated)
+
+
+class Judge:
+    """A classifier of real images and their features. Leaves torch's random state as it was; needs two classes."""
+
+    def __init__(self, real: Images) -> None:
+        self.real = real
+        with torch.random.fork_rng():
+            torch.manual_seed(CLASSIFIER_SEED)
+            self.classifier, self.classifier_accuracy = train_classifier(real)
+            self.features = extract(self.classifier, real.pixels)
+            halves = self.features[torch.randperm(len(real.pixels))].tensor_split(2)
+        self.frechet_of_real_halves = frechet_distance(*halves)
+
+    def frechet(self, generated: Tensor) -> float:
+        """Return the Frechet distance of images [n, channels, size, size], infinite if one is not finite."""
+        if not generated.isfinite().all():
+            return float("inf")
+        return frechet_distance(self.features, extract(self.classifier, generated))
+
+    def quality(self, generated: Tensor) -> Quality:
+        """Compare images [n, channels, size, size], made with the real ones' labels, with those; n is the same."""
+        finite = bool(generated.isfinite().all())
+        features = extract(self.classifier, generated) if finite else None
+        precision, recall = (0.0, 0.0) if features is None else precision_recall(self.features, features)
+        return Quality(
+            frechet=self.frechet(generated),
+            frechet_of_real_halves=self.frechet_of_real_halves,
+            classifier_score=classifier_score(self.classifier, generated) if finite else 1.0,
+            precision=precision,
+            recall=recall,
+            label_agreement=accuracy(self.classifier, generated, self.real.labels),
+            classifier_accuracy=self.classifier_accuracy,
+        )
+
+
 def evaluate(real: Images, generated: Tensor) -> Quality:
     """Compare `generated` [n, channels, size, size], made with the labels of `real`, with `real`; n is the same.
 
     Leaves torch's random state as it was. Needs at least two classes.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(CLASSIFIER_SEED)
-        classifier, held_out_accuracy = train_classifier(real)
-        halves = extract(classifier, real.pixels)[torch.randperm(len(real.pixels))].tensor_split(2)
-    return Quality(
-        frechet=frechet_distance(extract(classifier, real.pixels), extract(classifier, generated)),
-        frechet_of_real_halves=frechet_distance(*halves),
-        label_agreement=accuracy(classifier, generated, real.labels),
-        classifier_accuracy=held_out_accuracy,
-    )
+    return Judge(real).quality(generated)

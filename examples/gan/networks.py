@@ -1,4 +1,4 @@
-"""A small class-conditional convolutional GAN, and the choice of the discriminator's normalisation."""
+"""Convolutional GANs, class-conditional and as in the BSSN paper, and the normalisation of the discriminator."""
 
 from __future__ import annotations
 
@@ -66,6 +66,56 @@ class Discriminator(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         features = self.blocks(images).sum(dim=(2, 3))
         return self.head(features).squeeze(1) + (features * self.embedding(labels)).sum(dim=1)
+
+
+class PaperGenerator(nn.Module):
+    """Noise [n, noise_dim] -> images [n, channels, size, size] in (-1, 1); the labels are not used.
+
+    The CNN of Lin, Sekar and Fanti's experiments, which has width 64 and, at size 32, three transposed convolutions.
+    """
+
+    def __init__(self, channels: int, size: int, n_classes: int, noise_dim: int, width: int) -> None:
+        super().__init__()
+        n = levels(size)
+        widths = [width * 2 ** (n - i) for i in range(n + 1)]
+        self.stem = nn.Sequential(nn.Linear(noise_dim, widths[0] * 16), nn.Unflatten(1, (widths[0], 4, 4)))
+        blocks = []
+        for before, after in pairwise(widths):
+            blocks += [nn.BatchNorm2d(before), nn.ReLU(), nn.ConvTranspose2d(before, after, 4, 2, 1)]
+        self.blocks = nn.Sequential(*blocks)
+        self.to_image = nn.Sequential(
+            nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 3, padding=1), nn.Tanh()
+        )
+
+    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
+        return self.to_image(self.blocks(self.stem(noise)))
+
+
+class PaperDiscriminator(nn.Module):
+    """Images [n, channels, size, size] -> scores [n]; the labels are not used.
+
+    The CNN of Lin, Sekar and Fanti's experiments, which has width 64 and, at size 32, seven convolutions.
+    """
+
+    def __init__(self, channels: int, size: int, n_classes: int, width: int) -> None:
+        super().__init__()
+        n = levels(size)
+        blocks = [nn.Conv2d(channels, width, 3, padding=1), nn.LeakyReLU(0.1)]
+        for wide in (width * 2**i for i in range(n)):
+            blocks += [nn.Conv2d(wide, wide, 4, 2, 1), nn.LeakyReLU(0.1)]
+            blocks += [nn.Conv2d(wide, 2 * wide, 3, padding=1), nn.LeakyReLU(0.1)]
+        self.blocks = nn.Sequential(*blocks, nn.Flatten())
+        self.head = nn.Linear(width * 2**n * 16, 1)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.head(self.blocks(images)).squeeze(1)
+
+
+NETWORKS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    "projection": (Generator, Discriminator),
+    "paper": (PaperGenerator, PaperDiscriminator),
+}
+"""Generator and discriminator by name."""
 
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:

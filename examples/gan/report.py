@@ -69,7 +69,12 @@ def print_summary(settings: Settings, steps: int, seconds: float, quality: Quali
             "Frechet distance",
             f"{quality.frechet:.2f} (two halves of the real images: {quality.frechet_of_real_halves:.2f})",
         )
-        table.add_row("recognised as the class asked for", f"{quality.label_agreement:.1%} of the generated images")
+        table.add_row(
+            "classifier score, precision, recall",
+            f"{quality.classifier_score:.2f}, {quality.precision:.2f}, {quality.recall:.2f}",
+        )
+        if settings.network == "projection":
+            table.add_row("recognised as the class asked for", f"{quality.label_agreement:.1%} of the generated images")
         table.add_row("accuracy of the classifier", f"{quality.classifier_accuracy:.1%} on held-out real images")
     for path in files:
         table.add_row(path.stem, str(path))
@@ -79,8 +84,8 @@ def print_summary(settings: Settings, steps: int, seconds: float, quality: Quali
         console.print("No Frechet distance: its features come from a classifier, and the data has one class only.")
     else:
         console.print(
-            "The Frechet distance uses the features of a small classifier trained here on the real images: it compares "
-            "runs of this script with each other and not with any published FID."
+            "These figures use a small classifier trained here on the real images: they compare runs of this script "
+            "with each other and not with any published FID."
         )
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import relu
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gan.data import Images
-from gan.networks import Discriminator, Generator, gradient_norms, normalize, sigmas
+from gan.networks import NETWORKS, gradient_norms, normalize, sigmas
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Settings:
 
     data: str = "digits"
     size: int = 16
+    network: str = "projection"
     norm: str = "bssn"
     scale: float = sqrt(2)  # bssn_fast's own default
     width: int = 24
@@ -28,6 +29,9 @@ class Settings:
     batch: int = 64
     lr_generator: float = 1e-3
     lr_discriminator: float = 1e-3
+    beta1: float = 0.0
+    beta2: float = 0.9
+    critic_steps: int = 1
     ema_decay: float = 0.995
     log_every: int = 25
     seed: int = 0
@@ -51,14 +55,15 @@ class Run:
         torch.manual_seed(settings.seed)
         channels, n_classes = images.pixels.shape[1], len(images.classes)
         self.settings, self.images, self.device = settings, images.to(device), device
-        self.generator = Generator(channels, settings.size, n_classes, settings.noise_dim, settings.width).to(device)
-        self.discriminator = Discriminator(channels, settings.size, n_classes, settings.width).to(device)
+        generator, discriminator = NETWORKS[settings.network]
+        self.generator = generator(channels, settings.size, n_classes, settings.noise_dim, settings.width).to(device)
+        self.discriminator = discriminator(channels, settings.size, n_classes, settings.width).to(device)
         normalize(self.discriminator, settings.norm, settings.scale)
         self.average = AveragedModel(
             self.generator, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True
         )
-        self.optimizer_generator = _adam(self.generator, settings.lr_generator)
-        self.optimizer_discriminator = _adam(self.discriminator, settings.lr_discriminator)
+        self.optimizer_generator = _adam(self.generator, settings.lr_generator, settings)
+        self.optimizer_discriminator = _adam(self.discriminator, settings.lr_discriminator, settings)
         self.history = History()
         self.steps_done = 0
 
@@ -66,8 +71,12 @@ class Run:
         return torch.randn(n, self.settings.noise_dim, device=self.device)
 
     def step(self) -> tuple[float, float]:
-        """One step of each network with the hinge loss; returns the two losses, discriminator first."""
-        loss_discriminator = self._step_discriminator()
+        """One step of the generator and `critic_steps` before it, with the hinge loss; returns the two last losses.
+
+        That of the discriminator comes first.
+        """
+        for _ in range(self.settings.critic_steps):
+            loss_discriminator = self._step_discriminator()
         if self.steps_done % self.settings.log_every == 0:
             self._log_layers()
         loss_generator = self._step_generator()
@@ -152,5 +161,5 @@ def load_checkpoint(path: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _adam(model: nn.Module, lr: float) -> torch.optim.Adam:
-    return torch.optim.Adam(model.parameters(), lr, betas=(0.0, 0.9))
+def _adam(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Adam:
+    return torch.optim.Adam(model.parameters(), lr, betas=(settings.beta1, settings.beta2))
