@@ -67,17 +67,22 @@ class Profile:
         return [*pairs, (self.base.lr_generator, self.base.lr_discriminator)]
 
     def trials(self) -> list[Trial]:
-        """Return all trials, each once, all those of a seed before the next: a part of them is a smaller study."""
+        """Return all trials, each once: variants and scales, learning rates and critic steps, then other data.
+
+        Within each of these all trials of a seed come before those of the next: a part of them is a smaller study.
+        """
+        first, *others = self.data
         found: list[Trial] = []
         for seed in range(self.seeds):
-            for data in self.data:
-                found += [self.trial(data, norm, seed) for norm in (NO_NORM, *VARIANTS)]
-            first = self.data[0]
+            found += [self.trial(first, norm, seed) for norm in (NO_NORM, *VARIANTS)]
             found += [self.scaled(first, norm, c, seed) for c in self.scales for norm in ("ssn", "bssn")]
             found.append(self.scaled(first, "bssn", self.extreme_scale, seed))
+        for seed in range(self.seeds):
             for g, d in self.rate_pairs():
                 found += [self.trial(first, norm, seed, lr_generator=g, lr_discriminator=d) for norm in VARIANTS]
             found += [self.trial(first, norm, seed, critic_steps=self.critic_steps) for norm in VARIANTS]
+        for seed in range(self.seeds):
+            found += [self.trial(data, norm, seed) for data in others for norm in (NO_NORM, *VARIANTS)]
         return list({trial.key: trial for trial in found}.values())
 
 

@@ -68,7 +68,7 @@ def operator_norm(weight: Tensor, dim: int, groups: int = 1, grid: int = 16) -> 
 
 
 def grid_for(layer: Layer) -> int:
-    """Return the grid's side: 64 for one dimension, else 16 up to 128 channels, 8 up to 512, 4 above, for time and memory."""
+    """Return the grid's side: 64 for one dimension, else 16 up to 128 channels, 8 up to 512 and 4 above."""
     if len(layer.shape) == 3:
         return 64
     widest = max(layer.shape[:2])
