@@ -11,7 +11,7 @@ SQRT2 = sqrt(2)
 VARIANTS = ("sn", "ssn", "bsn", "bssn")
 NO_NORM = "none"
 BASE = Settings(
-    network="paper", size=16, width=8, batch=32, lr_generator=2e-3, lr_discriminator=2e-3, beta1=0.5, ema_decay=0.99
+    network="paper", size=8, width=16, batch=32, lr_generator=2e-3, lr_discriminator=2e-3, beta1=0.5, ema_decay=0.99
 )
 
 

@@ -21,7 +21,10 @@ from bssn_fast.diagnostics import initial_variances
 from bssn_fast.layout import channels
 
 TOLERANCE = 1e-4
-"""Relative, of the largest singular values, which ARPACK finds."""
+"""Relative, of the largest singular values where ARPACK finds them."""
+
+DENSE = 128
+"""Smaller side of the matrices up to which all singular values are computed."""
 
 SEQUENTIAL = ("bsn_cnn_d32", "dcgan_g32", "hifigan_msd")
 """Sets whose layers follow each other, so that the product over them is a path through the network."""
@@ -30,7 +33,7 @@ SEQUENTIAL = ("bsn_cnn_d32", "dcgan_g32", "hifigan_msd")
 def largest_singular_value(blocks: Tensor) -> float:
     """Return the largest singular value of a block-diagonal matrix, given as blocks [n, rows, columns]."""
     n, rows, columns = blocks.shape
-    if min(rows, columns) * n <= 64:
+    if min(rows, columns) <= DENSE:
         return torch.linalg.svdvals(blocks).max().item()
 
     def apply(x: Any) -> Any:

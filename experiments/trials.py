@@ -43,7 +43,7 @@ class WatchedRun(Run):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.gradients: dict[str, Tensor] = {}
-        self.handles: list[RemovableHandle] = []
+        self.handles: dict[str, list[RemovableHandle]] = {}
         self.images_norm = 0.0
         self.ratio: dict[str, float] = dict.fromkeys(weight_layers(self.discriminator), 0.0)
         self.bound_broken = 0
@@ -57,8 +57,10 @@ class WatchedRun(Run):
 
         def hook(layer: nn.Module, *_: Any) -> None:
             weight = layer.weight  # inside a call of the model: the very tensor that the layer has used
-            if torch.is_grad_enabled() and weight.requires_grad:
-                self.handles.append(weight.register_hook(add))
+            # One hook a step on a weight that is not normalised: it sees the sum of both calls' gradients.
+            watched = weight.is_leaf and name in self.handles
+            if torch.is_grad_enabled() and weight.requires_grad and not watched:
+                self.handles.setdefault(name, []).append(weight.register_hook(add))
 
         return hook
 
@@ -68,9 +70,9 @@ class WatchedRun(Run):
     def _step_discriminator(self) -> float:
         self.gradients, self.images_norm = {}, 0.0
         loss = super()._step_discriminator()
-        for handle in self.handles:  # a weight that is not normalised would keep them
-            handle.remove()
-        self.handles = []
+        for handle in (h for handles in self.handles.values() for h in handles):
+            handle.remove()  # a weight that is not normalised would keep it
+        self.handles = {}
         ratios = {name: (g.norm() / self.images_norm).item() for name, g in self.gradients.items()}
         self.bound_broken += any(not r <= 1 for r in ratios.values())
         for name, r in ratios.items():
