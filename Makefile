@@ -2,6 +2,7 @@
 # make test    lint, types and all tests
 # make bench   speed on this machine's CPU, and the report in docs/performance.md; nothing else should run
 # make bench-compare   the same against this machine's kept figures
+# make evidence   the paper's claims, tried in many small trainings: docs/evidence.md; ARGS=--quick shows that it works
 # make gpu     correctness and speed on this machine's GPU in ten minutes, with the Python and torch that it already has
 # make asan    the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make docs    the reference of all public names, in build/docs
@@ -22,7 +23,7 @@ WITH_ASAN = PYTHONPATH=$(ASAN_DIR) PYTHONSAFEPATH=1 BSSN_FAST_BACKEND=cpu \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
-.PHONY: train test lint bench bench-compare gpu asan docs format env build clean
+.PHONY: train test lint bench bench-compare evidence gpu asan docs format env build clean
 .DELETE_ON_ERROR:
 
 train: build
@@ -37,6 +38,9 @@ bench: build
 
 bench-compare: build
 	$(BIN)/python -m benchmarks.report --compare $(ARGS)
+
+evidence: build
+	$(BIN)/python -m experiments $(ARGS)
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)

@@ -6,6 +6,16 @@ from bssn_fast.checkpoint import load_state_dict
 from bssn_fast.functional import normalize
 from bssn_fast.model import apply, cached, remove, sigma, summary
 
-__all__ = ["BackendUnavailableError", "apply", "cached", "diagnostics", "load_state_dict", "normalize", "remove", "sigma", "summary"]
+__all__ = [
+    "BackendUnavailableError",
+    "apply",
+    "cached",
+    "diagnostics",
+    "load_state_dict",
+    "normalize",
+    "remove",
+    "sigma",
+    "summary",
+]
 
 __version__ = "0.1.0"

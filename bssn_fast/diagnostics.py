@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from bssn_fast.convert import WEIGHT
 from bssn_fast.layout import channels
@@ -64,8 +63,8 @@ def initial_variances(shape: tuple[int, ...], dim: int = 0, gain: float = sqrt(2
 def measure(model: nn.Module) -> dict[str, Measured]:
     """Return gradient norm, sigma and variance of all normalised weights and of those of layers that could be.
 
-    The names are those of `bssn_fast.sigma`. Nothing is normalised for it and no vector changes: the variance is that of
-    the weight as it is, divided by sigma as the last normalisation found it. Between a backward pass and the
+    The names are those of `bssn_fast.sigma`. Nothing is normalised for it and no vector changes: the variance is that
+    of the weight as it is, divided by sigma as the last normalisation found it. Between a backward pass and the
     optimizer's step both belong to the same weight.
 
     Raises ValueError if the model has no such weight, or a layer whose weight is parametrized by something else.

@@ -73,7 +73,7 @@ def test_plain_layers_and_missing_gradients() -> None:
 def test_what_cannot_be_measured_is_named() -> None:
     with pytest.raises(ValueError, match="no convolution"):
         diagnostics.measure(nn.ReLU())
-    with pytest.raises(ValueError, match="0: the weight is parametrized by something else"):
+    with pytest.raises(ValueError, match="0: the weight is computed by something else"):
         diagnostics.measure(nn.Sequential(spectral_norm(nn.Linear(2, 2))))
     history = diagnostics.History()
     model, _ = model_and_input()
