@@ -18,7 +18,7 @@ import torch
 from gan import data
 
 from benchmarks import layer_sets
-from experiments import plan, report, spectra
+from experiments import inception, plan, report, spectra
 from experiments.trials import run_all
 
 QUICK_SETS = ("bsn_cnn_d32", "sngan_d32")
@@ -35,6 +35,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=2, help="trainings at a time, one thread each (default: 2)")
     parser.add_argument("--device", help="default: cuda with --gpu, else cpu")
     parser.add_argument("--cifar10-root", default="data", help="folder of torchvision's CIFAR10 (default: data)")
+    parser.add_argument(
+        "--inception",
+        type=Path,
+        nargs="?",
+        const=inception.default_weights(),
+        metavar="WEIGHTS",
+        help="real FID and inception score as well, by torch-fidelity (default weights: those in torch's cache)",
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="folder of finished trainings")
     parser.add_argument("--results", type=Path, help="folder of the report (default: experiments/results)")
     return parser
@@ -76,10 +84,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
             data.load(name, profile.base.size, args.cifar10_root)
     except data.DataError as error:
         parser.error(str(error))
+    if args.inception and (reason := inception.why_unavailable(args.inception)):
+        parser.error(f"--inception: {reason}")
     sets = layer_sets.load()
     layers, slopes = exact(args.work, {n: sets[n] for n in QUICK_SETS} if args.quick else sets, profile.seeds)
     device = args.device or ("cuda" if args.gpu else "cpu")
-    records = run_all(profile.trials(), args.work / "trainings", args.workers, args.cifar10_root, device)
+    records = run_all(
+        profile.trials(), args.work / "trainings", args.workers, args.cifar10_root, device, args.inception
+    )
     report.write(results, profile, records, layers, slopes)
     print(f"report: {results / 'tables.md'}")
     return results

@@ -27,7 +27,7 @@ def why_unavailable(weights: Path | None = None) -> str | None:
     if not file.is_file():
         return (
             f"no Inception weights at {file}: put {WEIGHTS}, of torch-fidelity's releases, there, "
-            "or name its place with --inception-weights"
+            "or name its place: --inception WEIGHTS"
         )
     return None
 

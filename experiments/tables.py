@@ -57,19 +57,25 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def quality_table(records: Records) -> str:
     """Return claim 5's table: the scores of each variant on each kind of images."""
+    columns = {
+        "classifier_score": "classifier score",
+        "precision": "precision",
+        "recall": "recall",
+        "inception_fid": "FID",
+        "inception_score": "inception score",
+    }
+    everywhere = set.intersection(*(set(record["quality"]) for record in records.by_key.values()))
+    columns = {name: title for name, title in columns.items() if name in everywhere}
     rows = []
     for data in records.profile.data:
         for norm in (NO_NORM, *VARIANTS):
             runs = records.seeds(data, norm)
             reached = [min(float(d) for _, d in run["frechet"]) for run in runs]
-            scores = [
-                median_interval([float(run["quality"][name]) for run in runs])
-                for name in ("classifier_score", "precision", "recall")
-            ]
+            scores = [median_interval([float(run["quality"][name]) for run in runs]) for name in columns]
             frechet = median_interval([final(run) for run in runs])
             diverged = sum(run["diverged"] for run in runs)
             rows.append([data, NAMES[norm], frechet, f"{min(reached):.3g}", *scores, diverged])
-    head = ["data", "variant", "Frechet, median", "best", "classifier score", "precision", "recall", "diverged"]
+    head = ["data", "variant", "Frechet, median", "best", *columns.values(), "diverged"]
     return table(head, rows)
 
 

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from bssn_fast.diagnostics import History
+from experiments import inception
 from experiments.plan import Trial
 
 SLOPE_IMAGES = 64
@@ -96,8 +97,13 @@ def images_and_judge(name: str, size: int, cifar10_root: str) -> tuple[data.Imag
     return images, Judge(images)
 
 
-def run_trial(trial: Trial, cifar10_root: str = "data", device: str = "cpu") -> dict[str, Any]:
-    """Train, and return a record of plain numbers, JSON's infinities being written as strings."""
+def run_trial(
+    trial: Trial, cifar10_root: str = "data", device: str = "cpu", inception_weights: Path | None = None
+) -> dict[str, Any]:
+    """Train, and return a record of plain numbers, infinities being written as strings.
+
+    inception_weights: for the real FID and inception score, which are left out without them.
+    """
     torch.set_num_threads(1)
     images, judge = images_and_judge(trial.settings.data, trial.settings.size, cifar10_root)
     cpu, wall = time.process_time(), time.perf_counter()
@@ -113,7 +119,10 @@ def run_trial(trial: Trial, cifar10_root: str = "data", device: str = "cpu") -> 
         if run.steps_done % evaluate_every == 0:
             frechet.append((run.steps_done, judge.frechet(run.sample(images.labels, seed=1).cpu())))
     samples = run.sample(images.labels, seed=1).cpu()
-    quality = judge.quality(samples)
+    quality = asdict(judge.quality(samples))
+    if inception_weights is not None:
+        fid, score = inception.fid_and_score(images.pixels, samples, inception_weights)
+        quality |= {"inception_fid": fid, "inception_score": score}
     return {
         "key": trial.key,
         "settings": asdict(trial.settings),
@@ -121,7 +130,7 @@ def run_trial(trial: Trial, cifar10_root: str = "data", device: str = "cpu") -> 
         "diverged": diverged,
         "cpu_seconds": time.process_time() - cpu,
         "wall_seconds": time.perf_counter() - wall,
-        "quality": {name: _plain(value) for name, value in asdict(quality).items()},
+        "quality": {name: _plain(value) for name, value in quality.items()},
         "frechet": [(step, _plain(value)) for step, value in frechet],
         "samples": _bytes(samples[:SHOWN]) if trial.settings.seed == 0 else None,
         "bound_ratio": {name: _plain(value) for name, value in run.ratio.items()},
@@ -149,16 +158,17 @@ def _bytes(pixels: Tensor) -> list[Any]:
     return pixels.nan_to_num().add(1).mul(127.5).round().to(torch.uint8).tolist()
 
 
-def run_all(
-    trials: list[Trial], folder: Path, workers: int, cifar10_root: str = "data", device: str = "cpu"
-) -> list[dict[str, Any]]:
-    """Run the trials that have no file in `folder` yet, one process each, and return the records of all."""
+def run_all(trials: list[Trial], folder: Path, workers: int, *options: Any) -> list[dict[str, Any]]:
+    """Run the trials that have no file in `folder` yet, `workers` at a time, and return the records of all.
+
+    options: of `run_trial`, behind the trial.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     missing = [trial for trial in trials if not _file(folder, trial).exists()]
     progress = tqdm(total=len(trials), initial=len(trials) - len(missing), desc="trainings", unit="run", smoothing=0.05)
     with progress, ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         try:
-            futures = {pool.submit(run_trial, trial, cifar10_root, device): trial for trial in missing}
+            futures = {pool.submit(run_trial, trial, *options): trial for trial in missing}
             for future in as_completed(futures):
                 file = _file(folder, futures[future])
                 temporary = file.with_suffix(".tmp")  # an interrupted write leaves no half of a record

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from math import sqrt
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -172,6 +175,32 @@ def test_inception_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(inception.InceptionUnavailableError, match=r"no Inception weights at .*absent\.pth"):
         inception.fid_and_score(images, images, tmp_path / "absent.pth")
     assert inception._Bytes(images)[0].shape == (3, 8, 8)
+
+
+def test_program_refuses_inception_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        program.main(["--quick", "--inception", str(tmp_path / "absent.pth"), "--work", str(tmp_path)])
+    assert "--inception: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_inception_scores_come_from_torch_fidelity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    fidelity = ModuleType("torch_fidelity")
+    fidelity.__spec__ = ModuleSpec("torch_fidelity", None)
+    given: dict[str, object] = {}
+
+    def calculate_metrics(**options: object) -> dict[str, float]:
+        given.update(options)
+        return {"frechet_inception_distance": 12.5, "inception_score_mean": 3.0}
+
+    fidelity.calculate_metrics = calculate_metrics
+    monkeypatch.setitem(sys.modules, "torch_fidelity", fidelity)
+    record = trials.run_trial(SMALL.trial("digits", "sn", 0), "", "cpu", weights)
+    assert (record["quality"]["inception_fid"], record["quality"]["inception_score"]) == (12.5, 3.0)
+    assert given["feature_extractor_weights_path"] == str(weights)
+    assert given["input2"][0].dtype == torch.uint8
 
 
 def test_program_resumes_and_writes_its_report(
