@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from gan import data
 
 from benchmarks import layer_sets
@@ -58,17 +57,13 @@ def choose_profile(args: argparse.Namespace) -> plan.Profile:
 
 
 def exact(work: Path, sets: dict[str, layer_sets.LayerSet], seeds: int) -> tuple[list[Any], list[Any]]:
-    """Return the rows of layers and of slopes, computed once for these sets."""
-    file = work / f"exact-{len(sets)}-{seeds}.json"
+    """Return the rows of layers and of slopes, of which `work` keeps what is done."""
+    (work / "layers").mkdir(parents=True, exist_ok=True)
+    layers = spectra.layer_rows(sets, work / "layers")
+    file = work / f"slopes-{seeds}.json"
     if not file.exists():
-        threads = torch.get_num_threads()
-        torch.set_num_threads(min(2, threads))
-        rows = {"layers": spectra.layer_rows(sets), "slopes": spectra.slopes(seeds)}
-        torch.set_num_threads(threads)
-        work.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(rows))
-    rows = json.loads(file.read_text())
-    return rows["layers"], rows["slopes"]
+        spectra.write_whole(file, json.dumps(spectra.slopes(seeds)))
+    return layers, json.loads(file.read_text())
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

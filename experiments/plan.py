@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 
@@ -48,6 +49,10 @@ class Profile:
     scales: tuple[float, ...] = (0.7, 1.0, SQRT2, 2.0, 4.0)
     extreme_scale: float = 0.3
     seeds: int = 5
+    grid_seeds: int = 5
+    """Of trials with other learning rates or more critic steps: so many of the seeds, from the last one backwards."""
+    other_seeds: int = 5
+    """Of trials with other data than the first: so many of the seeds, from the first one."""
     evaluations: int = 5
     log_every: int = 20
 
@@ -60,6 +65,14 @@ class Profile:
         if scale == 1:
             return self.trial(data, norm.replace("ss", "s"), seed)
         return self.trial(data, norm, seed, scale=scale)
+
+    def seeds_of(self, data: str, changes: Mapping[str, object]) -> range:
+        """Return the seeds of the trials with these images and these changes of the base settings."""
+        if data != self.data[0]:
+            return range(min(self.seeds, self.other_seeds))
+        if any(value != getattr(self.base, name) for name, value in changes.items()):
+            return range(max(0, self.seeds - self.grid_seeds), self.seeds)
+        return range(self.seeds)
 
     def rate_pairs(self) -> list[tuple[float, float]]:
         """Return (generator, discriminator) for all points of the grid, the base last."""
@@ -77,12 +90,12 @@ class Profile:
             found += [self.trial(first, norm, seed) for norm in (NO_NORM, *VARIANTS)]
             found += [self.scaled(first, norm, c, seed) for c in self.scales for norm in ("ssn", "bssn")]
             found.append(self.scaled(first, "bssn", self.extreme_scale, seed))
-        for seed in range(self.seeds):
+        for seed in self.seeds_of(first, {"critic_steps": 0}):
             for g, d in self.rate_pairs():
                 found += [self.trial(first, norm, seed, lr_generator=g, lr_discriminator=d) for norm in VARIANTS]
             found += [self.trial(first, norm, seed, critic_steps=self.critic_steps) for norm in VARIANTS]
-        for seed in range(self.seeds):
-            found += [self.trial(data, norm, seed) for data in others for norm in (NO_NORM, *VARIANTS)]
+        for data in others:
+            found += [self.trial(data, norm, seed) for seed in self.seeds_of(data, {}) for norm in (NO_NORM, *VARIANTS)]
         return list({trial.key: trial for trial in found}.values())
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections import Counter
 from math import prod, sqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +28,8 @@ TOLERANCE = 1e-4
 DENSE = 128
 """Smaller side of the matrices up to which all singular values are computed."""
 
-SEQUENTIAL = ("bsn_cnn_d32", "dcgan_g32", "hifigan_msd")
-"""Sets whose layers follow each other, so that the product over them is a path through the network."""
+WIDEST_OPERATOR = 512
+"""Channels up to which norms of operators are computed; wider ones take minutes each."""
 
 
 def largest_singular_value(blocks: Tensor) -> float:
@@ -71,23 +73,30 @@ def operator_norm(weight: Tensor, dim: int, groups: int = 1, grid: int = 16) -> 
 
 
 def grid_for(layer: Layer) -> int:
-    """Return the grid's side: 64 for one dimension, else 16 up to 128 channels, 8 up to 512 and 4 above."""
+    """Return the grid's side: 64 for one dimension, else 16 up to 128 channels, 8 up to 256 and 4 above."""
     if len(layer.shape) == 3:
         return 64
     widest = max(layer.shape[:2])
-    return 16 if widest <= 128 else 8 if widest <= 512 else 4
+    return 16 if widest <= 128 else 8 if widest <= 256 else 4
 
 
-def layer_rows(sets: dict[str, layer_sets.LayerSet]) -> list[dict[str, Any]]:
-    """Return one row per set and distinct layer with a Gaussian weight of variance 1."""
+def layer_rows(sets: dict[str, layer_sets.LayerSet], folder: Path) -> list[dict[str, Any]]:
+    """Return one row per set and distinct layer with a Gaussian weight of variance 1; `folder` keeps what is done."""
     distinct = Counter((name, layer) for name, layer_set in sets.items() for layer in layer_set.layers)
-    known: dict[Layer, dict[str, Any]] = {}
     rows = []
     for (name, layer), count in tqdm(distinct.items(), desc="layers", unit="layer"):
-        if layer not in known:
-            known[layer] = _layer_row(layer)
-        rows.append({"set": name, "count": count, **known[layer]})
+        file = folder / f"{layer.kind}-{'x'.join(map(str, layer.shape))}-{layer.groups}.json"
+        if not file.exists():
+            write_whole(file, json.dumps(_layer_row(layer)))
+        rows.append({"set": name, "count": count, **json.loads(file.read_text())})
     return rows
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that an interrupted write leaves none."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(file)
 
 
 def _layer_row(layer: Layer) -> dict[str, Any]:
@@ -95,8 +104,9 @@ def _layer_row(layer: Layer) -> dict[str, Any]:
     weight = torch.randn(layer.shape, generator=torch.Generator().manual_seed(seed))
     c_out, c_in, k = channels(layer.shape, layer.dim)
     s_out, s_in = reshaped_norms(weight, layer.dim)
-    grid = grid_for(layer) if layer.kind in ("conv", "convT") and k > 1 else 1
-    operator = operator_norm(weight, layer.dim, layer.groups, grid) if grid > 1 else None
+    wide = max(layer.shape[0] // layer.groups, layer.shape[1]) > WIDEST_OPERATOR
+    grid = grid_for(layer) if layer.kind in ("conv", "convT") and k > 1 and not wide else 0
+    operator = operator_norm(weight, layer.dim, layer.groups, grid) if grid else None
     variance = weight.double().var(correction=0).item()
     initial = initial_variances(layer.shape, layer.dim)
     two = k > 1
@@ -130,7 +140,6 @@ def products(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "set": name,
                 "kernels": n,
-                "sequential": name in SEQUENTIAL,
                 "strict_over_sn": product,
                 "strict_over_sn_per_layer": product ** (1 / n) if n else None,
                 "strict_over_bsn": two_sided,

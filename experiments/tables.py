@@ -26,7 +26,7 @@ class Records:
         """Return the records of all seeds; a scale other than the default's chooses the trial of the sweep."""
         p = self.profile
         if scale is None:
-            return [self.get(p.trial(data, norm, seed, **changes)) for seed in range(p.seeds)]
+            return [self.get(p.trial(data, norm, seed, **changes)) for seed in p.seeds_of(data, changes)]
         return [self.get(p.scaled(data, norm, scale, seed)) for seed in range(p.seeds)]
 
     def frechet(self, data: str, norm: str, scale: float | None = None, **changes: Any) -> list[float]:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from bssn_fast.diagnostics import History
 from experiments import inception
 from experiments.plan import Trial
+from experiments.spectra import write_whole
 
 SLOPE_IMAGES = 64
 SHOWN = 10
@@ -170,10 +171,7 @@ def run_all(trials: list[Trial], folder: Path, workers: int, *options: Any) -> l
         try:
             futures = {pool.submit(run_trial, trial, *options): trial for trial in missing}
             for future in as_completed(futures):
-                file = _file(folder, futures[future])
-                temporary = file.with_suffix(".tmp")  # an interrupted write leaves no half of a record
-                temporary.write_text(json.dumps(future.result()))
-                temporary.replace(file)
+                write_whole(_file(folder, futures[future]), json.dumps(future.result()))
                 progress.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -18,7 +18,7 @@ from gan import data
 from gan.metrics import Judge, classifier_score, precision_recall
 from torch.nn.functional import conv2d, pad
 
-from benchmarks.layer_sets import Layer
+from benchmarks.layer_sets import Layer, LayerSet
 from experiments import __main__ as program
 from experiments import inception, plan, spectra, tables, trials
 from experiments.statistics import compare, median_interval
@@ -70,6 +70,16 @@ def test_layers_keep_the_bound_and_come_near_the_closed_forms(layer: Layer) -> N
     else:
         assert row["var_bsn"] == pytest.approx(row["var_bsn_closed"], rel=0.25)
         assert row["operator"] <= row["bound"]
+
+
+def test_layers_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = {name: LayerSet(name, "", (Layer("conv", (4, 3, 3)),) * 2) for name in "ab"}
+    rows = spectra.layer_rows(sets, tmp_path)
+    monkeypatch.delattr(spectra, "_layer_row")
+    assert spectra.layer_rows(sets, tmp_path) == rows
+    assert [(row["set"], row["count"]) for row in rows] == [("a", 2), ("b", 2)]
+    (product, _) = spectra.products(rows)
+    assert product["strict_over_sn"] == pytest.approx((rows[0]["s_out"] / rows[0]["operator"]) ** 2)
 
 
 def test_intervals_count_every_run() -> None:
@@ -210,7 +220,7 @@ def test_program_resumes_and_writes_its_report(
     monkeypatch.setattr(plan, "QUICK", tiny)
     monkeypatch.setattr(program, "QUICK_SETS", ())
     row = spectra._layer_row(Layer("conv", (4, 3, 3, 3)))
-    monkeypatch.setattr(spectra, "layer_rows", lambda sets: [{"set": "bsn_cnn_d32", "count": 2, **row}])
+    monkeypatch.setattr(spectra, "layer_rows", lambda sets, folder: [{"set": "bsn_cnn_d32", "count": 2, **row}])
     monkeypatch.setattr(spectra, "slopes", lambda seeds: [{"norm": "sn", "seed": 0, "slope": 1.0}])
     first, *others = tiny.trials()
     done = {norm: trials.run_trial(tiny.trial("digits", norm, 0)) for norm in ("none", *plan.VARIANTS)}
