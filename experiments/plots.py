@@ -73,7 +73,8 @@ def variances(records: Records, path: Path) -> None:
         axes.axhline(1, color="black", linewidth=1)
         axes.set(title=f"{NAMES[norm]}: variance / {initial[norm]}", xlabel="step", yscale="log")
         axes.grid(alpha=0.3, which="both")
-    panels[0].legend(fontsize="small")
+        _plain_labels(axes)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     _save(figure, path)
 
 
@@ -103,6 +104,12 @@ def operators(rows: Sequence[dict[str, Any]], slopes: Sequence[dict[str, Any]], 
     _save(figure, path)
 
 
+def _plain_labels(axes: Axes) -> None:
+    """Label a logarithmic axis with numbers, not powers."""
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+
+
 def _points(axes: Axes, groups: Sequence[tuple[str, Callable[[str], list[float]]]]) -> None:
     """Draw the values of each variant, and their median as a bar, side by side for each group."""
     for j, (_, values) in enumerate(groups):
@@ -114,6 +121,7 @@ def _points(axes: Axes, groups: Sequence[tuple[str, Callable[[str], list[float]]
             axes.plot([x - 0.08, x + 0.08], [np.median(y)] * 2, color=COLOURS[norm], linewidth=2)
     axes.set_xticks(range(len(groups)), [name for name, _ in groups])
     axes.set(yscale="log", ylabel="Frechet distance")
+    _plain_labels(axes)
     axes.grid(alpha=0.3, axis="y", which="both")
     axes.legend(fontsize="small")
 
@@ -137,6 +145,7 @@ def stability(records: Records, path: Path) -> None:
     scale.set(xscale="log", yscale="log", xlabel="scale c", ylabel="Frechet distance, median and 95% interval")
     scale.set_xticks(scales := (p.extreme_scale, *p.scales), [f"{c:.2g}" for c in scales])
     scale.minorticks_off()
+    scale.set_yticks(ticks := (15, 20, 30, 50, 80), list(map(str, ticks)))
     scale.grid(alpha=0.3)
     scale.legend()
     _save(figure, path)
@@ -146,7 +155,7 @@ def samples(records: Records, data: str, path: Path) -> None:
     """Claim 5: samples of seed 0; one row for each of none, SN, SSN, BSN and BSSN."""
     rows = [records.seeds(data, norm)[0]["samples"] for norm in (NO_NORM, *VARIANTS)]
     pixels = torch.tensor(rows, dtype=torch.float32).flatten(0, 1) / 127.5 - 1
-    save_grid(pixels, path, columns=len(rows[0]), pixel_size=2)
+    save_grid(pixels, path, columns=len(rows[0]))
 
 
 def quality(records: Records, path: Path) -> None:
@@ -161,6 +170,7 @@ def quality(records: Records, path: Path) -> None:
             axes.plot([j - 0.2, j + 0.2], [np.median(y)] * 2, color=COLOURS[norm], linewidth=2)
         axes.set_xticks(range(len(NAMES)), list(NAMES.values()))
         axes.set(title=data, ylabel="Frechet distance", yscale="log")
+        _plain_labels(axes)
         axes.grid(alpha=0.3, which="both")
     figure.tight_layout()
     _save(figure, path)
