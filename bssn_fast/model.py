@@ -104,6 +104,8 @@ def apply(
         norm = put(place, existing[place], shared, norms, settings, together if update == "forward" else Usage(1))
         norms[id(norm)] = norm
     lists = {id(norm): layer for layer, norm in normalized(model) if id(norm) in norms}
+    for key, layer in lists.items():
+        norms[key].state.note_estimated(original_of(layer), norms[key].buffers())  # parametrize has touched weights
     for group in list(groups_of(model)):
         group.discard([layer for layer, norm in normalized(model) if id(norm) in norms])
     if update == "forward":

@@ -182,7 +182,6 @@ class SpectralNormalization(nn.Module):
             for stored, vector in zip(self._stored(), kept, strict=False):
                 stored.copy_(vector)
         self.state.generation += 1
-        self.state.owner = weakref.ref(weight)
         self.evaluate(weight)
 
     def _compute(self, weight: Tensor, n_power_iterations: int) -> Tensor:

@@ -48,11 +48,13 @@ class LayerState:
     recomputed: `ready` was made in a backward pass, for a checkpointed forward.
     cached: how many `cached` blocks the layer is in.
     owner: the parameter that the vectors were estimated for, until a plan has looked at it; None in copies.
+    estimated: this parameter's version then, and copies of the vectors.
     plan: for normalising the layer by itself.
     """
 
     __slots__ = (
         "cached",
+        "estimated",
         "generation",
         "index",
         "owner",
@@ -74,10 +76,26 @@ class LayerState:
         self.generation = generation
         self.cached = 0
         self.owner: weakref.ref[Tensor] | None = None
+        self.estimated: tuple[int, list[Tensor]] = (0, [])
         self.plan: Plan | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles begin with no result at hand
         return LayerState, (None if self.sigma is None else self.current_sigma()[None], self.generation)
+
+    def note_estimated(self, weight: Tensor, vectors: Iterable[Tensor]) -> None:
+        """Remember what the vectors were estimated for."""
+        self.owner = weakref.ref(weight)
+        self.estimated = version(weight), [v.detach().clone() for v in vectors]
+
+    def chosen_by_hand(self, weight: Tensor, vectors: Iterable[Tensor]) -> bool:
+        """Whether vectors look as if a user had chosen them for this weight; the first call asks, and nothing after.
+
+        They have changed since they were estimated, and the weight has not. Who writes into both may have loaded or
+        broadcast a model, whose vectors need not be good ones.
+        """
+        (before, estimated), self.estimated, self.owner = self.estimated, (0, []), None
+        changed = any(not torch.equal(v, old.to(v)) for v, old in zip(vectors, estimated, strict=True))
+        return changed and version(weight) == before
 
     def current_sigma(self) -> Tensor:
         """Return sigma of the last normalisation, a scalar."""
@@ -241,8 +259,8 @@ class Plan:
             good = all([next(units) for _ in vectors])
             # Weights that stand in for the layer's own, as in torch.func.functional_call, must not change its vectors.
             if state.owner is not None and state.owner() is weight:
-                state.owner = None
-                good = good and belong(weight, vectors, member.dim, settings.eps)
+                chosen = state.chosen_by_hand(weight, vectors)
+                good = good and (chosen or belong(weight, vectors, member.dim, settings.eps))
             if good:
                 continue
             found = estimate_vectors(

@@ -7,6 +7,7 @@ import torch
 from support import Net, images, norm_of, norms, original, same, vectors_of
 from test_loading import assert_sigma_right, exact_sigma
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import bssn_fast
@@ -133,3 +134,24 @@ def test_vectors_written_in_evaluation_only_then():
     layer.eval()(torch.randn(2, 6))
     assert float(bssn_fast.sigma(layer)[""]) == pytest.approx(exact_sigma(layer), rel=0.01)
     assert float(norm_of(layer)._v.norm()) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("way", ["written", "data", "replaced"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("update", ["forward", "access"])
+def test_vectors_chosen_by_hand_before_the_first_call(way, training, update):
+    """Also such as one iteration makes far better: the numbers are torch's."""
+    theirs = parametrizations.spectral_norm(nn.Linear(6, 5).double())
+    ours = bssn_fast.apply(copy.deepcopy(theirs), "sn", update=update)
+    weight, u, v = original(theirs).detach(), torch.eye(5).double()[0], torch.eye(6).double()[0]
+    assert not belong(weight, [u, v], 0, 1e-12)
+    for layer in (theirs, ours):
+        for name, chosen in (("_u", u), ("_v", v)):
+            if way == "replaced":
+                setattr(norm_of(layer), name, chosen.clone())
+            else:
+                vector = getattr(norm_of(layer), name)
+                (vector.data if way == "data" else vector).copy_(chosen)
+        layer.train(training)
+    x = torch.randn(2, 6).double()
+    torch.testing.assert_close(ours(x), theirs(x))
