@@ -108,16 +108,30 @@ def _hooks(module: nn.Module) -> list[int]:
     return [key for key, hook in module._load_state_dict_pre_hooks.items() if getattr(hook, "hook", None) is _translate]
 
 
-def _translate(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: object) -> None:
+def _translate(
+    module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, metadata: dict[str, Any], *_: object
+) -> None:
     """Before a layer is loaded: bring what the checkpoint has of it into the layout of torch's parametrization."""
     for tensor_name in getattr(module, "parametrizations", {}):
         layer = parametrizations_of(module, tensor_name)
         norm = layer[0]
         if isinstance(norm, SpectralNormalization):
             weight = original_of(layer)
+            _refuse_untying(norm, f"{prefix}{tensor_name}", metadata)
             target = f"{prefix}parametrizations.{tensor_name}."
             _rename(state_dict, f"{prefix}{tensor_name}", target)
             _complete(state_dict, target, norm, weight)
+
+
+def _refuse_untying(norm: SpectralNormalization, name: str, metadata: dict[str, Any]) -> None:
+    """Raise RuntimeError where layers that share a weight, and with it u and v, would get a Parameter each."""
+    # torch leaves the entry behind, in the dict that the checkpoint holds: without `assign` it would be found again.
+    if norm.layers > 1 and metadata.pop("assign_to_params_buffers", False):
+        raise RuntimeError(
+            f"{name} is shared with another layer, and load_state_dict(assign=True) would give each layer a Parameter "
+            "of its own, which cannot have the same u and v. Load with assign=False, or call bssn_fast.remove before "
+            "loading and bssn_fast.apply after"
+        )
 
 
 def _rename(state_dict: MutableMapping[str, Any], plain: str, target: str) -> None:

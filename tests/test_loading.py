@@ -269,3 +269,19 @@ def test_compiled_parts_and_errors():
     found = bssn_fast.load_state_dict(model, {"module.head.bias": torch.zeros(1), "module.x": 1}, strict=False)
     assert found.unexpected_keys == ["x"]
     assert not model.head.bias.any()
+
+
+def test_tied_weights_stay_tied():
+    """torch's `assign=True` gives each layer a Parameter of its own, for which the same u and v cannot do."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    bssn_fast.apply(model)
+    state = model.state_dict()
+    with pytest.raises(RuntimeError, match=r"0\.weight is shared.*assign=False"):
+        model.load_state_dict(state, assign=True)
+    model.load_state_dict(state)
+    assert original(model[0]) is original(model[1])
+    bssn_fast.remove(model).load_state_dict(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).state_dict(), assign=True)
+    bssn_fast.apply(model)(torch.randn(1, 4))
+    assert norm_of(model[0]) is not norm_of(model[1])
+    assert_sigma_right(model)
