@@ -35,7 +35,7 @@ def find(module: nn.Module, name: str, tensor_name: str = WEIGHT) -> SpectralNor
         found = list(parametrizations)
         if len(found) == 1 and isinstance(found[0], SpectralNormalization):
             return found[0]
-        if len(found) == 1 and isinstance(found[0], _SpectralNorm):
+        if len(found) == 1 and type(found[0]) is _SpectralNorm:  # a subclass may compute something else
             old = found[0]
             if not hasattr(old, "_u"):
                 raise ValueError(
@@ -54,7 +54,7 @@ def find(module: nn.Module, name: str, tensor_name: str = WEIGHT) -> SpectralNor
     for hook in module._forward_pre_hooks.values():
         if getattr(hook, "name", None) != tensor_name:
             continue
-        if not isinstance(hook, SpectralNorm):
+        if type(hook) is not SpectralNorm:  # a subclass may compute something else
             raise ValueError(
                 f"{name}: the weight already carries {type(hook).__name__}; remove it first "
                 "(torch.nn.utils.remove_weight_norm for weight_norm), or leave the layer out"

@@ -7,6 +7,8 @@ import torch
 from support import Net, images, norm_of
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 import bssn_fast
 from bssn_fast import backends
@@ -132,6 +134,23 @@ def parametrized(layer):
     return layer
 
 
+class HalvingHook(SpectralNorm):
+    def compute_weight(self, module, do_power_iteration):
+        return super().compute_weight(module, do_power_iteration) / 2
+
+
+class HalvingParametrization(_SpectralNorm):
+    def forward(self, weight):
+        return super().forward(weight) / 2
+
+
+def with_kind(layer, kind):
+    """Its spectral norm of torch becomes one of a subclass."""
+    found = [*layer._forward_pre_hooks.values(), *layer.modules()]
+    next(x for x in found if isinstance(x, kind.__mro__[1])).__class__ = kind
+    return layer
+
+
 def ours_and_another(layer):
     return parametrized(bssn_fast.apply(layer))
 
@@ -156,6 +175,16 @@ LAYERS = {
         lambda: nn.utils.spectral_norm(nn.Conv2d(3, 4, 3), dim=3),
         ValueError,
         "dimension 3",
+    ),
+    "subclass_of_torchs_hook": (
+        lambda: with_kind(nn.utils.spectral_norm(nn.Linear(3, 4)), HalvingHook),
+        ValueError,
+        "HalvingHook; remove it",
+    ),
+    "subclass_of_torchs_parametrization": (
+        lambda: with_kind(parametrizations.spectral_norm(nn.Linear(3, 4)), HalvingParametrization),
+        ValueError,
+        "HalvingParametrization; call",
     ),
     "pruned": (lambda: prune.l1_unstructured(nn.Linear(3, 4), "weight", 0.5), ValueError, "prune.remove"),
     "integer": (lambda: bad_weight(torch.ones(4, 3, dtype=torch.int32)), TypeError, "int32"),

@@ -1,5 +1,6 @@
 """Layers that carry one of torch's two spectral norms are taken over with their vectors."""
 
+import abc
 import copy
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from support import LAYERS, Net, images, layer_and_input, norm_of, norms, original
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 import bssn_fast
 from bssn_fast import convert
@@ -87,6 +89,66 @@ def test_settings_given_win(kind):
         bssn_fast.apply(KINDS[kind](nn.Linear(3, 3), n_power_iterations=3, eps=1e-8), eps=1e-5, n_power_iterations=1)
     )
     assert (norm.settings.n_power_iterations, norm.settings.eps) == (1, 1e-5)
+
+
+class Hooked(nn.Conv2d):
+    """A layer that puts the norm on itself."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        SpectralNorm.apply(self, "weight", 3, 0, 1e-8)
+
+
+class HookedTransposed(nn.ConvTranspose2d, abc.ABC):
+    """With a metaclass of its own, and the output dimension that torch takes by default."""
+
+    def __init__(self, *args, dim=1):
+        super().__init__(*args)
+        SpectralNorm.apply(self, name="weight", n_power_iterations=2, dim=dim, eps=1e-12)
+
+
+class Parametrized(nn.Linear):
+    def __init__(self, *args):
+        super().__init__(*args)
+        parametrizations.spectral_norm(self)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class OfSuchLayers(nn.Module):
+    """A model that puts norms on its layers itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Hooked(3, 6, 3), HookedTransposed(6, 4, 3)
+        self.c, self.d = HookedTransposed(4, 3, 3, dim=0), Parametrized(3, 2)
+        self.e = nn.utils.spectral_norm(nn.Linear(2, 2))
+
+    def forward(self, x):
+        return self.e(self.d(self.c(self.b(self.a(x))).mean((2, 3))))
+
+
+def test_layers_and_models_that_call_torchs_spectral_norm_themselves():
+    model, x = OfSuchLayers().double(), images(2, torch.float64)
+    kinds = [type(m) for m in model.children()][:3]
+    for _ in range(2):
+        model(x)
+    saved = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = model.eval()(x)
+    bssn_fast.apply(model, "sn")
+    torch.testing.assert_close(model(x), expected)
+    found = {n: (p.dim, p.settings.n_power_iterations, p.settings.eps) for n, p in norms(model).items()}
+    assert found == {"a": (0, 3, 1e-8), "b": (1, 2, 1e-12), "c": (0, 2, 1e-12), "d": (0, 1, 1e-12), "e": (0, 1, 1e-12)}
+    fresh = bssn_fast.apply(OfSuchLayers().double(), "sn").eval()
+    fresh.load_state_dict(saved, strict=True)
+    torch.testing.assert_close(fresh(x), expected)
+    torch.testing.assert_close(copy.deepcopy(fresh)(x), expected)
+    fresh.train()(x).sum().backward()
+    assert all(p.grad is not None for p in fresh.parameters())
+    bssn_fast.remove(model)
+    assert [type(m) for m in model.children()][:3] == kinds
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_copies_of_a_layer_of_torch_stay_as_they_are():
