@@ -127,7 +127,9 @@ class Normalizer:
         if not layers:
             return [None] * len(weights)
         if len(layers) == len(weights):
-            results = self._grads.take(weights[0].dtype, weights[0].device, batch.views)
+            # By now nobody holds the normalised weights, as a rule: the gradients come to lie where they were.
+            pool = self._outputs if given[0].dtype == weights[0].dtype else self._grads
+            results = pool.take(weights[0].dtype, weights[0].device, batch.views)
         else:
             results = _in_one_buffer([weights[j] for j in layers])
         ops.normalize_backward(
