@@ -109,6 +109,39 @@ def test_checkpoint_around_the_model():
     assert_twins(model, twin)
 
 
+REFUSED = r"bssn_fast: torch.utils.checkpoint around .* inside the module given"
+
+
+def test_checkpoint_of_normalize():
+    """It changes vectors, of which Dynamo knows nothing: refused, or gradients would be wrong."""
+    weights = [torch.randn(3, 4, requires_grad=True)]
+    vectors = [(torch.eye(3)[0], torch.eye(4)[0])]
+
+    def f(x):
+        return checkpoint(lambda x: bssn_fast.normalize(weights, vectors)[0][0] * x, x, use_reentrant=False).sum()
+
+    with pytest.raises(RuntimeError, match=REFUSED):
+        compiled(f)(torch.ones(()))
+
+
+OPTION = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+
+
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, OPTION), reason="a torch without this option")
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_checkpoint_around_the_model_that_dynamo_accepts(fullgraph):
+    model, x = bssn_fast.apply(Net()), images()
+
+    def f(x):
+        return checkpoint(model, x, use_reentrant=False).sum()
+
+    with torch._dynamo.config.patch(OPTION, True):
+        with pytest.raises(RuntimeError, match=REFUSED):
+            compiled(f, fullgraph=fullgraph)(x)
+        model.eval()  # does not iterate
+        torch.testing.assert_close(compiled(f, fullgraph=fullgraph)(x), f(x))
+
+
 def test_compiled_call_before_a_checkpoint_is_recomputed():
     """Its vectors are no longer there."""
     model = bssn_fast.apply(Net())
