@@ -59,12 +59,13 @@ class Pool:
         """Return `views` of a buffer of arbitrary contents that no one else uses."""
         if device.type != "cpu" or _UNSHARED is None or torch._C._len_torch_dispatch_stack() > 0:
             return views(torch.empty(self.size, dtype=dtype, device=device))
+        # `data`, as each use needs versions of its own: views that `.data =` has moved away count on with theirs.
         with self._lock:  # the views must exist before another thread looks for a free buffer
             self._buffers = [b for b in self._buffers if b.dtype == dtype or _users(b) != _UNSHARED]
             for buffer in self._buffers:
                 if buffer.dtype == dtype and _users(buffer) == _UNSHARED:
-                    return views(buffer)
+                    return views(buffer.data)
             with torch.inference_mode(False):
                 self._buffers.append(torch.empty(self.size, dtype=dtype, device=device))
             _ask_for_large_pages(self._buffers[-1])
-            return views(self._buffers[-1])
+            return views(self._buffers[-1].data)

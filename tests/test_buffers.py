@@ -82,3 +82,13 @@ def test_several_threads_share_an_evaluated_model():
     for thread in threads:
         thread.join()
     assert problems == []
+
+
+def test_versions_of_a_later_use_are_its_own(take):
+    """As those of gradients that `model.double()` has given other memory."""
+    first = take()[0]
+    first.data = torch.zeros(3)
+    second = take()[0]
+    before = second._version
+    first.add_(1)
+    assert second._version == before
