@@ -35,14 +35,13 @@ class Group:
     def _set_layers(self, layers: Sequence[ParametrizationList]) -> None:
         self._layers = list(layers)
         self._members: list[SpectralNormalization] = [cast(SpectralNormalization, layer[0]) for layer in layers]
-        self._signature: object = None
-        self._plans: list[tuple[Plan, list[int]]] = []
+        # What plans depend on, and they themselves: replaced at once, as other threads may be calling the model.
+        self._planned: tuple[object, list[tuple[Plan, list[int]]]] = (None, [])
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its plans anew, for its own layers
         return {
             **self.__dict__,
-            "_signature": None,
-            "_plans": [],
+            "_planned": (None, []),
             "_depth": 0,
             "_offered": [],
             "_recomputing": False,
@@ -108,14 +107,15 @@ class Group:
         ]
         flags = iterating if len(set(iterating)) > 1 else [True] * len(members)
         key = (list(map(id, members)), signature(weights), flags, [m.settings for m in members])
-        if key != self._signature:
+        known, plans = self._planned
+        if key != known:
             parts = partition(members, weights, flags)
-            self._plans = [(Plan([members[j] for j in part], [weights[j] for j in part]), part) for part in parts]
-            self._signature = key
+            plans = [(Plan([members[j] for j in part], [weights[j] for j in part]), part) for part in parts]
+            self._planned = key, plans
         if self._recomputing and any(training):
             self._usage.recompute(inside=True)
         results: list[list[Tensor]] = []
-        for plan, part in self._plans:
+        for plan, part in plans:
             iterate = iterating[part[0]]
             keep = not iterate or all(members[j].state.cached for j in part)
             chosen = [weights[j] for j in part]
