@@ -1,3 +1,4 @@
+import sys
 import threading
 
 import pytest
@@ -61,7 +62,16 @@ def test_made_in_inference_mode_used_outside(take):
     assert not views[0].is_inference()
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.fixture
+def _quick_switches():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("_quick_switches")
+@pytest.mark.parametrize("seed", range(5))
 def test_several_threads_share_an_evaluated_model(seed):
     torch.manual_seed(seed)
     model = bssn_fast.apply(Net()).eval()
