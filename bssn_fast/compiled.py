@@ -19,11 +19,11 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
 from torch.nn.utils.parametrize import ParametrizationList
 
-from bssn_fast import reference
 from bssn_fast.functional import Normalizer, check_weight
-from bssn_fast.layout import vector_sizes
+from bssn_fast.layout import result_dtype, vector_sizes
 from bssn_fast.parametrization import SpectralNormalization, Usage, original_of
-from bssn_fast.plan import checked_vectors, is_exporting, partition, result_dtype
+from bssn_fast.plain import normalize_plainly
+from bssn_fast.plan import checked_vectors, is_exporting, partition
 
 
 @torch.compiler.allow_in_graph
@@ -154,6 +154,4 @@ def _vectors(member: SpectralNormalization, weight: Tensor) -> list[Tensor]:
 def _exported(member: SpectralNormalization, weight: Tensor) -> Tensor:
     if member.training:
         raise RuntimeError("bssn_fast: a model in training mode cannot be exported; call `model.eval()` first")
-    s, vectors = member.settings, tuple([cast(Tensor, member._buffers[name]) for name in member.vector_names])
-    normalized, _, _ = reference.normalize(weight, vectors, member.dim, scale=s.scale, eps=s.eps, n_power_iterations=0)
-    return normalized.to(result_dtype(weight, member.autocast))
+    return normalize_plainly(member, weight, iterate=False)

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bssn_fast.handed import settle
 from bssn_fast.parametrization import SpectralNormalization, Usage, original_of
+from bssn_fast.plain import in_transform
 from bssn_fast.plan import Plan, in_backward, is_exporting, partition, signature
 from bssn_fast.sharded import ShardedWeightError, gathering_modules, is_sharded, refuse_flattened, refuse_sharded
 
@@ -178,6 +179,8 @@ class Group:
             # The backward pass of a recomputed forward frees its graph: no other may use it, also in a `cached` block.
             if self._recomputing or not member.state.cached:
                 member.state.withdraw()
+            elif in_transform() and member.state.weight is not None:
+                member.state.note_iteration(member.state.weight)  # the result belongs to the transform
         self._offered, self._recomputing = [], False
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from bssn_fast.plain import in_transform
 from bssn_fast.plan import Fingerprint, fingerprint_of, version
 
 
@@ -46,7 +47,7 @@ _latest = _Latest()
 
 def remember(member: _Member, weight: Tensor, result: Tensor) -> None:
     """Watch a result that is given away."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not in_transform():
         alias = result.detach()  # shares memory and version, but keeps no graph alive
         latest = _Result(weakref.ref(member), weight, version(weight), alias, version(alias), fingerprint_of(alias))
         _latest.results = (*_latest.results[-1:], latest)

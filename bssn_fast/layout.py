@@ -111,3 +111,10 @@ def is_dense(tensor: Tensor) -> bool:
                 return False
             expected *= size
     return True
+
+
+def result_dtype(weight: Tensor, autocast: bool) -> torch.dtype:
+    """Return the dtype the layer will compute in: autocast's where it applies, so that no second cast is needed."""
+    if not autocast or weight.dtype == torch.float64 or not torch.is_autocast_enabled(weight.device.type):
+        return weight.dtype
+    return torch.get_autocast_dtype(weight.device.type)

@@ -16,6 +16,7 @@ from bssn_fast.estimation import estimate_vectors
 from bssn_fast.functional import Normalizer
 from bssn_fast.handed import remember, settle, settle_before_looks
 from bssn_fast.layout import compute_dtype, needs_two_sides, vector_sizes
+from bssn_fast.plain import in_transform
 from bssn_fast.plan import LayerState, Plan, checked_vectors, in_backward, is_exporting, signature
 
 VARIANTS = {
@@ -48,10 +49,11 @@ class _Forward(NamedTuple):
 
     grad_mode: bool
     graphs: tuple[weakref.ref[Any], ...]  # the autograd nodes that lead to the weights, if there are any
+    over: bool = False  # a transform of torch.func makes its own backward pass, which recomputes nothing
 
     def finished(self) -> bool:
         """Whether no backward pass can recompute it any more; False if that is not known."""
-        return bool(self.graphs) and all(map(_freed, self.graphs))
+        return self.over or (bool(self.graphs) and all(map(_freed, self.graphs)))
 
 
 def _freed(graph: weakref.ref[Any]) -> bool:
@@ -91,8 +93,9 @@ class Usage:
             self._recomputed = False
             self._forwards.clear()
         self._compiled = False
-        graphs = [next((w.grad_fn for w in part if w.grad_fn is not None), None) for part in results]
-        latest = _Forward(torch.is_grad_enabled(), tuple([weakref.ref(g) for g in graphs if g is not None]))
+        over = in_transform()
+        graphs = [] if over else [next((w.grad_fn for w in part if w.grad_fn is not None), None) for part in results]
+        latest = _Forward(torch.is_grad_enabled(), tuple([weakref.ref(g) for g in graphs if g is not None]), over)
         older = [f for f in self._forwards if not f.finished()]
         # Of those without a graph nothing tells when they are over: one of a kind will do.
         self._forwards = [f for j, f in enumerate(older) if f.graphs or f not in older[:j]]
@@ -235,7 +238,10 @@ class SpectralNormalization(nn.Module):
         if iterate:
             self.usage.count([[normalized]])
         if state.cached and not recomputation:
-            state.offer(weight, normalized)
+            if in_transform():
+                state.note_iteration(weight)
+            else:
+                state.offer(weight, normalized)
         elif not recomputation:
             remember(self, weight, normalized)
         return normalized

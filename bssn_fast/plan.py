@@ -15,7 +15,8 @@ from torch.compiler import is_dynamo_compiling
 from bssn_fast.backends import extension
 from bssn_fast.estimation import are_units, belong, estimate_vectors
 from bssn_fast.functional import Normalizer, Values, check_weight
-from bssn_fast.layout import compute_dtype, is_dense
+from bssn_fast.layout import compute_dtype, is_dense, result_dtype
+from bssn_fast.plain import in_transform, normalize_plainly
 from bssn_fast.sharded import is_managed, refuse_flattened
 
 _SAMPLES = 32
@@ -219,6 +220,8 @@ class Plan:
         iterate: run the members' power iterations first, which changes their vectors.
         keep: hold on to the values, and use those of the last such call again while nothing has changed.
         """
+        if in_transform():
+            return [normalize_plainly(m, w, iterate=iterate) for m, w in zip(self.members, weights, strict=True)]
         dtype = result_dtype(weights[0], self.members[0].autocast)
         vectors = self._current_vectors(weights)
         if keep and self._kept is not None and self._kept.current(self._states, weights, vectors, dtype):
@@ -351,13 +354,6 @@ class Fingerprint:
     def unchanged(self) -> bool:
         """Whether the hash of what lies at the same addresses now is the same."""
         return self._compute() == self._value
-
-
-def result_dtype(weight: Tensor, autocast: bool) -> torch.dtype:
-    """Return the dtype the layer will compute in: autocast's where it applies, so that no second cast is needed."""
-    if not autocast or weight.dtype == torch.float64 or not torch.is_autocast_enabled(weight.device.type):
-        return weight.dtype
-    return torch.get_autocast_dtype(weight.device.type)
 
 
 def checked_vectors(vectors: list[Tensor], weight: Tensor, sizes: Sequence[int]) -> list[Tensor]:
