@@ -308,3 +308,27 @@ def test_bad_input_is_refused_before_anything_changes():
     with pytest.raises(Exception, match="without its vectors"):
         call(images())
     assert same(before, vectors_of(model))
+
+
+@both_ways
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent(kind, ways):
+    """torch.compile leaves recurrent layers to torch itself, and with them the call of the model around them."""
+
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = kind(5, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.inner(x)[0][:, -1]
+
+    model, twin = twins(Last(), names=["inner.weight_ih_l0", "inner.weight_hh_l0"])
+    call = ways(model, fullgraph=False)
+    for _ in range(2):
+        x = torch.randn(3, 6, 5)
+        for f in (call, twin):
+            f(x).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    assert all(map(torch.equal, model.buffers(), twin.buffers()))
