@@ -42,7 +42,7 @@ class Profile:
     data: tuple[str, ...] = ("digits", "photos")
     """The first gets all experiments, the others each variant at the base learning rates and the default scale."""
     base: Settings = BASE
-    steps: int = 300
+    steps: int = 1000
     rates: tuple[float, ...] = (1e-3, 4e-3)
     """The grid of learning rates, for both networks, besides the base."""
     critic_steps: int = 3
@@ -53,8 +53,8 @@ class Profile:
     """Of trials with other learning rates or more critic steps: so many of the seeds, from the last one backwards."""
     other_seeds: int = 5
     """Of trials with other data than the first: so many of the seeds, from the first one."""
-    evaluations: int = 5
-    log_every: int = 20
+    evaluations: int = 8
+    log_every: int = 50
 
     def trial(self, data: str, norm: str, seed: int, **changes: object) -> Trial:
         settings = replace(self.base, data=data, norm=norm, seed=seed, **changes)
@@ -100,7 +100,7 @@ class Profile:
 
 
 CPU = Profile()
-QUICK = Profile(steps=40, seeds=2, scales=(0.7, 1.0, SQRT2, 4.0), rates=(1e-3,), evaluations=2)
+QUICK = Profile(steps=40, seeds=2, scales=(0.7, 1.0, SQRT2, 4.0), rates=(1e-3,), evaluations=2, log_every=20)
 GPU = Profile(
     data=("cifar10",),
     base=Settings(
