@@ -41,9 +41,9 @@ def _normalize(
     backend: str,
 ) -> None:
     """Normalise n weights. `backends` documents the arguments."""
-    backends.get(backend, sigma.device).forward(
-        weights, vectors, dims, two_sided, scale, eps, n_power_iterations, normalized, snapshot, sigma
-    )
+    layers = (weights, vectors, dims, two_sided)
+    outputs = (normalized, snapshot, sigma)
+    backends.run("forward", backend, sigma.device, *layers, scale, eps, n_power_iterations, *outputs)
 
 
 def _normalize_backward(
@@ -59,9 +59,8 @@ def _normalize_backward(
     backend: str,
 ) -> None:
     """Gradients of the weights of some of n layers. `backends` documents the arguments."""
-    backends.get(backend, sigma.device).backward(
-        grads, weights, layers, dims, two_sided, scale, snapshot, sigma, grad_weights
-    )
+    args = (grads, weights, layers, dims, two_sided, scale, snapshot, sigma, grad_weights)
+    backends.run("backward", backend, sigma.device, *args)
 
 
 for _name, _kernel in (("normalize", _normalize), ("normalize_backward", _normalize_backward)):

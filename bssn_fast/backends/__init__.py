@@ -24,8 +24,11 @@ normalises n layers of one device and dtype:
 layers whose indices are in `layers`:
 
 - `grads`: m gradients of the normalised weights, strides of their weights, one common floating dtype.
-- `weights`, `dims`, `two_sided`: of all n layers. `snapshot`, `sigma`: what the forward wrote.
+- `weights`, `dims`, `two_sided`: of all n layers.
+- `snapshot`, `sigma`: what the forward, of this or another backend, wrote.
 - `grad_weights`: m tensors to write, shape, strides and dtype of their weights.
+
+Both may raise BackendUnavailableError for a call that they cannot serve after all, before they have written anything.
 """
 
 from __future__ import annotations
@@ -35,11 +38,16 @@ import os
 import warnings
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+
+
+_given_up: dict[tuple[str, torch.device], str] = {}
+"""Why a backend is no device's default any more, although it seemed to work there."""
 
 
 class BackendUnavailableError(RuntimeError):
@@ -89,14 +97,22 @@ def _first_available(device: torch.device) -> str:
     """Return the first backend that works on a device; decided once for each device."""
     reasons = []
     for name in _PREFERRED.get(device.type, ("reference",)):
-        reason = why_unavailable(name, device)
+        known = _given_up.get((name, device))
+        reason = known or why_unavailable(name, device)
         if reason is None:
             break
-        reasons.append(f"{name}: {reason}")
+        reasons.append(known or f"{name}: {reason}")
     if name == "reference" and device.type == "cuda" and torch.cuda.is_available():
         warnings.warn(
             f"bssn_fast has no kernels that work on {device} and uses plain torch operations, which are slower. "
             + "; ".join(reasons),
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    elif any(where == device for _, where in _given_up):
+        warnings.warn(
+            f"{'; '.join(reasons)}. From now on {name!r} computes there; backend={name!r} or BSSN_FAST_BACKEND={name} "
+            "chooses it from the start, without this warning.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -105,6 +121,7 @@ def _first_available(device: torch.device) -> str:
 
 def forget() -> None:
     """Decide anew, for all devices, which backends work."""
+    _given_up.clear()
     for decided in (_why_unavailable, _first_available, _resolve):
         decided.cache_clear()
 
@@ -123,3 +140,22 @@ def get(name: str, device: torch.device) -> ModuleType:
     Raises BackendUnavailableError if the one asked for cannot run there.
     """
     return _resolve(name or default(device), device)
+
+
+def run(operation: str, name: str, device: torch.device, *args: Any) -> None:
+    """Call `forward` or `backward` of the backend that `get` returns.
+
+    A device's default that proves unable to serve a call gives way, from now on, to the next one, with a warning. One
+    that was asked for does not: what it raises is raised.
+    """
+    while True:
+        chosen = name or default(device)
+        try:
+            getattr(_resolve(chosen, device), operation)(*args)
+            return
+        except BackendUnavailableError as error:
+            if name or os.environ.get("BSSN_FAST_BACKEND"):
+                raise
+            if (chosen, device) not in _given_up:
+                _given_up[chosen, device] = str(error)
+                _first_available.cache_clear()

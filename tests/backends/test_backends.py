@@ -121,6 +121,47 @@ def test_triton_that_cannot_compile_gives_way_to_cuda(gpus):
     assert len(gpus.probed) == 1
 
 
+def refuse(*args):
+    raise bssn_fast.BackendUnavailableError("bssn_fast backend 'triton' cannot be used: out of resource")
+
+
+@pytest.fixture
+def computed(gpus, monkeypatch):
+    """Small kernels compile, large ones do not; a list of who computes instead."""
+    computed = []
+    monkeypatch.setattr(sys.modules["bssn_fast.backends.triton.kernels"], "compile_probe", lambda: None)
+    for operation in ("forward", "backward"):
+        monkeypatch.setattr(backends._module("triton"), operation, refuse)
+        for name in ("cuda", "reference"):
+            monkeypatch.setattr(backends._module(name), operation, lambda *args, name=name: computed.append(name))
+    return computed
+
+
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+@pytest.mark.parametrize(("index", "instead"), [(0, "cuda"), (3, "reference")])
+def test_triton_that_fails_at_a_call_gives_way_with_one_warning(computed, operation, index, instead):
+    with pytest.warns(RuntimeWarning, match="triton.*out of resource") as caught:
+        backends.run(operation, "", gpu(index))
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backends.run(operation, "", gpu(index))
+    assert computed == [instead] * 2
+    assert backends.default(gpu(index)) == instead
+
+
+def test_triton_that_was_asked_for_does_not_give_way(computed, monkeypatch):
+    for _ in range(2):
+        with pytest.raises(bssn_fast.BackendUnavailableError, match="out of resource"):
+            backends.run("forward", "triton", gpu(0))
+    monkeypatch.setenv("BSSN_FAST_BACKEND", "triton")
+    with pytest.raises(bssn_fast.BackendUnavailableError, match="out of resource"):
+        backends.run("forward", "", gpu(0))
+    assert not computed
+    monkeypatch.delenv("BSSN_FAST_BACKEND")
+    assert backends.default(gpu(0)) == "triton"  # nobody was told otherwise
+
+
 def test_gpus_too_old_for_triton_are_not_tried(gpus):
     assert backends.get("", gpu(1)) is cuda
     assert not gpus.probed

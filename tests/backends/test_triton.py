@@ -12,7 +12,9 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize(("file", "interpret"), [("triton_interpreted.py", "1"), ("triton_compiled.py", "0")])
+@pytest.mark.parametrize(
+    ("file", "interpret"), [("triton_interpreted.py", "1"), ("triton_refused.py", "1"), ("triton_compiled.py", "0")]
+)
 def test_without_gpu(file, interpret):
     environment = {**os.environ, "TRITON_INTERPRET": interpret}
     environment.pop("BSSN_FAST_TRITON_LAUNCH", None)

@@ -45,21 +45,24 @@ class AbsentGPU:
 
 
 class Compiling:
-    """Stands in for a kernel: compiles it where it would have been launched."""
+    """Stands in for a kernel: compiles it where it would have been compiled or launched, which has to be the same."""
 
     def __init__(self, kernel, compiled):
         self.kernel, self.compiled = kernel, compiled
 
-    def __getitem__(self, grid):
-        def compile_only(*arguments, **options):
-            self.compiled.append(self.kernel.warmup(*arguments, grid=grid, **options))
+    def warmup(self, *arguments, grid, **options):
+        self.compiled.append(self.kernel.warmup(*arguments, grid=grid, **options))
 
-        return compile_only
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.warmup(*arguments, grid=grid, **options)
 
 
 @pytest.fixture
 def compile_calls(monkeypatch):
-    """A function that returns the kernels of a forward and a backward call, by name."""
+    """A function that returns the kernels of a forward and a backward call, by name.
+
+    What is launched is what was loaded before: a kernel that cannot be compiled is found out before anything has run.
+    """
 
     def compile_calls(arch, layers, dtype=torch.float32, out_dtype=None, memory_format=None, offset=0):
         out_dtype = out_dtype or dtype
@@ -69,7 +72,9 @@ def compile_calls(monkeypatch):
             monkeypatch.setattr(kernels, name, Compiling(originals[name], compiled))
         driver.set_active(AbsentGPU(arch))  # for good: this process does nothing else
         _call(layers, dtype, out_dtype, memory_format, offset)
-        return {kernel.metadata.name: kernel for kernel in compiled}
+        by_name = {kernel.metadata.name: kernel for kernel in compiled}
+        assert len({kernel.hash for kernel in compiled}) == len(by_name)
+        return by_name
 
     originals = {name: getattr(kernels, name) for name in ("forward_kernel", "backward_kernel", "table_kernel")}
     return compile_calls

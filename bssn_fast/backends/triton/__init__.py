@@ -30,7 +30,7 @@ def why_unavailable(device: torch.device) -> str | None:
     """None if a small kernel of ours compiles and loads.
 
     Being able to import Triton says little: it needs a C compiler and Python's headers for its launchers, and an
-    assembler and a driver that know the GPU.
+    assembler and a driver that know the GPU. Whether it compiles the large kernels too, a call finds out.
     """
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; it comes with torch for CUDA and ROCm, or: pip install triton"

@@ -120,10 +120,16 @@ def probe_kernel(counter):
     announce(counter, tile)
 
 
+def load(kernel, *arguments, **options) -> None:
+    """Compile a kernel for the current device and load it there, without a launch; raises whatever goes wrong."""
+    compiled = kernel.warmup(*arguments, grid=(1,), **options)
+    if compiled is not None:  # as it is in the interpreter
+        compiled._init_handles()  # `compiled.run` does it too, but raises only the first time
+
+
 def compile_probe() -> None:
-    """Compile a small kernel for the current device and load it there; raises whatever goes wrong."""
-    compiled = probe_kernel.warmup(torch.int64, grid=(1,))
-    assert compiled.run is not None  # loads it
+    """Load a small kernel; raises whatever goes wrong."""
+    load(probe_kernel, torch.int64)
 
 
 @triton.jit(do_not_specialize=["start"])

@@ -27,7 +27,7 @@ from bssn_fast.backends.triton.geometry import (
     geometry,
     power_of_two,
 )
-from bssn_fast.backends.triton.prepared import MAX_ARGUMENTS, Buffers, Cache, Made, Prepared, write_table
+from bssn_fast.backends.triton.prepared import MAX_ARGUMENTS, Buffers, Cache, Made, Prepared, loading, write_table
 from bssn_fast.backends.triton.program import Layer, backward_stages, build, stages
 
 TYPES = {
@@ -117,36 +117,47 @@ def _layers(
     return layers, others
 
 
-def _run(
+def _ready(
     kernel: Any,
     prepared: Prepared,
     buffers: Buffers,
     arguments: tuple[Any, ...],
     **constants: Any,
-) -> None:
-    """Start the program's launches; `arguments` are those between the buffers and the first tile."""
+) -> Callable[[], None]:
+    """Load the program's kernel, if it has not been, and return what starts its launches.
+
+    `arguments` are those between the buffers and the first tile. All that a kernel is compiled for is in the key under
+    which its program is kept.
+    """
     program = prepared.program
-    options = {"num_warps": prepared.config.num_warps}
+    before = (prepared.layers, prepared.segments, buffers.counters, buffers.scratch, buffers.stats, *arguments)
+    options = {
+        "SHAPES": program.shapes,
+        "N_SEGMENTS": program.n_segments,
+        "SINGLE": prepared.single,
+        "ALIGNED": prepared.aligned,
+        "ACC": TYPES[buffers.scratch.dtype],
+        **constants,
+        "num_warps": prepared.config.num_warps,
+    }
     if not torch.version.hip and buffers.scratch.dtype != torch.float64:
         options["maxnreg"] = MAX_REGISTERS
-    try:
+    if not prepared.loaded:
+        with loading(buffers.scratch.device):
+            kernels.load(kernel, *before, 0, **options)
+        prepared.loaded = True
+
+    def start() -> None:
         for first_tile, n_tiles in program.launches:
-            kernel[(n_tiles,)](
-                prepared.layers,
-                prepared.segments,
-                buffers.counters,
-                buffers.scratch,
-                buffers.stats,
-                *arguments,
-                first_tile,
-                SHAPES=program.shapes,
-                N_SEGMENTS=program.n_segments,
-                SINGLE=prepared.single,
-                ALIGNED=prepared.aligned,
-                ACC=TYPES[buffers.scratch.dtype],
-                **constants,
-                **options,
-            )
+            kernel[(n_tiles,)](*before, first_tile, **options)
+
+    return start
+
+
+def _run(starts: Iterable[Callable[[], None]]) -> None:
+    try:
+        for start in starts:
+            start()
     except BaseException:
         _cache.clear()
         raise
@@ -210,15 +221,18 @@ def forward(
         tuple(dims),
         tuple(two_sided),
         offset,
+        sigma.data_ptr() % 16,
+        normalized[0].dtype,
         single,
         programs,
     )
+    starts = []
     with _on(sigma.device):
         for iteration in range(max(n_power_iterations, 1)):
             write = iteration + 1 >= n_power_iterations
             prepared, buffers, others = _cache.get((*key, iterate, write), sigma, make(write))
             if prepared is not None and buffers is not None:
-                _run(
+                start = _ready(
                     kernels.forward_kernel,
                     prepared,
                     buffers,
@@ -227,6 +241,8 @@ def forward(
                     W_TYPE=TYPES[weights[0].dtype],
                     OUT_TYPE=TYPES[normalized[0].dtype],
                 )
+                starts.append(start)
+        _run(starts)  # not before all kernels are loaded: where that fails, no vector has changed
     stored = _per_layer(vectors, two_sided) if others else []
     for j in others:
         reference.forward(
@@ -291,6 +307,8 @@ def backward(
         tuple(dims),
         tuple(two_sided),
         offset,
+        sigma.data_ptr() % 16,
+        grads[0].dtype,
         single,
         programs,
     )
@@ -301,7 +319,7 @@ def backward(
             table = len(chosen) > MAX_ARGUMENTS
             if table:
                 write_table(buffers.addresses, chosen)
-            _run(
+            start = _ready(
                 kernels.backward_kernel,
                 prepared,
                 buffers,
@@ -310,6 +328,7 @@ def backward(
                 W_TYPE=TYPES[weights[0].dtype],
                 G_TYPE=TYPES[grads[0].dtype],
             )
+            _run([start])
     for j in others:
         n = list(layers).index(j)
         reference.backward(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from bssn_fast.backends import BackendUnavailableError
 from bssn_fast.backends.triton import kernels
 from bssn_fast.backends.triton.fields import SEGMENT_FIELDS, encode
 from bssn_fast.backends.triton.geometry import Configuration
@@ -37,6 +39,19 @@ def write_table(table: Tensor, values: Sequence[int]) -> None:
         kernels.table_kernel[(1,)](table, start, tuple(chunk), num_warps=1)
 
 
+@contextmanager
+def loading(device: torch.device) -> Iterator[None]:
+    """Whatever goes wrong within, a compiler or a driver that refuses a kernel, means that Triton cannot be used."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise BackendUnavailableError(
+            f"bssn_fast backend 'triton' cannot be used on {device}: Triton cannot compile or load a kernel for these "
+            f"weights ({type(error).__name__}: {text}); try another version of Triton, or another backend"
+        ) from error
+
+
 class Prepared:
     """A program with its table on the device; `indices` are its layers' in the call."""
 
@@ -54,7 +69,10 @@ class Prepared:
         self.single = single
         self.config = config
         self.aligned = aligned
+        self.loaded = False  # its kernel, on the device
         table = empty_table(len(program.values), device)
+        with loading(device):
+            kernels.load(kernels.table_kernel, table, 0, (encode(0),) * TABLE_CHUNK, num_warps=1)
         write_table(table, program.values)
         split = program.n_segments * SEGMENT_FIELDS.value
         self.segments, self.layers = table[:split], table[split:]
