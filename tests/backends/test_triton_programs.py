@@ -40,13 +40,17 @@ def test_tiles_wait_only_for_smaller_numbers(single):
     """Or a launch could hang: only programs with smaller numbers are sure to have started."""
     for stages, built in programs(single):
         rows = segments(built)
+        layers = built.values[built.n_segments * fields.SEGMENT_FIELDS.value :]
+        counters = layers[fields.DONE_COUNTER.value :: fields.LAYER_FIELDS.value]
+        stage_of = {fields.ROWS.value: 0, fields.COLUMNS.value: 1, fields.INNER.value: 0}  # of tiles that are awaited
         ends = [row[0] for row in rows[1:]] + [sum(n for _, n in built.launches)]
         finished = {}
-        for (start, _, _, awaited, count, done), end in zip(rows, ends, strict=True):
+        for (start, kind, layer, awaited, count), end in zip(rows, ends, strict=True):
             assert end > start
             if count:
                 assert finished[awaited] == count
-            if done:
+            if kind in stage_of:
+                done = counters[layer] + stage_of[kind]
                 finished[done] = finished.get(done, 0) + end - start
         assert ends[-1] == sum(n for layer in stages for stage in layer for _, n in stage)
         assert max(finished) < built.counters_size
@@ -110,5 +114,6 @@ def test_one_program_where_rows_are_long():
     chosen = [launch._configuration("", weights, [0] * 2).num_warps for weights in ([small, head], [small, large])]
     assert chosen == [8, 16]
     assert launch._configuration("1", [small], [0]).num_warps == 16
+    assert launch._configuration("", [large.double()], [0]).num_warps == 8  # more threads would spill registers
     with pytest.raises(ValueError, match="BSSN_FAST_TRITON_PROGRAMS must be 1 or 2"):
         launch._configuration("3", [small], [0])

@@ -38,15 +38,15 @@ SIZE = tl.constexpr(31)
 INDEX = tl.constexpr(35)  # of the layer in `sigma`
 FLAT_BLOCKS = tl.constexpr(36)
 OUTPUT = tl.constexpr(37)  # distance in bytes from the first layer's output
-LAYER_FIELDS = tl.constexpr(38)
+DONE_COUNTER = tl.constexpr(38)  # of finished tiles of the first stage; the next stage's counter follows
+LAYER_FIELDS = tl.constexpr(39)
 
 START = tl.constexpr(0)  # number of the segment's first tile
 KIND = tl.constexpr(1)
 LAYER = tl.constexpr(2)
 WAIT_COUNTER = tl.constexpr(3)
 WAIT_COUNT = tl.constexpr(4)  # tiles that must have finished before this segment may run; 0: none
-DONE_COUNTER = tl.constexpr(5)
-SEGMENT_FIELDS = tl.constexpr(6)
+SEGMENT_FIELDS = tl.constexpr(5)
 
 # Kinds of tiles. Forward: rows, columns, then vectors and scaling. Backward: inner product, then gradient.
 ROWS = tl.constexpr(0)

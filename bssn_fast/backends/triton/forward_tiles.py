@@ -46,14 +46,10 @@ def rows_tile(
 
     k_size = field(row, f.K)
     groups = field(row, f.GROUPS)
-    row_stride = field(row, f.ROW_STRIDE)
     group_stride = field(row, f.GROUP_STRIDE)
     weight = pointer(tl.load(row + f.WEIGHT), W_TYPE, VECTORS)
     v_out = pointer(tl.load(row + f.STORED + 1), ACC, VECTORS)
     u_in = pointer(tl.load(row + f.STORED + 2), ACC, VECTORS)
-    s_all = field(row, f.SOURCE)
-    q_all = field(row, f.SOURCE + 3)
-    fold = field(row, f.FOLD)
     n_out_columns = field(row, f.SIZE + 1)
     slot = field(row, f.SLOTS) + tile * (n_out_columns + field(row, f.SIZE + 2))
     slot = tl.multiple_of(slot, 4) if V % 4 == 0 else slot
@@ -66,9 +62,10 @@ def rows_tile(
     o_j = tl.arange(0, BJ)
 
     for o_start in range(first, last, BO):
+        # What is needed once for these rows is loaded here, as registers are scarcer than loads.
         o = o_start + o_o
         m_o = o < last
-        o_offset = o * (row_stride * V)
+        o_offset = o * (field(row, f.ROW_STRIDE) * V)
         b_s = tl.zeros([BO, BG * BJ // 4], ACC)  # four neighbours are one thread's: to add them first saves registers
         b_q = tl.zeros([BO, BG * BJ], ACC)
         for g_start in range(0, groups, BG):
@@ -81,14 +78,15 @@ def rows_tile(
                 u = tl.load(u_in + ((g_start + g) * V + d), mask=m_e, other=0)
                 b_q += w * u[None, :]
         s = tl.sum(b_s, axis=1)  # [BO]
-        tl.store(scratch + (s_all + o), s, mask=m_o)
+        tl.store(scratch + (field(row, f.SOURCE) + o), s, mask=m_o)
         if TWO:
+            q_all = field(row, f.SOURCE + 3)
             q = tl.sum(tl.reshape(b_q, [BO, BG, BJ]), axis=1)  # [BO, BJ]
             j_channel = o_j // k_size if SHAPES[SHAPE][1] else o_j % V
             j_k = o_j % k_size if SHAPES[SHAPE][1] else o_j // V
             m_oj = m_o[:, None] & (o_j < k_size * V)[None, :]
             if V > 1:  # a group's V channels have separate sums so far
-                o_fold = (fold + o * (k_size * V))[:, None]
+                o_fold = (field(row, f.FOLD) + o * (k_size * V))[:, None]
                 tl.store(scratch + (o_fold + (j_channel * k_size + j_k)[None, :]), q, mask=m_oj)
                 tl.debug_barrier()
                 q = tl.zeros([BO, BJ], ACC)

@@ -43,16 +43,18 @@ def forward_kernel(
     tile, segment = take_tile(segments, counters, first_tile, SINGLE, N_SEGMENTS)
     kind = field(segments + segment, f.KIND)
     layer = field(segments + segment, f.LAYER)
-    done = field(segments + segment, f.DONE_COUNTER)
     row = layers + layer * f.LAYER_FIELDS
     eps = float_of(eps_bits)
+    done = 0  # looked up after the tile, which has no register to keep it in
     if kind == f.ROWS:
         shape = field(row, f.SHAPE)
         for n in tl.static_range(len(SHAPES)):
             if shape == n:
                 rows_tile(row, tile, scratch, SHAPES, n, ITERATE, W_TYPE, ACC)
+        done = field(row, f.DONE_COUNTER)
     elif kind == f.COLUMNS:
         columns_tile(row, tile, scratch, stats, ITERATE, ACC)
+        done = field(row, f.DONE_COUNTER) + 1
     elif kind == f.VECTORS:
         vectors_tile(row, tile, scratch, stats, snapshot, sigmas, eps, ITERATE, ACC)
     else:
@@ -92,14 +94,15 @@ def backward_kernel(
     """
     tile, segment = take_tile(segments, counters, first_tile, SINGLE, N_SEGMENTS)
     layer = field(segments + segment, f.LAYER)
-    done = field(segments + segment, f.DONE_COUNTER)
     row = layers + layer * f.LAYER_FIELDS
+    done = 0
     if TABLE:
         grad = tl.load(addresses + layer)
     else:
         grad = choose(grads, layer)
     if field(segments + segment, f.KIND) == f.INNER:
         inner_tile(row, tile, grad, stats, ALIGNED, W_TYPE, G_TYPE, ACC)
+        done = field(row, f.DONE_COUNTER)
     else:
         out = first_out + tl.load(row + f.OUTPUT)
         sigma = tl.load(sigmas + field(row, f.INDEX))

@@ -37,7 +37,7 @@ TYPES = {
     torch.float16: tl.float16,
 }
 MAX_REGISTERS = 128
-"""512 threads on a multiprocessor of 64K registers, in one program or two. Not for fp64."""
+"""512 threads on a multiprocessor of 64K registers, in one program or two. fp64 has one program with all of them."""
 
 CONFIGURATIONS = {"1": ONE_PROGRAM, "2": TWO_PROGRAMS}
 
@@ -58,6 +58,8 @@ def _configuration(programs: str, weights: Sequence[Tensor], dims: Sequence[int]
         if programs not in CONFIGURATIONS:
             raise ValueError(f"BSSN_FAST_TRITON_PROGRAMS must be 1 or 2, not {programs!r}")
         return CONFIGURATIONS[programs]
+    if weights[0].dtype == torch.float64:  # 256 threads that spill nothing need the registers of 512, which would spill
+        return TWO_PROGRAMS
     rows = [(w.shape[dim], w.nbytes) for w, dim in zip(weights, dims, strict=True)]
     return configuration(max((nbytes // c_out for c_out, nbytes in rows if c_out > TILE_ROWS), default=0))
 
@@ -140,8 +142,9 @@ def _ready(
         **constants,
         "num_warps": prepared.config.num_warps,
     }
-    if not torch.version.hip and buffers.scratch.dtype != torch.float64:
-        options["maxnreg"] = MAX_REGISTERS
+    if not torch.version.hip:
+        most = min(65536 // (32 * prepared.config.num_warps), 255)  # the assembler may choose 128 of itself
+        options["maxnreg"] = most if buffers.scratch.dtype == torch.float64 else MAX_REGISTERS
     if not prepared.loaded:
         with loading(buffers.scratch.device):
             kernels.load(kernel, *before, 0, **options)

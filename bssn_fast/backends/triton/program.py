@@ -171,15 +171,17 @@ def build(layers: Sequence[Layer], all_stages: Sequence[Sequence[Stage]], *, sin
         counter = f.FIRST_COUNTER.value + n_stages * layer + stage
         awaited = sum(n for _, n in all_stages[layer][stage - 1]) if stage > 0 else 0
         for kind, n in all_stages[layer][stage]:
-            segments.append([tile, kind, layer, counter - 1, awaited, counter if stage + 1 < n_stages else 0])
+            segments.append([tile, kind, layer, counter - 1, awaited])
             tile += n
         bounds[stage + 1] = tile
     n_segments = power_of_two(len(segments))
-    segments += [[2**31, 0, 0, 0, 0, 0]] * (n_segments - len(segments))
+    segments += [[2**31, 0, 0, 0, 0]] * (n_segments - len(segments))
 
     scratch, stats = _Offsets(), _Offsets()
     shapes = tuple(sorted({layer.geometry.shape for layer in layers}))
     rows = [_row(x, shapes.index(x.geometry.shape), scratch, stats, backward) for x in layers]
+    for n, row in enumerate(rows):
+        row[f.DONE_COUNTER.value] = f.FIRST_COUNTER.value + n_stages * n
     if scratch.end >= 2**31:
         raise ValueError("the layers are too large for the Triton backend; use backend='reference'")
     return Program(
