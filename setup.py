@@ -203,9 +203,16 @@ def nvcc_flags(cxx: str, cuda: Cuda) -> list[str]:
     return flags + cuda.arch_flags()
 
 
+def configuration(cuda: Cuda | None) -> str:
+    """Return a name of what is built, for its folder: going back and forth between two then compiles nothing again."""
+    parts = [sys.implementation.cache_tag, sysconfig.get_platform(), "asan" * SANITIZE, "strict" * STRICT]
+    parts += ["cuda", *cuda.archs] if cuda else []
+    return "-".join(part for part in parts if part)
+
+
 def compile_module(cxx: str, cuda: Cuda | None) -> Path:
     """Bring the module up to date and return its path."""
-    build_dir = Path("build") / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}{'-asan' * SANITIZE}"
+    build_dir = Path("build") / configuration(cuda)
     build_dir.mkdir(parents=True, exist_ok=True)
     module = build_dir / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     build_file = build_dir / "build.ninja"
