@@ -15,26 +15,28 @@ def ratios(old: Results, new: Results) -> dict[str, float]:
     """Return time now by time before of each of our own cases.
 
     Where the same runs timed another peer of torch's as well, the machine's own change is divided out: it is the
-    geometric mean of how those changed.
+    geometric mean of how those changed. What changed by less than the timer's noise stays at 1: with the drift divided
+    out it could become a change again.
     """
     before = {r.key: r for r in old.records if r.median is not None}
-    cases: dict[tuple[str, ...], dict[str, list[tuple[str, float]]]] = {}
+    ours: dict[tuple[str, ...], list[tuple[str, float | None]]] = {}
+    others: dict[tuple[str, ...], list[float]] = {}
     for r in new.records:
         was = before.get(r.key)
         if was is None or r.median is None or was.median is None:
             continue
-        if abs(r.median - was.median) < WORTH_A_LOOK_MS and r.peer.startswith(OURS):
-            ratio = 1.0
-        else:
-            ratio = r.median / was.median
-        case = cases.setdefault((r.part, r.set, r.variant, r.caches), {"ours": [], "others": []})
-        mine = r.peer.startswith(OURS)
-        case["ours" if mine else "others"].append((f"{r.set} {r.variant} {r.phase} {r.peer}", ratio))
+        case = (r.part, r.set, r.variant, r.caches)
+        ratio = r.median / was.median
+        if r.peer.startswith(OURS):
+            is_noise = abs(r.median - was.median) < WORTH_A_LOOK_MS
+            name = f"{r.set} {r.variant} {r.phase} {r.peer}"
+            ours.setdefault(case, []).append((name, None if is_noise else ratio))
+        elif r.peer != COPY:
+            others.setdefault(case, []).append(ratio)
     found = {}
-    for case in cases.values():
-        others = [ratio for name, ratio in case["others"] if not name.endswith(COPY)]
-        drift = geometric_mean(others) if others else 1.0
-        found |= {name: ratio / drift for name, ratio in case["ours"]}
+    for case, timed in ours.items():
+        drift = geometric_mean(others[case]) if case in others else 1.0
+        found |= {name: 1.0 if ratio is None else ratio / drift for name, ratio in timed}
     return found
 
 

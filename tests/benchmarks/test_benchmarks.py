@@ -330,3 +330,12 @@ def test_a_slower_machine_is_not_a_regression():
     for r in slow.records:
         r.median *= 2
     assert max(compare.ratios(invented(), slow).values()) == pytest.approx(1)
+
+
+def test_a_change_within_the_timers_noise_is_no_regression_on_a_faster_machine():
+    """Ours from 0.030 to 0.022 ms is faster, though torch gained more."""
+    kept, found = invented(), invented()
+    for results, mine, torchs in ((kept, 0.030, 0.100), (found, 0.022, 0.070)):
+        for r in results.records:
+            r.median = mine if r.peer == "bssn_fast cpu" else torchs
+    assert set(compare.ratios(kept, found).values()) == {1.0}
