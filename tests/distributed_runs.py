@@ -55,7 +55,7 @@ class Outer(nn.Module):
 
 
 def critic(**settings: object) -> Critic:
-    return bssn_fast.apply(Critic().double(), **settings)  # type: ignore[arg-type]
+    return bssn_fast.apply(Critic().double(), **settings)
 
 
 def batches(steps: int) -> list[Tensor]:

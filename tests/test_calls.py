@@ -162,8 +162,8 @@ def test_a_failing_inner_call_does_not_end_the_outer_one(launches):
     class Careful(Net):
         def forward(self, x, fail=False):
             if fail:
-                raise ValueError
-            with pytest.raises(ValueError):  # noqa: PT011
+                raise ValueError("refused")
+            with pytest.raises(ValueError, match="refused"):
                 self(x, fail=True)
             return super().forward(x)
 

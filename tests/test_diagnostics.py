@@ -35,9 +35,9 @@ def test_initial_variances_are_those_of_torchs_init(shape: tuple[int, ...], dim:
     fan_in, fan_out = 3 * 25, 8 * 25
     assert values == pytest.approx((1 / fan_in, 2 / (fan_in + fan_out), 2 / fan_in))
     mode = "fan_in" if dim == 0 else "fan_out"
-    drawn = nn.init.kaiming_normal_(torch.empty(shape[0] * (500 if dim == 0 else 1), *shape[1:]), mode="fan_in")
-    if dim == 0:
-        assert drawn.var().item() == pytest.approx(values.kaiming, rel=0.05)
+    many = [500 * n if d == dim else n for d, n in enumerate(shape)]  # more outputs, the same fan
+    drawn = nn.init.kaiming_normal_(torch.empty(many), mode=mode)
+    assert drawn.var().item() == pytest.approx(values.kaiming, rel=0.05)
     assert nn.init._calculate_correct_fan(torch.empty(shape), mode) == fan_in
 
 

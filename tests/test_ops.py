@@ -32,14 +32,18 @@ def test_opcheck(backend):
         assert set(found.values()) == {"SUCCESS"}
 
 
-def test_fake_tensors_compute_nothing():
+def test_fake_tensors_compute_nothing(monkeypatch):
+    def called(*args):
+        pytest.fail("a backend was asked for")
+
+    monkeypatch.setattr(ops.backends, "get", called)
     with FakeTensorMode() as mode:
         x = matrix.inputs(CASE)
         fake = matrix.Inputs(*([mode.from_tensor(t) if not hasattr(t, "fake_mode") else t for t in part]
                                for part in (x.weights, x.vectors, x.grads)))  # fmt: skip
         forward, backward = arguments(fake)
-        assert ops.normalize(*forward) is None
-        assert ops.normalize_backward(*backward) is None
+        ops.normalize(*forward)
+        ops.normalize_backward(*backward)
 
 
 @pytest.mark.parametrize("backend", ["reference", ""])

@@ -134,6 +134,15 @@ def test_nothing_waits_for_the_device(backend, no_synchronization):
         call.both()
 
 
+def assert_each_ends_as_alone(calls, alone, times):
+    for call in alone:
+        for _ in range(times):
+            call.both()
+    torch.cuda.synchronize()
+    for a, b in zip(calls, alone, strict=True):
+        assert_equal(a, b)
+
+
 def test_many_launches_on_two_streams_at_once(backend):
     """10,000 in all, without waiting for any: each stream ends where the same calls alone end."""
     calls, alone = (
@@ -147,12 +156,7 @@ def test_many_launches_on_two_streams_at_once(backend):
             with torch.cuda.stream(stream):
                 call.both()
     torch.cuda.synchronize()
-    for call in alone:
-        for _ in range(2500):
-            call.both()
-    torch.cuda.synchronize()
-    for a, b in zip(calls, alone, strict=True):
-        assert_equal(a, b)
+    assert_each_ends_as_alone(calls, alone, 2500)
 
 
 def test_two_threads(backend):
@@ -167,17 +171,12 @@ def test_two_threads(backend):
 
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(work, calls))
-    for call in alone:
-        for _ in range(200):
-            call.both()
-    torch.cuda.synchronize()
-    for a, b in zip(calls, alone, strict=True):
-        assert_equal(a, b)
+    assert_each_ends_as_alone(calls, alone, 200)
 
 
 def test_default_stream_of_another_device(backend):
     if torch.cuda.device_count() < 2:
-        return  # one GPU: nothing to confuse
+        pytest.skip("one GPU: nothing to confuse")
     here, there = Call(backend, device="cuda:0"), Call(backend, device="cuda:1")
     with torch.cuda.device(0):
         for _ in range(3):
