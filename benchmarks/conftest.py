@@ -2,7 +2,7 @@
 
 pytest-benchmark times one case after another, so a busy minute meets one peer and not the next. Ratios to be published
 come from `python -m benchmarks.report`, where the same peers, checked in the same way, take turns. Both fill the same
-records: at its end this suite prints the same demands and measurements, and --report-to writes the same report.
+records: at its end this suite prints the same aims and measurements, and --report-to writes the same report.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     results = config.stash[RESULTS]
     if not results.records:
         return
-    terminalreporter.section("demanded and measured, one peer after another")
-    for line in report.demands(results):
+    terminalreporter.section("aimed at and measured, one peer after another")
+    for line in report.aims(results):
         terminalreporter.write_line(line)
     folder = config.getoption("report_to")
     if folder is not None:

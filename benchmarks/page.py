@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks import machine, plots
 from benchmarks.gan import NONE
 from benchmarks.results import FOLDER, Results, everything
-from benchmarks.tables import about, added, bounds, table
+from benchmarks.tables import about, added, added_is, bounds, table
 from benchmarks.targets import Target, targets
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -36,16 +36,14 @@ def render(machines: list[Results], page: Path = PAGE, folder: Path = FOLDER) ->
 
 
 def goals(machines: list[Results]) -> str:
-    """Return what is demanded and what each machine says of it."""
+    """Return what is aimed at and what each machine says of it."""
     known = [{t.what: t for t in targets(results)} for results in machines]
     rows = []
     for what, target in {what: t for found in reversed(known) for what, t in found.items()}.items():
         cells = [found.get(what) for found in known]
-        rows.append(
-            [what, target.demanded, *("" if t is None else t.found if t.holds else f"**{t.found}**" for t in cells)]
-        )
-    title = "## Demanded and measured (bold: does not hold)"
-    return f"{title}\n\n" + table(["", "demanded", *(_name(m) for m in machines)], rows) if rows else ""
+        rows.append([what, target.aim, *(_answer(t) for t in cells)])
+    title = "## Aimed at and measured (bold: not reached)"
+    return f"{title}\n\n" + table(["", "aimed at", *(_name(m) for m in machines)], rows) if rows else ""
 
 
 def gan_steps(machines: list[Results]) -> str:
@@ -56,7 +54,8 @@ def gan_steps(machines: list[Results]) -> str:
         if variant != NONE:
             cells = [added(m.find("gan", name, variant, peer, "step")) for m in machines]
             rows.append([name, variant, peer, *cells])
-    title = "## What normalisation adds to a whole training step (median and its 95 % interval)"
+    steps = (r for m in machines for r in m.records if r.part == "gan")
+    title = f"## What normalisation adds to a whole training step ({added_is(steps)})"
     headings = ["discriminator", "normalisation", "by", *(_name(m) for m in machines)]
     return f"{title}\n\n" + table(headings, rows) if rows else ""
 

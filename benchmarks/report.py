@@ -111,17 +111,15 @@ def render(machines: Sequence[results.Results], output: Path | None) -> int:
         pictures = plots.save(found, folder)
         (folder / "report.md").write_text(tables.render(found, pictures))
         print(f"{folder / 'report.md'}")
-        print("\n".join(demands(found)))
+        print("\n".join(aims(found)))
     for kind in dict.fromkeys(found.kind for found in machines if output in (None, found.folder)):
         page.renew(kind)
     return 0
 
 
-def demands(found: results.Results) -> list[str]:
-    """Return a line for each demand, with what was measured."""
-    return [
-        f"{'yes' if t.holds else 'NO':3} {t.what}: demanded {t.demanded}, measured {t.found}" for t in targets(found)
-    ]
+def aims(found: results.Results) -> list[str]:
+    """Return a line for each aim, with what was measured."""
+    return [f"{'yes' if t.holds else 'NO':3} {t.what}: aimed at {t.aim}, measured {t.found}" for t in targets(found)]
 
 
 def nothing_to_compare_with(folder: Path) -> str:

@@ -38,9 +38,9 @@ def about(results: Results) -> str:
 
 
 def goals(results: Results) -> str:
-    """Return what is demanded, and whether it holds."""
-    rows = [[t.what, t.demanded, t.found, "yes" if t.holds else "**no**"] for t in targets(results)]
-    return "## Demanded and measured\n\n" + table(["", "demanded", "measured", "holds"], rows) if rows else ""
+    """Return what is aimed at, and whether it is reached."""
+    rows = [[t.what, t.aim, t.found, "yes" if t.holds else "**no**"] for t in targets(results)]
+    return "## Aimed at and measured\n\n" + table(["", "aimed at", "measured", "reached"], rows) if rows else ""
 
 
 def bounds(machines: list[Results]) -> str:
@@ -172,8 +172,14 @@ def gan_steps(results: Results) -> str:
     for r in results.records:
         if r.part == "gan" and r.median:
             rows.append([r.set, r.variant, r.peer if r.variant != NONE else "", ms(r.median), added(r)])
-    title = "## Whole training steps (added: median and its 95 % interval)"
+    title = f"## Whole training steps (added: {added_is(results.records)})"
     return f"{title}\n\n" + table(["discriminator", "normalisation", "by", "ms", "added"], rows) if rows else ""
+
+
+def added_is(records: Iterable[Record]) -> str:
+    """Say what `added` shows of these records: earlier results have no intervals."""
+    known = any(r.added_low is not None and r.added_high is not None for r in records)
+    return "median and its 95 % interval" if known else "median"
 
 
 def added(record: Record | None) -> str:

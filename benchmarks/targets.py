@@ -1,4 +1,4 @@
-"""What is demanded of the speed on a CPU with two threads, and what was measured."""
+"""What speed this project aims at on a CPU with two threads, and what was measured."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Target:
-    """One demand: `demanded` and `found` as text."""
+    """One aim: `aim` and `found` as text."""
 
     what: str
-    demanded: str
+    aim: str
     found: str
     holds: bool
 
 
 def targets(results: Results) -> list[Target]:
-    """Return the demands on the CPU backend with what these results say of them; none for results of a GPU."""
+    """Return the aims of the CPU backend with what these results say of them; none for results of a GPU."""
     if results.kind != "cpu":
         return []
     return [

@@ -37,7 +37,7 @@ def test_the_suite_runs():
 def test_the_suite_keeps_what_the_report_keeps(tmp_path):
     file = tmp_path / "benchmark.json"
     out = run_the_suite("-k", "tiny-sn-torch or tiny-sn-copy", "--benchmark-json", file, "--report-to", tmp_path)
-    assert "as fast as torch, every model: demanded ≥ 3" in out
+    assert "as fast as torch, every model: aimed at ≥ 3" in out
     kept = load(tmp_path)
     assert {(r.peer, r.phase) for r in kept.records} == {
         ("torch", "forward"), ("torch", "backward"), ("torch", BOTH), ("copy", "forward"),
@@ -238,6 +238,10 @@ def test_report_round_trip(tmp_path):
     text = tables.render(results, pictures)
     assert "| a | 2 | 1.0 | 0.5 (4 GB/s) | 1 [1, 1] (2.0 copies) | 4 (4.0) | 3.5 (3.5) | 12 (12.0) |" in text
     assert "![gan](gan.png)" in text
+    assert "## Whole training steps (added: median)\n" in text
+    for r in results.records:
+        r.added_low, r.added_high = -1.0, 1.0
+    assert "## Whole training steps (added: median and its 95 % interval)\n" in tables.render(results)
 
 
 def test_the_page_shows_all_machines(tmp_path):
@@ -257,7 +261,7 @@ def test_the_page_shows_all_machines(tmp_path):
     assert text.endswith("-->\nafter\n")
     assert "\nold\n" not in text
     assert "Some GPU" not in text
-    assert "|  | demanded | AMD EPYC, 2 threads, torch 2 | Some CPU, 2 threads, torch 2 |" in text
+    assert "|  | aimed at | AMD EPYC, 2 threads, torch 2 | Some CPU, 2 threads, torch 2 |" in text
     row = "| `sn` forward, times as fast as torch, geometric mean | ≥ 5 | "
     assert f"{row}**4.0; a plain copy 8.0** | 13.3; a plain copy 8.0 |" in text
     assert "[All tables](../results/amd-epyc-2-threads/torch-2/report.md)" in text
