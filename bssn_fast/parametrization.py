@@ -270,6 +270,12 @@ class SpectralNormalization(nn.Module):
         shown = f"{variant!r}, dim={self.dim}, n_power_iterations={n_power_iterations}, eps={eps}"
         return f"{shown}, scale={scale:.4g}" if VARIANTS[variant][1] else shown
 
+    def train(self, mode: bool = True) -> SpectralNormalization:
+        if mode != self.training:
+            self.state.forget()  # what few elements, written through `.data`, have changed would go unseen
+        super().train(mode)
+        return self
+
     def _replicate_for_data_parallel(self) -> SpectralNormalization:
         raise RuntimeError(
             "bssn_fast: torch.nn.DataParallel runs copies of a model whose vectors are thrown away; "

@@ -28,6 +28,17 @@ def model():
     return bssn_fast.apply(Net()).eval()
 
 
+def test_single_elements_written_through_data_are_seen_after_a_change_of_mode():
+    torch.manual_seed(3)
+    model, x = bssn_fast.apply(nn.Linear(64, 64)).eval(), torch.randn(2, 64)
+    with torch.no_grad():
+        original(model).view(-1)[[100, 2000]] = 9.0  # none of those that are looked at
+    assert_fresh(model, x)
+    original(model).data.clamp_(-0.2, 0.2)
+    model.train().eval()
+    assert_fresh(model, x)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_buffer_changes(variant):
     model = bssn_fast.apply(Net(), variant).eval()
@@ -79,7 +90,6 @@ def test_nothing_is_computed_again_after_a_look_at_the_model(model, launches):
         model(images())
     launches.clear()
     model.state_dict(), bssn_fast.sigma(model), bssn_fast.summary(model), repr(model)
-    model.train().eval()
     with torch.no_grad():
         model(images())
     assert launches == []
