@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, MutableMapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -66,20 +66,22 @@ def _without_wrappers(model: nn.Module, state_dict: Mapping[str, Any]) -> Mappin
         names = {key: name.removeprefix(f"{wrapper}.") for key, name in names.items()}
     # Parts of a model may have been compiled.
     names = {key: name if "_orig_mod" in children else _drop(name, "_orig_mod") for key, name in names.items()}
-    found = OrderedDict((name, state_dict[key]) for key, name in names.items())
+    found: Any = OrderedDict((name, state_dict[key]) for key, name in names.items())
     if metadata is not None:  # versions of modules: those of a wrapper's prefix are the model's
         paths = {_module_path(name): _module_path(key) for key, name in names.items()}
         versions = {path: metadata[old] for path, old in paths.items() if old in metadata}
-        found._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
-    return found
+        found._metadata = OrderedDict(versions)
+    return cast(Mapping[str, Any], found)
 
 
 def _common_wrapper(names: Iterable[str], children: Mapping[str, nn.Module]) -> str | None:
     """Return the wrapper that all names begin with, unless it is a part of the model that has this name."""
+    names = list(names)
     first = {name.split(".", 1)[0] for name in names}
     if len(first) == 1:
         (component,) = first
-        if component in _WRAPPERS and component not in children:
+        inside = all(name.startswith(f"{component}.") for name in names)  # or it is itself a tensor's name
+        if inside and component in _WRAPPERS and component not in children:
             return component
     return None
 

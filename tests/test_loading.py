@@ -239,6 +239,12 @@ def test_a_part_named_as_a_wrapper(prefix):
     assert torch.equal(original(model.module), theirs.module.weight)
 
 
+def test_a_parameter_named_as_a_wrapper():
+    model = nn.ParameterDict({"module": torch.zeros(2)})
+    bssn_fast.load_state_dict(model, {"module": torch.ones(2)})
+    assert model["module"].sum() == 2
+
+
 def test_into_wrapped_models():
     theirs = Net()
     for wrapped in (
