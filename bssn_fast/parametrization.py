@@ -185,6 +185,7 @@ class SpectralNormalization(nn.Module):
             for stored, vector in zip(self._stored(), kept, strict=False):
                 stored.copy_(vector)
         self.state.generation += 1
+        self.state.withdraw()  # in a `cached` block there may be a result of the settings before
         self.evaluate(weight)
 
     def _compute(self, weight: Tensor, n_power_iterations: int) -> Tensor:

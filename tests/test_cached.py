@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import LAYER_NAMES, Net, images, norm_of, norms, original, same, vectors_of
+from torch import nn
 
 import bssn_fast
 
@@ -165,3 +166,11 @@ def test_with_update_access(launches):
     assert total(launches) == len(LAYER_NAMES)
     model(images())
     assert total(launches) == 2 * len(LAYER_NAMES)
+
+
+def test_new_settings_inside_hold_at_once():
+    layer = bssn_fast.apply(nn.Linear(4, 4), "ssn", scale=1.0)
+    with bssn_fast.cached(layer), torch.no_grad():
+        before = layer.weight.norm()
+        bssn_fast.apply(layer, "ssn", scale=10.0)
+        torch.testing.assert_close(layer.weight.norm(), 10 * before, rtol=0.5, atol=0)
