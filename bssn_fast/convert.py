@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 
+from bssn_fast.layout import vector_sizes
 from bssn_fast.parametrization import SpectralNormalization, original_of, parametrizations_of
 
 WEIGHT = "weight"
@@ -74,6 +75,16 @@ def find(module: nn.Module, name: str, tensor_name: str = WEIGHT) -> SpectralNor
 def _check_dim(dim: int, name: str) -> None:
     if dim not in (0, 1):
         raise ValueError(f"{name}: torch's spectral norm over dimension {dim} cannot be taken over; remove it first")
+
+
+def check_vectors(norm: TorchSpectralNorm, name: str) -> None:
+    """Raise ValueError if u and v do not belong to the weight's shape."""
+    found, sizes = (norm.u.numel(), norm.v.numel()), vector_sizes(norm.weight.shape, norm.dim, False)
+    if found != tuple(sizes) or norm.u.ndim != 1 or norm.v.ndim != 1:
+        raise ValueError(
+            f"{name}: u and v of sizes {found} do not fit a weight of shape {tuple(norm.weight.shape)}, which needs "
+            f"{tuple(sizes)}; remove torch's spectral norm, and apply again"
+        )
 
 
 def unparametrize(module: nn.Module, tensor_name: str) -> None:

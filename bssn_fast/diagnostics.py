@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bssn_fast.convert import WEIGHT
 from bssn_fast.layout import channels
 from bssn_fast.parametrization import SpectralNormalization
-from bssn_fast.places import LAYER_TYPES, Place, normalized_places, weight_of
+from bssn_fast.places import LAYER_TYPES, Place, normalized_places, refuse_others, weight_of
 
 
 class Initial(NamedTuple):
@@ -64,7 +64,7 @@ def measure(model: nn.Module) -> dict[str, Measured]:
     """Return gradient norm, sigma and variance of all normalised weights and of those of layers that could be.
 
     The names are those of `bssn_fast.sigma`. Nothing is normalised for it and no vector changes: the variance is that
-    of the weight as it is, divided by sigma as the last normalisation found it. Between a backward pass and the
+    of the weight as it is, divided by what `bssn_fast.sigma` returns. Between a backward pass and the
     optimizer's step both belong to the same weight.
 
     Raises ValueError if the model has no such weight, or a layer whose weight is parametrized by something else.
@@ -73,7 +73,7 @@ def measure(model: nn.Module) -> dict[str, Measured]:
     nothing = torch.zeros((), dtype=torch.float64)
     values = []
     for weight, norm, _ in weights.values():
-        sigma = torch.ones_like(nothing) if norm is None else norm.state.current_sigma().double()
+        sigma = torch.ones_like(nothing) if norm is None else norm.sigma_of(weight).double()
         factor = (1.0 if norm is None else norm.settings.scale) / torch.where(sigma == 0, 1.0, sigma)
         values.append(nothing.to(weight.device) if weight.grad is None else weight.grad.double().norm())
         values += [sigma, weight.double().var(correction=0) * factor.square()]
@@ -99,6 +99,8 @@ def _weights(model: nn.Module) -> dict[str, tuple[Tensor, SpectralNormalization 
                 )
             norms[name] = Place(name, module), None
     for name, (place, norm) in norms.items():
+        if norm is not None:
+            refuse_others(place)
         weight, dim = weight_of(place, norm)
         found[name] = weight, norm, dim
     if not found:

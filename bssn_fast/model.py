@@ -123,11 +123,13 @@ def _check_arguments(
     gradient_groups: int,
 ) -> float:
     """Return the scale to use; raise ValueError for settings out of range."""
-    if variant not in VARIANTS:
+    if not isinstance(variant, str) or variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(map(repr, VARIANTS))}")
     scaled = VARIANTS[variant][1]
     if scale is not None and not scaled:
         raise ValueError(f"variant {variant!r} has no scale; choose {'ssn' if variant == 'sn' else 'bssn'!r} for one")
+    if isinstance(scale, (str, bool)):
+        raise ValueError(f"scale must be a positive finite number, not {scale!r}")
     if update not in ("forward", "access"):
         raise ValueError(f"update must be 'forward' or 'access', not {update!r}")
     if isinstance(gradient_groups, bool) or not isinstance(gradient_groups, int) or gradient_groups < 1:
@@ -180,13 +182,7 @@ def sigma(model: nn.Module) -> dict[str, Tensor]:
 
     Raises ValueError if no layer of the model is normalised.
     """
-    return {place.name: _sigma_of(place, p) for place, p in _normalized_layers(model)}
-
-
-def _sigma_of(place: Place, p: SpectralNormalization) -> Tensor:
-    if p.state.sigma is None:
-        p.evaluate(original_of(place.parametrizations()))
-    return p.state.current_sigma()
+    return {place.name: p.sigma_of(original_of(place.parametrizations())) for place, p in _normalized_layers(model)}
 
 
 def summary(model: nn.Module) -> str:
@@ -197,11 +193,12 @@ def summary(model: nn.Module) -> str:
     rows = [("layer", "type", "weight", "variant", "sigma")]
     for place, p in _normalized_layers(model):
         kind = type(place.module).__name__.removeprefix("Parametrized")
-        shape = "x".join(map(str, original_of(place.parametrizations()).shape))
+        weight = original_of(place.parametrizations())
+        shape = "x".join(map(str, weight.shape))
         variant = p.settings.variant
         if VARIANTS[variant][1]:
             variant += f" x {p.settings.scale:.4g}"
-        rows.append((place.name or "(model)", kind, shape, variant, f"{_sigma_of(place, p).item():.4g}"))
+        rows.append((place.name or "(model)", kind, shape, variant, f"{p.sigma_of(weight).item():.4g}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

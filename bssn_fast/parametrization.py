@@ -199,6 +199,12 @@ class SpectralNormalization(nn.Module):
         """Return the normalised weight, without a graph, that the vectors as they are give."""
         return self._compute(weight, 0)
 
+    def sigma_of(self, weight: Tensor) -> Tensor:
+        """Return sigma of the last normalisation; where that was part of compiled code, compute it."""
+        if self.state.sigma is None:
+            self.evaluate(weight)
+        return self.state.current_sigma()
+
     def _stored(self) -> list[Tensor]:
         return [cast(Tensor, self._buffers[name]) for name in self.vector_names]
 
@@ -320,8 +326,15 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
         return slow.fget(self)
 
     def put(self: Any, value: Tensor) -> None:
-        slow.fset(self, value)
         layer = self.parametrizations[tensor_name]
+        shape = original_of(layer).shape
+        if isinstance(value, Tensor) and value.shape != shape:
+            raise ValueError(
+                f"{kind.__name__}: a weight of shape {tuple(shape)} cannot be replaced by one of shape "
+                f"{tuple(value.shape)}, which its vectors do not fit; call bssn_fast.remove before a weight changes "
+                "shape, and apply again"
+            )
+        slow.fset(self, value)
         if len(layer) == 1:
             layer[0].estimate(original_of(layer))
 

@@ -58,6 +58,13 @@ def choose(
     elif isinstance(names, str):
         raise TypeError(f"names must be a list of layer names; write names=[{names!r}]")
     else:
+        names = list(names)
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(
+                    f"names must be names of layers, not {type(name).__name__}: those of `model.named_modules()`; or "
+                    "choose layers by `filter_fn`"
+                )
         places = [_named(name, modules) for name in names]
     if filter_fn is not None:
         places = [p for p in places if filter_fn(p.name, p.module)]
@@ -90,7 +97,8 @@ def _named(name: str, modules: Mapping[str, nn.Module]) -> Place:
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that a module computes with, by the names of its attributes, normalised ones included."""
     found: dict[str, Tensor] = {n.removesuffix("_orig"): p for n, p in module._parameters.items() if p is not None}
-    for name, layer in (module.parametrizations if parametrize.is_parametrized(module) else {}).items():  # type: ignore[union-attr,operator]
+    layers = cast(Any, module).parametrizations if parametrize.is_parametrized(module) else {}
+    for name, layer in layers.items():
         if "original" in layer._parameters:
             found[name] = original_of(layer)
     return found
@@ -101,6 +109,8 @@ def check(place: Place) -> Norm:
     norm = convert.find(place.module, place.shown(), place.tensor_name)
     weight, dim = weight_of(place, norm)
     check_weight(weight, dim, place.shown())
+    if isinstance(norm, TorchSpectralNorm):
+        convert.check_vectors(norm, place.shown())
     refuse_managed(place.module, place.shown())
     if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
         raise ValueError(
@@ -208,11 +218,23 @@ def norms_by_weight(model: nn.Module) -> dict[tuple[int, int], SpectralNormaliza
     return {(id(original_of(layer)), norm.dim): norm for layer, norm in normalized(model)}
 
 
+def refuse_others(place: Place) -> None:
+    """Raise ValueError if another parametrization changes what the normalisation gives."""
+    others = list(place.parametrizations())[1:]
+    if others:
+        kinds = ", ".join(type(p).__name__ for p in others)
+        raise ValueError(
+            f"{place.shown()}: {kinds} changes the normalised weight; take it off first "
+            f"(`del layer.parametrizations.{place.tensor_name}[1:]`)"
+        )
+
+
 def check_removable(model: nn.Module, found: list[tuple[Place, SpectralNormalization]]) -> None:
     """Raise ValueError or TypeError if a normalised weight cannot become its layer's plain weight."""
     weights: dict[int, tuple[Place, SpectralNormalization]] = {}
     for place, norm in found:
         refuse_managed(place.module, place.shown())
+        refuse_others(place)
         other, its = weights.setdefault(id(original_of(place.parametrizations())), (place, norm))
         if its is not norm:
             raise ValueError(

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support import Net, images, norm_of
+from support import Net, images, norm_of, same
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -60,6 +60,9 @@ def model(request):
         ({"variant": "bbsn"}, ["'bbsn'", "'sn'", "'bssn'"]),
         ({"variant": "sn", "scale": 1.0}, ["'sn'", "'ssn'"]),
         ({"variant": "bsn", "scale": 2.0}, ["'bsn'", "'bssn'"]),
+        ({"variant": ["sn"]}, ["['sn']", "'sn'"]),
+        ({"scale": "2"}, ["scale", "'2'"]),
+        ({"scale": True}, ["scale", "True"]),
         ({"scale": 0}, ["scale", "positive"]),
         ({"scale": -1.0}, ["scale", "-1"]),
         ({"scale": float("nan")}, ["scale", "nan"]),
@@ -86,6 +89,11 @@ def test_settings(model, arguments, words):
 
 def test_names_given_as_one_string(model):
     refuses(model, TypeError, "names=['head']", names="head")
+
+
+@pytest.mark.parametrize("name", [0, nn.Linear(3, 3)], ids=["number", "layer"])
+def test_names_that_are_no_strings(model, name):
+    refuses(model, TypeError, "names", type(name).__name__, "filter_fn", names=["head", name])
 
 
 def test_filter_that_fails(model):
@@ -151,6 +159,11 @@ def with_kind(layer, kind):
     return layer
 
 
+def with_vector(layer, name, vector):
+    setattr(layer, name, vector)
+    return layer
+
+
 def ours_and_another(layer):
     return parametrized(bssn_fast.apply(layer))
 
@@ -187,6 +200,11 @@ LAYERS = {
         "HalvingParametrization; call",
     ),
     "pruned": (lambda: prune.l1_unstructured(nn.Linear(3, 4), "weight", 0.5), ValueError, "prune.remove"),
+    "torch_sn_with_vectors_of_another_size": (
+        lambda: with_vector(nn.utils.spectral_norm(nn.Linear(3, 4)), "weight_u", torch.ones(5)),
+        ValueError,
+        "remove torch's spectral norm",
+    ),
     "integer": (lambda: bad_weight(torch.ones(4, 3, dtype=torch.int32)), TypeError, "int32"),
     "complex": (lambda: bad_weight(torch.ones(4, 3, dtype=torch.complex64)), TypeError, "complex64"),
     "float8": (lambda: bad_weight(torch.ones(4, 3).to(torch.float8_e4m3fn)), TypeError, "float8"),
@@ -246,3 +264,26 @@ def test_vectors_that_do_not_fit_when_loading():
     with pytest.raises(RuntimeError, match=r"head.parametrizations.weight.0._u"):
         model.load_state_dict(state)
     model(images())
+
+
+def test_another_parametrization_on_top_is_not_dropped_silently():
+    model = with_layer(ours_and_another(nn.Linear(3, 4)))
+    bssn_fast.apply(model, names=["before", "after"])
+    before = model.bad.eval().weight.detach().clone()
+    for verb in (bssn_fast.remove, bssn_fast.diagnostics.measure):
+        with pytest.raises(ValueError, match=r"bad: .*DoublingParametrization.*del "):
+            verb(model)
+        assert torch.equal(model.bad.weight, before)
+    del model.bad.parametrizations.weight[1:]  # as the message advises
+    bssn_fast.diagnostics.measure(model)
+    torch.testing.assert_close(2 * bssn_fast.remove(model).bad.weight, before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_assigning_a_weight_of_another_shape(training):
+    model = bssn_fast.apply(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False))).train(training)
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"Conv2d.*\(8, 3, 3, 3\).*\(8, 3, 5, 5\).*bssn_fast\.remove"):
+        model[0].weight = torch.randn(8, 3, 5, 5)
+    assert same(state, model.state_dict())
+    model(torch.randn(1, 3, 4, 4))

@@ -60,6 +60,16 @@ def test_measures_what_the_layers_use(variant: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_measures_after_compiled_code() -> None:
+    model, x = model_and_input()
+    bssn_fast.apply(model)
+    torch.compile(lambda z: model(z).sum(), backend="eager")(x).backward()
+    measured = diagnostics.measure(model)
+    assert diagnostics.History().record(model, 0) == measured
+    for name, sigma in bssn_fast.sigma(model).items():
+        assert measured[name].sigma == pytest.approx(sigma.item())
+
+
 def test_plain_layers_and_missing_gradients() -> None:
     model, x = model_and_input()
     bssn_fast.apply(model, names=["0"])
