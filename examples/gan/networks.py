@@ -22,6 +22,18 @@ def levels(size: int) -> int:
     return n
 
 
+def growing(widths: list[int]) -> nn.Sequential:
+    """Return a generator's middle: one transposed convolution, which doubles the size, from each width to the next."""
+    blocks = []
+    for before, after in pairwise(widths):
+        blocks += [nn.BatchNorm2d(before), nn.ReLU(), nn.ConvTranspose2d(before, after, 4, 2, 1)]
+    return nn.Sequential(*blocks)
+
+
+def to_image(width: int, channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 3, padding=1), nn.Tanh())
+
+
 class Generator(nn.Module):
     """Noise [n, noise_dim] and labels [n] -> images [n, channels, size, size] in (-1, 1)."""
 
@@ -32,13 +44,7 @@ class Generator(nn.Module):
         self.noise_dim = noise_dim
         self.embedding = nn.Embedding(n_classes, noise_dim)
         self.stem = nn.Sequential(nn.Linear(2 * noise_dim, widths[0] * 16), nn.Unflatten(1, (widths[0], 4, 4)))
-        blocks = []
-        for before, after in pairwise(widths):
-            blocks += [nn.BatchNorm2d(before), nn.ReLU(), nn.ConvTranspose2d(before, after, 4, 2, 1)]
-        self.blocks = nn.Sequential(*blocks)
-        self.to_image = nn.Sequential(
-            nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 3, padding=1), nn.Tanh()
-        )
+        self.blocks, self.to_image = growing(widths), to_image(width, channels)
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         x = torch.cat([noise, self.embedding(labels)], dim=1)
@@ -79,13 +85,7 @@ class PaperGenerator(nn.Module):
         n = levels(size)
         widths = [width * 2 ** (n - i) for i in range(n + 1)]
         self.stem = nn.Sequential(nn.Linear(noise_dim, widths[0] * 16), nn.Unflatten(1, (widths[0], 4, 4)))
-        blocks = []
-        for before, after in pairwise(widths):
-            blocks += [nn.BatchNorm2d(before), nn.ReLU(), nn.ConvTranspose2d(before, after, 4, 2, 1)]
-        self.blocks = nn.Sequential(*blocks)
-        self.to_image = nn.Sequential(
-            nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 3, padding=1), nn.Tanh()
-        )
+        self.blocks, self.to_image = growing(widths), to_image(width, channels)
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         return self.to_image(self.blocks(self.stem(noise)))
