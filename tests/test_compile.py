@@ -162,6 +162,17 @@ def test_inference_mode():
     assert_twins(model, twin)
 
 
+def train_both(call, model, twin):
+    """Four steps of a model, by what has compiled it, and its twin; nothing may be compiled again after two."""
+    for step in range(4):
+        if step == 2:
+            torch.compiler.set_stance("fail_on_recompile")
+        x = images()
+        for f in (call, twin):
+            f(x).sum().backward()
+        change_weights(model, twin)
+
+
 def test_layers_outside_of_a_call_of_the_model():
     model, twin = twins()
 
@@ -184,13 +195,7 @@ def test_only_blocks_of_the_model_are_compiled(launches):
     for block in (model.first, model.body):
         block.compile(backend="aot_eager", fullgraph=True)
     launches.clear()
-    for step in range(4):
-        if step == 2:
-            torch.compiler.set_stance("fail_on_recompile")
-        x = images()
-        for net in (model, twin):
-            net(x).sum().backward()
-        change_weights(model, twin)
+    train_both(model, model, twin)
     assert_twins(model, twin)
     assert launches == [(4, 1), (1, 1)] * 2 * 4
 
@@ -206,13 +211,7 @@ def test_graph_breaks_in_a_layer(ways):
     net.body[2] = Breaking()
     model, twin = twins(net)
     call = ways(model, fullgraph=False)
-    for step in range(4):
-        if step == 2:
-            torch.compiler.set_stance("fail_on_recompile")
-        x = images()
-        for f in (call, twin):
-            f(x).sum().backward()
-        change_weights(model, twin)
+    train_both(call, model, twin)
     assert counters["graph_break"]
     assert_twins(model, twin)
 
@@ -228,13 +227,7 @@ def test_without_the_function_that_keeps_hooks_from_being_compiled():
                 code, frame._FrameExecStrategy(frame._FrameAction.DEFAULT, frame._FrameAction.DEFAULT)
             )
         call = as_model(model)
-        for step in range(4):
-            if step == 2:
-                torch.compiler.set_stance("fail_on_recompile")
-            x = images()
-            for f in (call, twin):
-                f(x).sum().backward()
-            change_weights(model, twin)
+        train_both(call, model, twin)
         assert counters["stats"]["unique_graphs"] == 2
         assert_twins(model, twin)
     finally:
