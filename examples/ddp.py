@@ -71,6 +71,7 @@ def main() -> None:
     assert torch.equal(vectors, first), "ranks differ in their vectors"
     if dist.get_rank() == 0:
         print(f"u and v are the same bits in all {dist.get_world_size()} processes")
+    dist.barrier()  # a process that ends while another is still at its last operation can abort there, with gloo
     dist.destroy_process_group()
 
 
