@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from experiments.plan import NO_NORM, VARIANTS
-from experiments.tables import NAMES, Records, final, scale_medians, variance_ratios
+from experiments.tables import INITIAL, NAMES, Records, final, scale_medians, variance_ratios
 
 matplotlib.use("Agg")
 COLOURS = dict(zip((NO_NORM, *VARIANTS), ("0.4", "C0", "C1", "C2", "C3"), strict=True))
@@ -63,7 +63,6 @@ def variances(records: Records, path: Path) -> None:
     """Claim 2: variances over training by layer, over those of the initialisation that each variant parallels."""
     data = records.profile.data[0]
     figure, panels = plt.subplots(1, 4, figsize=(18, 4), layout="constrained", sharey=True)
-    initial = {"sn": "LeCun's", "ssn": "c² LeCun's", "bsn": "Xavier's", "bssn": "c² Xavier's"}
     for axes, norm in zip(panels, VARIANTS, strict=True):
         runs = records.seeds(data, norm)
         ratios = [variance_ratios(run) for run in runs]
@@ -71,7 +70,7 @@ def variances(records: Records, path: Path) -> None:
             label = f"{layer}: {runs[0]['history']['initial'][layer][0] ** -1:.0f} inputs"
             _band(axes, runs[0]["history"]["step"], [r[layer] for r in ratios], color=f"C{j}", label=label)
         axes.axhline(1, color="black", linewidth=1)
-        axes.set(title=f"{NAMES[norm]}: variance / {initial[norm]}", xlabel="step", yscale="log")
+        axes.set(title=f"{NAMES[norm]}: variance / {INITIAL[norm]}", xlabel="step", yscale="log")
         axes.grid(alpha=0.3, which="both")
         _plain_labels(axes)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
@@ -145,7 +144,7 @@ def stability(records: Records, path: Path) -> None:
     scale.set(xscale="log", yscale="log", xlabel="scale c", ylabel="Frechet distance, median and 95% interval")
     scale.set_xticks(scales := (p.extreme_scale, *p.scales), [f"{c:.2g}" for c in scales])
     scale.minorticks_off()
-    scale.set_yticks(ticks := (15, 20, 30, 50, 80), list(map(str, ticks)))
+    scale.set_yticks(ticks := (2, 3, 5, 10, 20, 50), list(map(str, ticks)))
     scale.grid(alpha=0.3)
     scale.legend()
     _save(figure, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 import bssn_fast
+from benchmarks.machine import processor
 from experiments import plots, spectra, tables
 from experiments.plan import NO_NORM, VARIANTS, Profile
 from experiments.tables import Records
@@ -34,7 +34,7 @@ def write(
     _courses(out / "courses.json", found)
     products = spectra.products(list(layers))
     machine = {
-        "processor": _processor(),
+        "processor": processor(),
         "torch": torch.__version__,
         "bssn_fast": bssn_fast.__version__,
         "trainings": len(records),
@@ -98,11 +98,3 @@ def _round(value: Any) -> Any:
 
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:
     return {name: _round(value) for name, value in row.items()}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -50,9 +50,6 @@ class Comparison:
     wins: int
     ratio: Interval
 
-    def __str__(self) -> str:
-        return f"lower in {self.wins} of {self.ratio.n}, ratio {self.ratio}"
-
 
 def compare(first: Sequence[float], second: Sequence[float]) -> Comparison:
     """Compare paired positive values; of two infinite ones neither is lower and their ratio is 1."""

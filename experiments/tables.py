@@ -10,6 +10,8 @@ from experiments.plan import NO_NORM, VARIANTS, Profile, Trial
 from experiments.statistics import Interval, compare, median_interval
 
 NAMES = {NO_NORM: "none", "sn": "SN", "ssn": "SSN", "bsn": "BSN", "bssn": "BSSN"}
+INITIAL = {"sn": "LeCun's", "ssn": "c² LeCun's", "bsn": "Xavier's", "bssn": "c² Xavier's"}
+"""The initialisation that each variant parallels."""
 
 
 class Records:
@@ -108,7 +110,7 @@ def comparison_table(records: Records) -> str:
 def scale_medians(records: Records, norm: str) -> dict[float, Interval]:
     """Return the distance by scale of "ssn" or "bssn"; the extreme scale only where it was run."""
     p, data = records.profile, records.profile.data[0]
-    scales = ((p.extreme_scale, *p.scales)) if norm == "bssn" else p.scales
+    scales = (p.extreme_scale, *p.scales) if norm == "bssn" else p.scales
     return {c: median_interval(records.frechet(data, norm, c)) for c in scales}
 
 
@@ -155,17 +157,15 @@ def variance_ratios(run: dict[str, Any]) -> dict[str, list[float]]:
 
 def variance_table(records: Records) -> str:
     """Return claim 2's table: variances over those of the initialisations, at the start and at the end of training."""
-    p, data = records.profile, records.profile.data[0]
+    data = records.profile.data[0]
     rows = []
     for norm in VARIANTS:
         ratios = [variance_ratios(run) for run in records.seeds(data, norm)]
         starts = [v[0] for run in ratios for v in run.values()]
         ends = [v[-1] for run in ratios for v in run.values()]
         peak = max(max(v) for run in ratios for v in run.values())
-        rows.append([NAMES[norm], median_interval(starts), median_interval(ends), f"{min(ends):.3g}", f"{peak:.3g}"])
-    initial = {"sn": "LeCun's", "ssn": "c² LeCun's", "bsn": "Xavier's", "bssn": "c² Xavier's"}
-    rows = [[row[0], initial[v], *row[1:]] for row, v in zip(rows, VARIANTS, strict=True)]
-    assert p.seeds == len(ratios)
+        found = (median_interval(starts), median_interval(ends), f"{min(ends):.3g}", f"{peak:.3g}")
+        rows.append([NAMES[norm], INITIAL[norm], *found])
     return table(["", "initialisation", "at the start", "at the end", "least at the end", "largest ever"], rows)
 
 
