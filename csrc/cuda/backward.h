@@ -134,7 +134,7 @@ BSSN_HD void finish_gradient_layer(Block& block, const BackwardCall& call, const
     const bool zero = sigma == 0.0f;
     call.records[index] = {zero ? 0.0f : float(call.scale) / sigma, zero ? 0.0f : float(totals[0] / double(sigma))};
   });
-  block.arrive(counter_of(call.counters, index, recorded));
+  block.publish(counter_of(call.counters, index, recorded));
 }
 
 template <class W, class Block>

@@ -54,7 +54,12 @@ class DeviceBlock {
 #endif
   }
 
-  // Publishes all that the block has written, after a barrier, and counts it; returns the count before, to all threads.
+  // Publishes all that the block has written, after a barrier, and counts it.
+  __device__ __forceinline__ void publish(uint32_t* counter) {
+    if (threadIdx.x == 0) asm volatile("red.add.release.gpu.global.u32 [%0], 1;" ::"l"(counter) : "memory");
+  }
+
+  // The same, and returns the count before, to all threads.
   // What others published before their arrival can be read afterwards.
   __device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
     if (threadIdx.x == 0) *word() = add_acquire_release(counter);
@@ -81,8 +86,11 @@ class DeviceBlock {
     return broadcast();
   }
 
-  // Past the first-level cache, for what is read once.
-  __device__ __forceinline__ float load_l2(const float* address) { return __ldcg(address); }
+  // Four numbers at a multiple of 16 bytes, past the first-level cache, for what is read once.
+  __device__ __forceinline__ Pack<float, 4> load_l2(const float* address) {
+    const uint4 words = __ldcg(reinterpret_cast<const uint4*>(address));
+    return {{words.x, words.y, words.z, words.w}};
+  }
 
  private:
   uint32_t ticket_ = 0;  // thread 0's

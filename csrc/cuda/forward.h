@@ -9,41 +9,65 @@ namespace bssn::cuda {
 // Makes the record of a layer whose sums are complete.
 template <class Block>
 BSSN_HD void finish_layer(Block& block, const ForwardCall& call, const ForwardLayer& layer, int index) {
-  const double* const power_sums = call.sums + layer.sums;
-  const double* const reduce_sums = power_sums + uint64_t(layer.tiles[power]) * kPowerSums;
-  const double* const totals = block_sums<kPowerSums + kReduceSums>(block, [&](int thread, double* sums) {
-    for (uint32_t x = thread; x < layer.tiles[power]; x += kThreads) {
-      for (int j = 0; j < kPowerSums; ++j) sums[j] += power_sums[x * kPowerSums + j];
-    }
+  const double* const sums_of_tiles = call.sums + layer.sums;
+  const double* const totals = block_sums<kSums>(block, [&](int thread, double* sums) {
     for (uint32_t x = thread; x < layer.tiles[reduce]; x += kThreads) {
-      for (int j = 0; j < kReduceSums; ++j) sums[kPowerSums + j] += reduce_sums[x * kReduceSums + j];
+      for (int j = 0; j < kSums; ++j) sums[j] += sums_of_tiles[x * kSums + j];
     }
   });
   block.each([&](int thread) {
     if (thread == 0) call.records[index] = record_of(call, layer.two_sided(), totals, *layer.sigma);
   });
-  block.arrive(counter_of(call.counters, index, recorded));
+  block.publish(counter_of(call.counters, index, recorded));
 }
 
-// One reduce tile: elements of t and r, summed over the power tiles in order, go to the snapshot as raw vectors.
+// Squares of s and q, and their products with the stored vectors.
 template <class Block>
-BSSN_HD void reduce_tile(Block& block, const ForwardCall& call, const ForwardLayer& layer, int index, uint32_t tile) {
-  block.wait(counter_of(call.counters, index, power_done), layer.tiles[power]);
-  const int row = layer.row(), size = call.update ? row + (layer.two_sided() ? layer.c_in : 0) : 0;
-  const int slices = layer.slices, elements = kThreads / slices, first = int(tile) * elements;
-  const float* const slots = call.slots + 4 * uint64_t(layer.slots);
+BSSN_HD const double* sums_of_firsts(Block& block, const ForwardLayer& layer, uint32_t tile) {
+  const int size = layer.firsts(), first = int(tile) * kFirsts;
+  const int end = size - first < kFirsts ? size : first + kFirsts;
+  return block_sums<kSums>(block, [&](int thread, double* sums) {
+    BSSN_UNROLL_BY(kFirsts / kThreads)
+    for (int x = first + thread; x < end; x += kThreads) {
+      const bool is_s = x < layer.c_out;
+      const int at = is_s ? x : x - layer.c_out, vector = is_s ? 0 : 3;
+      const double value = layer.snapshot[vector][at], square = value * value;
+      const double product = value * layer.vectors[vector][at];
+      sums[0] += is_s ? square : 0.0;
+      sums[1] += is_s ? product : 0.0;
+      sums[2] += is_s ? 0.0 : square;
+      sums[3] += is_s ? 0.0 : product;
+    }
+  });
+}
+
+// Elements of t and r, summed over the power tiles in order, go to the snapshot as raw vectors; their squares.
+template <class Block>
+BSSN_HD const double* sums_of_columns(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
+  const int row = layer.row(), size = row + (layer.two_sided() ? layer.c_in : 0);
+  const int slices = layer.slices, quads = kThreads / slices, elements = 4 * quads, first = int(tile) * elements;
+  const uint32_t shares = layer.tiles[power], share_size = layer.slot_size();
+  const float* const slots = call.slot(layer, 0);
   float* const parts = block.template shared<float>(kLanesAt);  // [slices][elements]
+  static_assert(kLanesAt + 4 * kThreads * sizeof(float) <= kResultsAt, "shared memory");
   typename Block::template PerThread<float> totals;
   block.each([&](int thread) {
-    const int x = first + thread % elements;
-    float sum = 0;
-    if (x < size) {
-      BSSN_UNROLL_BY(16)
-      for (uint32_t slot = thread / elements; slot < layer.tiles[power]; slot += slices) {
-        sum += block.load_l2(slots + uint64_t(slot) * layer.slot_size() + x);
+    const int quad = thread % quads, slice = thread / quads, x = first + 4 * quad;
+    float sum[4] = {};
+    if (x + 4 <= size) {
+      BSSN_UNROLL_BY(4)
+      for (uint32_t share = slice; share < shares; share += slices) {
+        const Pack<float, 4> pack = block.load_l2(slots + uint64_t(share) * share_size + x);
+        for (int j = 0; j < 4; ++j) sum[j] += pack.get(j);
+      }
+    } else {
+      for (uint32_t share = slice; share < shares; share += slices) {
+        for (int j = 0; j < 4; ++j) {
+          if (x + j < size) sum[j] += slots[uint64_t(share) * share_size + x + j];
+        }
       }
     }
-    parts[thread] = sum;
+    for (int j = 0; j < 4; ++j) parts[4 * thread + j] = sum[j];
   });
   block.each([&](int thread) {
     const int x = first + thread;
@@ -61,15 +85,22 @@ BSSN_HD void reduce_tile(Block& block, const ForwardCall& call, const ForwardLay
       layer.snapshot[2][x - row] = sum;
     }
   });
-  const double* const sums = block_sums<kReduceSums>(block, [&](int thread, double* mine) {
+  return block_sums<kSums>(block, [&](int thread, double* mine) {
     const double x = totals[thread];
     const bool is_t = first + thread < row;
-    mine[0] = is_t ? x * x : 0.0;
-    mine[1] = is_t ? 0.0 : x * x;
+    mine[4] = is_t ? x * x : 0.0;
+    mine[5] = is_t ? 0.0 : x * x;
   });
+}
+
+template <class Block>
+BSSN_HD void reduce_tile(Block& block, const ForwardCall& call, const ForwardLayer& layer, int index, uint32_t tile) {
+  block.wait(counter_of(call.counters, index, power_done), layer.tiles[power]);
+  const double* const sums = tile < layer.first_tiles()
+                                 ? sums_of_firsts(block, layer, tile)
+                                 : sums_of_columns(block, call, layer, tile - layer.first_tiles());
   block.each([&](int thread) {
-    if (thread >= kReduceSums) return;
-    call.sums[layer.sums + layer.tiles[power] * kPowerSums + tile * kReduceSums + thread] = sums[thread];
+    if (thread < kSums) call.sums[layer.sums + tile * kSums + thread] = sums[thread];
   });
   const uint32_t before = block.arrive(counter_of(call.counters, index, reduce_done));
   if (before + 1 == layer.tiles[reduce]) finish_layer(block, call, layer, index);
@@ -97,7 +128,7 @@ BSSN_HD void scale_elements(const W* weight, N* output, float multiplier, uint32
           Target scaled;
           BSSN_UNROLL
           for (int j = 0; j < kPiece; ++j) scaled.set(j, loaded[a].get(j) * multiplier);
-          to[x + a * kThreads] = scaled;
+          store_once(to + x + a * kThreads, scaled);
         }
       }
     }

@@ -6,19 +6,24 @@
 namespace bssn::cuda {
 
 constexpr int kForwardBlocks = 1;  // on a multiprocessor at a time
-constexpr int kThreads = 256;      // of a block; 255 registers each, so that one block fills a multiprocessor
-constexpr int kColumns = 56;       // input channels that one thread of the staged power iteration can be given
+constexpr int kThreads = 512;      // of a block; 128 registers each, so that one block fills a multiprocessor
+constexpr int kMaxPack = 4;        // neighbouring elements of a row that a thread takes at a time
 constexpr int kMaxStages = 4;      // steps of channels in shared memory at a time
 constexpr int kMaxGroups = kThreads / 32;
 constexpr int kSumParts = 16;  // partial sums that the last addition of a reduction over threads reads
 
+// Elements of a row that one thread of the staged power iteration can be given, in packs of V.
+constexpr int columns_of(int V) { return V == 1 ? 16 : 28; }
+
 // A launch works through tickets 0, 1, 2, ...; all tiles of a phase have smaller numbers than those of the next one.
 enum Phase : int {
   power = 0,   // some output channels: s, q, and their share of t and r
-  reduce = 1,  // some elements of t and r, over all shares; the last tile of a layer makes its record
+  reduce = 1,  // some elements of s and q, or of t and r, over all shares; the last tile of a layer makes its record
   write = 2,   // some elements of the normalised weight and of the vectors
   kPhases = 3
 };
+
+constexpr int kFirsts = 4 * kThreads;  // elements of s and q for a reduce tile
 
 // What the write phase needs to know of a layer.
 struct Record {
@@ -28,7 +33,7 @@ struct Record {
   int32_t unused;
 };
 
-// Two-sided if vectors[2] is not null. The snapshots hold the raw vectors until the write phase.
+// The snapshots hold the raw vectors until the write phase.
 struct ForwardLayer {
   const void* weight;
   void* output;
@@ -42,20 +47,36 @@ struct ForwardLayer {
   uint32_t sums;                                 // where its sums of squares and products begin, in doubles
   uint32_t stage_bytes;                          // one step of channels in shared memory; 0: too large for that
   int32_t channels;                              // of a power tile
-  uint16_t group_threads;                        // threads that share an output channel
+  uint8_t group_shift;                           // 2^this threads share an output channel
   uint8_t groups;                                // of them in a block
   uint8_t stages;
-  uint8_t slices;        // threads that share an element of a reduce tile
-  uint8_t kernel_major;  // [o][k][i] rather than [o][i][k]
+  uint16_t stride;  // elements of a row between neighbouring packs of one thread
+  uint8_t q_parts;  // in which the numbers of a group's threads for one q are added up
+  uint8_t slices;   // threads that share an element of a reduce tile
+  uint8_t both_sides : 1;
+  uint8_t packed : 1;        // staged rows begin at multiples of 16 bytes
+  uint8_t kernel_major : 1;  // [o][k][i] rather than [o][i][k]
 
-  BSSN_HD bool two_sided() const { return vectors[2] != nullptr; }
+  BSSN_HD bool two_sided() const { return both_sides != 0; }
+  BSSN_HD int group_threads() const { return 1 << group_shift; }
   BSSN_HD int row() const { return c_in * kernel; }
+  // Elements of s and q, and how many reduce tiles have their sums: the first ones.
+  BSSN_HD int firsts() const { return two_sided() ? c_out + c_out * kernel : c_out; }
+  BSSN_HD uint32_t first_tiles() const { return (uint32_t(firsts()) + kFirsts - 1) / kFirsts; }
+  BSSN_HD int first_channel(uint32_t power_tile) const { return int(power_tile) * channels; }
+  BSSN_HD int end_channel(uint32_t power_tile) const {
+    const int end = first_channel(power_tile) + channels;
+    return end < c_out ? end : c_out;
+  }
+  // Of u_in in shared memory: a number for each element of a row, or where channels lie innermost for each channel.
+  BSSN_HD uint32_t u_bytes() const {
+    return two_sided() ? (uint32_t(kernel_major ? c_in : row()) * uint32_t(sizeof(float)) + 15u) & ~15u : 0u;
+  }
   // Floats of one power tile's share: t [row], r [c_in].
   BSSN_HD uint32_t slot_size() const { return (uint32_t(row()) + uint32_t(c_in) + 3u) & ~3u; }
 };
 
-constexpr int kPowerSums = 4;   // of each power tile: s s, u_out s, q q, v_in q
-constexpr int kReduceSums = 2;  // of each reduce tile: t t, r r
+constexpr int kSums = 6;  // of each reduce tile: s s, u_out s, q q, v_in q, t t, r r
 
 struct ForwardCall {
   uint32_t* counters;  // tickets taken [kPhases + 1], then for each layer: see Counter
@@ -71,6 +92,10 @@ struct ForwardCall {
   uint32_t ticket_counter;            // which of the launch
   bool update;                        // a power iteration; else evaluation
   bool write_output;                  // false in all but the last of several iterations
+
+  BSSN_HD float* slot(const ForwardLayer& layer, uint32_t power_tile) const {
+    return slots + 4 * uint64_t(layer.slots) + uint64_t(power_tile) * layer.slot_size();
+  }
 };
 
 enum Counter : int { power_done = 0, reduce_done = 1, recorded = 2, kCounters = 4 };

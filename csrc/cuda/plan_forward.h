@@ -1,8 +1,8 @@
 // How a forward call is cut into tiles.
 #pragma once
 
-#include "forward_args.h"
 #include "plan.h"
+#include "power.h"
 
 namespace bssn::cuda {
 
@@ -11,33 +11,51 @@ namespace bssn::cuda {
 inline int64_t channels_per_tile(const Layer& layer, int64_t total, const Device& device) {
   const double share = double(layer.size()) / double(total) * device.multiprocessors;
   const auto channels = [&](double tiles) { return int64_t(std::ceil(double(layer.c_out) / std::max(tiles, 1.0))); };
-  constexpr int64_t kEnough = 16;
-  return channels(2 * share) >= kEnough ? channels(2 * share) : std::min(channels(share), kEnough);
+  constexpr int64_t kEnough = 16, kFewestElements = 8192;
+  const int64_t wanted = channels(2 * share) >= kEnough ? channels(2 * share) : std::min(channels(share), kEnough);
+  return std::min(std::max(wanted, divide_up(kFewestElements, layer.columns())), layer.c_out);
 }
+
+// Of a power of two.
+inline int log2(int64_t x) { return x == 1 ? 0 : 1 + log2(x / 2); }
 
 // Chooses how many threads share a row, and how many steps of rows lie in shared memory; leaves stage_bytes 0 if the
 // rows cannot be staged. Returns the shared memory that the layer needs.
 inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels, const Device& device,
                            ForwardLayer& out) {
-  out.group_threads = kThreads;
+  const bool may_pack = layer.columns() * element % 16 == 0 && (layer.channel_major() || layer.c_in % kMaxPack == 0);
+  out.packed = may_pack && reinterpret_cast<uintptr_t>(layer.weight) % 16 == 0;
+  const auto share_rows = [&](int64_t threads) {
+    out.group_shift = uint8_t(log2(threads));
+    out.stride =
+        uint16_t(Walk(int(threads), int(layer.kernel), layer.kernel_major(), out.packed ? kMaxPack : 1).stride);
+    out.q_parts = uint8_t(std::min(threads / layer.kernel, int64_t(kSumParts)));
+  };
+  share_rows(kThreads);
   out.groups = 1;
   out.stages = 0;
   out.stage_bytes = 0;
   if (!layer.channel_major() && !layer.kernel_major()) return kMinShared;
-  const int64_t u_in = layer.two_sided ? round_up(4 * layer.c_in, 16) : 0;
-  for (const int64_t threads : {32, 64, 128, kThreads}) {
+  const int64_t u_in = out.u_bytes();
+  const auto fits = [&](int64_t threads, int pack) {
+    const Walk walk(int(threads), int(layer.kernel), layer.kernel_major(), pack);
+    const int64_t length = layer.kernel_major() ? layer.c_in : layer.columns();
+    return walk.stride > 0 && divide_up(length, walk.stride) * pack <= columns_of(pack);
+  };
+  for (const int64_t threads : {32, 64, 128, 256, kThreads}) {
     const int64_t groups = kThreads / threads;
     const bool is_last = groups == 1;
-    const bool has_lanes = layer.kernel <= threads && threads / layer.kernel * kColumns >= layer.c_in;
+    const bool has_lanes = layer.kernel <= threads && fits(threads, may_pack ? kMaxPack : 1);
     if (!has_lanes || (groups > channels && !is_last)) continue;
-    const int64_t stage = round_up(groups * layer.columns() * element + 16, 16);
-    const int64_t steps = divide_up(channels, groups), room = device.shared_bytes - kAreaAt;
+    const int64_t room = device.shared_bytes - kAreaAt;
+    const int64_t stage = round_up(groups * layer.columns() * element + 16, 16), steps = divide_up(channels, groups);
     const int64_t stages = std::min({(room - u_in) / stage, steps, int64_t(kMaxStages)});
     const int64_t table = 4 * groups * layer.columns();
     const bool may_improve = !is_last && steps > 1 && stages < 2;
     if (stages < 1 || table > room || may_improve) continue;
-    out.group_threads = uint16_t(threads);
     out.groups = uint8_t(groups);
+    if (!out.packed && !fits(threads, 1)) break;  // not where it could be: the tiles stay the same
+    share_rows(threads);
     out.stages = uint8_t(stages);
     out.stage_bytes = uint32_t(stage);
     return std::max({int64_t(kMinShared), kAreaAt + u_in + stages * stage, kAreaAt + table});
@@ -68,6 +86,7 @@ inline Plan plan_forward(const std::vector<Layer>& layers, DType weight_type, co
     to.c_out = int32_t(layer.c_out);
     to.c_in = int32_t(layer.c_in);
     to.kernel = int32_t(layer.kernel);
+    to.both_sides = layer.two_sided != 0;
     to.kernel_major = layer.kernel_major();
     to.stride_out = int32_t(layer.stride_out);
     to.stride_in = int32_t(layer.stride_in);
@@ -76,18 +95,19 @@ inline Plan plan_forward(const std::vector<Layer>& layers, DType weight_type, co
     int64_t channels = channels_per_tile(layer, total, device);
     plan.shared_bytes =
         std::max(plan.shared_bytes, uint32_t(plan_stages(layer, element_size(weight_type), channels, device, to)));
-    if (to.stage_bytes) channels = round_up(channels, to.groups);
+    const int64_t groups = to.groups;
+    channels = std::max((channels + groups / 2) / groups, int64_t(1)) * groups;
     to.channels = int32_t(std::min(channels, layer.c_out));
     to.tiles[power] = uint32_t(divide_up(layer.c_out, to.channels));
-    to.slices = 1;
-    while (to.slices < 16 && to.tiles[power] / to.slices > 16) to.slices *= 2;
+    to.slices = 4;
+    while (to.slices < 16 && to.tiles[power] / to.slices > 8) to.slices *= 2;
     const int64_t reduced = call.update ? layer.columns() + (layer.two_sided ? layer.c_in : 0) : 0;
-    to.tiles[reduce] = uint32_t(std::max(divide_up(reduced, kThreads / to.slices), int64_t(1)));
+    to.tiles[reduce] = to.first_tiles() + uint32_t(divide_up(reduced, 4 * kThreads / to.slices));
     to.tiles[write] = uint32_t(divide_up(layer.size(), call.write_elements));
     to.slots = uint32_t(slots / 4);
     to.sums = uint32_t(sums);
     if (call.update) slots += int64_t(to.tiles[power]) * to.slot_size();
-    sums += int64_t(to.tiles[power]) * kPowerSums + int64_t(to.tiles[reduce]) * kReduceSums;
+    sums += int64_t(to.tiles[reduce]) * kSums;
   }
   uint32_t ticket = 0;
   for (int phase = 0; phase < kPhases; ++phase) {

@@ -148,6 +148,18 @@ BSSN_HD bool is_aligned(const T* address) {
   return reinterpret_cast<uintptr_t>(address) % alignof(T) == 0;
 }
 
+// Writes what is not read again soon: it leaves the caches first.
+template <class P>
+BSSN_HD void store_once(P* to, const P& value) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(P) == 16) {
+    __stcs(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4&>(value));
+    return;
+  }
+#endif
+  *to = value;
+}
+
 // The lesser of two. Loads beyond the end of a tile repeat the last piece instead of being left out: a register array
 // that is written only under a condition is kept alive by the compiler through the whole kernel.
 BSSN_HD uint32_t lesser(uint32_t a, uint32_t b) { return a < b ? a : b; }

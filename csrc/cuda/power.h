@@ -6,98 +6,169 @@
 // s and q of a channel need only its own row W[o]; the row is then still in shared memory when it adds to t and r. In
 // evaluation only s and q are wanted.
 //
-// A group of threads shares a row: each thread has one kernel position k and every `per_kernel`-th input channel, so
-// that its part of q is one number, and it keeps its elements of v_out, t and r in registers for the whole tile.
+// A group of threads shares a row, V neighbouring elements of it at a time: V = 4 where rows begin at multiples of 16
+// bytes, else 1. From one of its packs to the next a thread goes on by a multiple of the kernel's size, or along the
+// input channels of one kernel position where these lie innermost; so its kernel positions, and with them the numbers
+// that its part of q consists of, stay the same. It keeps its elements of v_out, t and r in registers for a whole tile.
 #pragma once
 
 #include "reductions.h"
 
 namespace bssn::cuda {
 
-struct Lane {
-  int group, lane, k, column, per_kernel;
-  int count;   // of its elements of a row, of which the first and the distance to the next are:
-  int offset;  // from the group's row
-  int stride;
-  bool active;
+// How a group of `threads` walks through a row in packs of V elements. Each thread then has V numbers for q, or one
+// where all its elements have the same kernel position (kernel_major).
+struct Walk {
+  int stride;         // elements from a thread's pack to its next
+  int of_kernel;      // kernel_major: threads that share a kernel position
+  int lane_stride_k;  // in the group's numbers for q, from one kernel position to the next
+  int lane_stride;    // and between those of the same position
+  int same_k;         // of which there are so many
 
-  Lane() = default;
-  BSSN_HD Lane(const ForwardLayer& layer, int thread) {
-    const int threads = layer.group_threads;
-    group = thread / threads;
-    lane = thread - group * threads;
-    per_kernel = layer.kernel < threads ? threads / layer.kernel : 1;
-    // Neighbouring threads take neighbouring elements of the row.
-    k = layer.kernel_major ? lane / per_kernel : lane % layer.kernel;
-    column = layer.kernel_major ? lane % per_kernel : lane / layer.kernel;
-    active = k < layer.kernel && column < per_kernel;
-    count = active && column < layer.c_in ? (layer.c_in - 1 - column) / per_kernel + 1 : 0;
-    const int stride_in = layer.kernel_major ? 1 : layer.kernel, stride_kernel = layer.kernel_major ? layer.c_in : 1;
-    offset = column * stride_in + k * stride_kernel;
-    stride = per_kernel * stride_in;
+  BSSN_HD Walk(int threads, int kernel, bool kernel_major, int V) {
+    if (kernel_major) {
+      of_kernel = threads / kernel;
+      stride = of_kernel * V;
+      lane_stride_k = same_k = of_kernel;
+      lane_stride = 1;
+    } else {
+      const int period = V == 1 || kernel % 4 == 0 ? kernel : kernel % 2 == 0 ? 2 * kernel : 4 * kernel;
+      of_kernel = 0;
+      stride = threads * V / period * period;
+      lane_stride_k = 1;
+      lane_stride = kernel;
+      same_k = stride / kernel;
+    }
   }
 };
 
-// Shared memory for s and q: one number of each thread, then a few for each channel, which whoever needs the sum adds.
+// A thread's packs of a row, layer.stride elements apart, and which numbers it adds up for q. Found once for a tile, as
+// divisions take long, and packed into few registers.
+struct Lane {
+  int offset;       // of the first pack, in elements
+  uint32_t packed;  // four numbers
+
+  // How many packs.
+  BSSN_HD int count() const { return int(packed & 31u); }
+  // The kernel position of all elements (kernel_major), or of the first.
+  BSSN_HD int position() const { return int(packed >> 5 & 511u); }
+  // For q: the first number, and how many there are.
+  BSSN_HD int q_first() const { return int(packed >> 14 & 2047u); }
+  BSSN_HD int q_terms() const { return int(packed >> 25); }
+  // Where the first element's u_in lies in shared memory.
+  BSSN_HD int u_offset(const ForwardLayer& layer) const {
+    return layer.kernel_major ? offset - position() * layer.c_in : offset;
+  }
+
+  Lane() = default;
+  BSSN_HD Lane(const ForwardLayer& layer, int thread, int V) {
+    const int threads = layer.group_threads(), row = layer.row(), kernel = layer.kernel;
+    const int lane = thread & (threads - 1);
+    const Walk walk(threads, kernel, layer.kernel_major, V);
+    int position = 0, packs = 0;
+    offset = 0;
+    if (!layer.kernel_major) {
+      offset = lane * V;
+      position = offset % kernel;
+      if (offset < walk.stride && offset < row) packs = (row - 1 - offset) / walk.stride + 1;
+    } else if (lane < walk.of_kernel * kernel) {
+      position = lane / walk.of_kernel;
+      const int channel = (lane - position * walk.of_kernel) * V;
+      offset = position * layer.c_in + channel;
+      if (channel < layer.c_in) packs = (layer.c_in - 1 - channel) / walk.stride + 1;
+    }
+    const int part = lane / kernel, k = lane - part * kernel, parts = layer.q_parts;
+    const int terms = part < parts && part < walk.same_k ? (walk.same_k - 1 - part) / parts + 1 : 0;
+    const int first = terms > 0 ? (thread - lane) * V + k * walk.lane_stride_k + part * walk.lane_stride : 0;
+    static_assert(columns_of(1) < 32 && kThreads <= 512 && kMaxPack * kThreads <= 2048, "what the fields can hold");
+    packed = uint32_t(packs) | uint32_t(position) << 5 | uint32_t(first) << 14 | uint32_t(terms) << 25;
+  }
+};
+
+// Shared memory for s and q of a step's rows: the numbers of each thread, then some sums of them, then s and q.
 struct LaneSums {
-  float *s_lanes, *q_lanes, *s_parts, *q_parts;
+  float *s_lanes, *q_lanes, *s_parts, *q_parts, *totals;
 
   template <class Block>
   BSSN_HD explicit LaneSums(Block& block)
       : s_lanes(block.template shared<float>(kLanesAt)),
         q_lanes(s_lanes + kThreads),
         s_parts(block.template shared<float>(kPartsAt)),
-        q_parts(s_parts + kMaxGroups * kSumParts) {}
+        q_parts(s_parts + kThreads / kSumParts),
+        totals(block.template shared<float>(kTotalsAt)) {}
 
-  BSSN_HD static int q_count(const Lane& at) { return at.per_kernel < 8 ? at.per_kernel : 8; }
-
-  BSSN_HD void combine_s(const ForwardLayer& layer, const Lane& at) const {
-    const int threads = layer.group_threads, base = at.group * threads;
-    const int from_end = threads - 1 - at.lane;
-    if (from_end < kSumParts) {
+  // Adds up in parts.
+  BSSN_HD void add_lanes(const ForwardLayer& layer, const Lane& at, int thread) const {
+    if (thread % kSumParts == 0) {
       float sum = 0;
-      for (int j = from_end; j < threads; j += kSumParts) sum += s_lanes[base + j];
-      s_parts[at.group * kSumParts + from_end] = sum;
+      BSSN_UNROLL
+      for (int j = 0; j < kSumParts; ++j) sum += s_lanes[thread + j];
+      s_parts[thread / kSumParts] = sum;
     }
+    const int terms = layer.two_sided() ? at.q_terms() : 0;
+    if (terms == 0) return;
+    const int step = layer.q_parts * (layer.kernel_major ? 1 : layer.kernel);
+    const float* lanes = q_lanes + at.q_first();
+    float sum = 0;
+    BSSN_UNROLL_BY(8)
+    for (int m = 0; m < terms; ++m, lanes += step) sum += *lanes;
+    q_parts[thread] = sum;
   }
 
-  BSSN_HD void combine(const ForwardLayer& layer, const Lane& at) const {
-    combine_s(layer, at);
-    const int base = at.group * layer.group_threads;
-    const int count = q_count(at), k = at.lane % layer.kernel, part = at.lane / layer.kernel;
-    if (layer.two_sided() && part < count) {
-      const int stride_column = layer.kernel_major ? 1 : layer.kernel;
-      const int stride_kernel = layer.kernel_major ? at.per_kernel : 1;
+  // Adds up the parts.
+  BSSN_HD void add_parts(const ForwardLayer& layer, int thread) const {
+    const int threads = layer.group_threads(), lane = thread & (threads - 1);
+    float* const total = totals_of(layer, thread);
+    if (lane == threads - 1) {
+      const float* const parts = s_parts + (thread - lane) / kSumParts;
       float sum = 0;
-      for (int c = part; c < at.per_kernel; c += count) sum += q_lanes[base + c * stride_column + k * stride_kernel];
-      q_parts[base + k * count + part] = sum;
+      BSSN_UNROLL_BY(4)
+      for (int j = 0; j < threads / kSumParts; ++j) sum += parts[j];
+      total[0] = sum;
     }
+    if (!layer.two_sided() || lane >= layer.kernel) return;
+    const float* parts = q_parts + thread;
+    float sum = 0;
+    BSSN_UNROLL_BY(8)
+    for (int j = 0; j < layer.q_parts; ++j, parts += layer.kernel) sum += *parts;
+    total[1 + lane] = sum;
   }
 
-  BSSN_HD float s(const Lane& at) const {
-    float sum = 0;
-    BSSN_UNROLL
-    for (int j = 0; j < kSumParts; ++j) sum += s_parts[at.group * kSumParts + j];
-    return sum;
-  }
-
-  BSSN_HD float q(const ForwardLayer& layer, const Lane& at) const {
-    const int count = q_count(at);
-    float sum = 0;
-    for (int j = 0; j < count; ++j) sum += q_parts[(at.group * layer.group_threads) + at.k * count + j];
-    return sum;
+  // s, then q of all kernel positions, of a thread's group.
+  BSSN_HD float* totals_of(const ForwardLayer& layer, int thread) const {
+    return totals + (thread & -layer.group_threads()) + (thread >> layer.group_shift);
   }
 };
 
 // Copies rows [first, end) of a weight whose rows follow each other in memory. The copy keeps the original's offset
-// from a multiple of 16 bytes, whatever that is, so that all but its ends moves in pieces of 16 bytes.
-template <class W>
+// from a multiple of 16 bytes, whatever that is, so that all but its ends moves in pieces of 16 bytes. V > 1: it is 0,
+// and so is what is left at the end.
+template <class W, int V>
 BSSN_HD void stage_rows(const ForwardLayer& layer, int first, int end, unsigned char* stage, int thread) {
   constexpr int kPiece = 16 / int(sizeof(W));
   const W* const source = static_cast<const W*>(layer.weight) + int64_t(first) * layer.row();
-  const int shift = int(reinterpret_cast<uintptr_t>(source) % 16 / sizeof(W));
   const int size = (end - first) * layer.row();
   W* const target = reinterpret_cast<W*>(stage);
+  if constexpr (V > 1) {
+    constexpr int kAll = kThreads * kPiece;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    constexpr int kAtOnce = 1;  // copies pass through registers
+#else
+    constexpr int kAtOnce = 4;
+#endif
+    const W* from = source + thread * kPiece;
+    W* to = target + thread * kPiece;
+    int left = size - thread * kPiece;
+    BSSN_UNROLL_BY(1)
+    for (; left > (kAtOnce - 1) * kAll; left -= kAtOnce * kAll, from += kAtOnce * kAll, to += kAtOnce * kAll) {
+      BSSN_UNROLL
+      for (int j = 0; j < kAtOnce; ++j) copy16(to + j * kAll, from + j * kAll);
+    }
+    BSSN_UNROLL_BY(1)
+    for (; left > 0; left -= kAll, from += kAll, to += kAll) copy16(to, from);
+    return;
+  }
+  const int shift = int(reinterpret_cast<uintptr_t>(source) % 16 / sizeof(W));
   BSSN_UNROLL_BY(1)
   for (int x = thread * kPiece - shift; x < size; x += kThreads * kPiece) {
     if (x >= 0 && x + kPiece <= size) {
@@ -115,151 +186,231 @@ BSSN_HD const W* staged_rows(const ForwardLayer& layer, int first, unsigned char
   return reinterpret_cast<const W*>(stage) + reinterpret_cast<uintptr_t>(source) % 16 / sizeof(W);
 }
 
-// Calls f(n) for n < count. Every n is a constant once the loops are unrolled, so that arrays indexed
-// with it lie in registers; the branch before every few keeps the compiler from loading for all of them at once.
-template <class F>
-BSSN_HD void for_columns(int count, F f) {
-  constexpr int kBatch = 8;
-  static_assert(kColumns % kBatch == 0, "whole batches");
+// Calls f(n, n < count) for n = 0, 1, ..., at least while n < count. Every n is a constant once the loops are unrolled,
+// so that arrays indexed with it lie in registers. That f is called for some packs that a row does not have lets the
+// loads of several be on their way at once.
+template <int V, class F>
+BSSN_HD void for_packs(int count, F f) {
+  constexpr int kPacks = columns_of(V) / V, kBatch = 3;
+  static_assert(columns_of(V) % V == 0, "whole packs");
   BSSN_UNROLL
-  for (int first = 0; first < kColumns; first += kBatch) {
-    if (first + kBatch <= count) {
+  for (int first = 0; first < kPacks; first += kBatch) {
+    if (first < count) {
       BSSN_UNROLL
-      for (int n = first; n < first + kBatch; ++n) f(n);
-    } else if (first < count) {
-      BSSN_UNROLL
-      for (int n = first; n < first + kBatch - 1; ++n) {
-        if (n < count) f(n);
-      }
+      for (int n = first; n < first + kBatch && n < kPacks; ++n) f(n, n < count);
     }
   }
 }
 
+// V neighbouring elements of shared memory as floats.
+template <int V, class T>
+BSSN_HD void load_pack(const T* from, float* to) {
+  if constexpr (V == 1) {
+    to[0] = to_float(*from);
+  } else {
+    const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
+    BSSN_UNROLL
+    for (int j = 0; j < V; ++j) to[j] = pack.get(j);
+  }
+}
+
+template <int V>
+BSSN_HD void store_pack(const float* from, float* to) {
+  if constexpr (V == 1) {
+    *to = *from;
+  } else {
+    Pack<float, V> pack;
+    BSSN_UNROLL
+    for (int j = 0; j < V; ++j) pack.set(j, from[j]);
+    *reinterpret_cast<Pack<float, V>*>(to) = pack;
+  }
+}
+
+template <int V>
 struct PowerThread {
   Lane at;
-  float v[kColumns], t[kColumns], r[kColumns];
+  float v[columns_of(V)], t[columns_of(V)], r[columns_of(V)];
 };
 
 // Adds the threads' t and r, over groups and for r over kernel positions, and writes the tile's share.
-template <class Block, class Registers>
+template <int V, class Block, class Registers>
 BSSN_HD void write_share(Block& block, const ForwardLayer& layer, Registers& registers, float* slot) {
   const int row = layer.row(), groups = layer.groups;
-  const int stride_in = layer.kernel_major ? 1 : layer.kernel, stride_kernel = layer.kernel_major ? layer.c_in : 1;
   float* const table = block.template shared<float>(kAreaAt);  // [groups][row]
   block.each([&](int thread) {
-    const PowerThread& my = registers[thread];
-    float* const mine = table + my.at.group * row + my.at.offset;
-    for_columns(my.at.count, [&](int n) { mine[n * my.at.stride] = my.t[n]; });
+    const PowerThread<V>& my = registers[thread];
+    float* const mine = table + (thread >> layer.group_shift) * row + my.at.offset;
+    for_packs<V>(my.at.count(), [&](int n, bool there) {
+      if (there) store_pack<V>(my.t + n * V, mine + n * layer.stride);
+    });
   });
   block.each([&](int thread) {
+    BSSN_UNROLL_BY(1)
     for (int p = thread; p < row; p += kThreads) {
       float sum = 0;
+      BSSN_UNROLL_BY(4)
       for (int g = 0; g < groups; ++g) sum += table[g * row + p];
       slot[p] = sum;
     }
   });
   if (!layer.two_sided()) return;
   block.each([&](int thread) {
-    const PowerThread& my = registers[thread];
-    float* const mine = table + my.at.group * row + my.at.offset;
-    for_columns(my.at.count, [&](int n) { mine[n * my.at.stride] = my.r[n]; });
+    const PowerThread<V>& my = registers[thread];
+    float* const mine = table + (thread >> layer.group_shift) * row + my.at.offset;
+    for_packs<V>(my.at.count(), [&](int n, bool there) {
+      if (there) store_pack<V>(my.r + n * V, mine + n * layer.stride);
+    });
+  });
+  // First over kernel positions; the sums take the places of position 0.
+  const int stride_in = layer.kernel_major ? 1 : layer.kernel, stride_kernel = layer.kernel_major ? layer.c_in : 1;
+  block.each([&](int thread) {
+    BSSN_UNROLL_BY(1)
+    for (int x = thread; x < groups * layer.c_in; x += kThreads) {
+      const int g = x / layer.c_in, i = x - g * layer.c_in;
+      float* const mine = table + g * row + i * stride_in;
+      float sum = 0;
+      BSSN_UNROLL_BY(4)
+      for (int k = 0; k < layer.kernel; ++k) sum += mine[k * stride_kernel];
+      mine[0] = sum;
+    }
   });
   block.each([&](int thread) {
+    BSSN_UNROLL_BY(1)
     for (int i = thread; i < layer.c_in; i += kThreads) {
       float sum = 0;
-      for (int g = 0; g < groups; ++g) {
-        int k = i % layer.kernel;  // threads begin at different positions, or they would meet in one bank
-        for (int j = 0; j < layer.kernel; ++j) {
-          sum += table[g * row + i * stride_in + k * stride_kernel];
-          k = k + 1 == layer.kernel ? 0 : k + 1;
-        }
-      }
+      BSSN_UNROLL_BY(4)
+      for (int g = 0; g < groups; ++g) sum += table[g * row + i * stride_in];
       slot[row + i] = sum;
     }
   });
 }
 
-// For rows that fit into shared memory: W is read once.
-template <class W, class Block>
-BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLayer& layer, int first, int end,
-                          float* slot) {
-  const int groups = layer.groups, row = layer.row(), ahead = layer.stages - 1;
-  const int steps = (end - first + groups - 1) / groups;
+// For rows that fit into shared memory: W is read once. A step is one row for each group; its copy into shared memory
+// begins while earlier steps are worked on.
+template <class W, int V, class Block>
+BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
+  const int first = layer.first_channel(tile), end = layer.end_channel(tile);
+  const int groups = layer.groups, row = layer.row(), kernel = layer.kernel;
+  const int steps = (end - first + groups - 1) / groups, ahead = layer.stages - 1;
   const LaneSums sums(block);
-  float* const u_in = block.template shared<float>(kAreaAt);
-  unsigned char* const stages = block.template shared<unsigned char>(
-      kAreaAt + (layer.two_sided() ? (uint32_t(layer.c_in) * 4u + 15u) & ~15u : 0u));
+  float* const u_in = block.template shared<float>(kAreaAt);  // for each element of a row, or each input channel
+  W* const zeros = block.template shared<W>(kZeroAt);         // stands in for packs that a row does not have
+  unsigned char* const stages = block.template shared<unsigned char>(kAreaAt + layer.u_bytes());
   const auto begin_of = [&](int step) { return first + step * groups; };
   const auto end_of = [&](int step) { return begin_of(step) + groups < end ? begin_of(step) + groups : end; };
   const auto begin_copy = [&](int step, int stage, int thread) {
-    unsigned char* const target = stages + uint32_t(stage) * layer.stage_bytes;
-    if (step < steps) stage_rows<W>(layer, begin_of(step), end_of(step), target, thread);
+    if (step < steps) {
+      stage_rows<W, V>(layer, begin_of(step), end_of(step), stages + uint32_t(stage) * layer.stage_bytes, thread);
+    }
     block.commit_copies();
   };
 
-  typename Block::template PerThread<PowerThread> registers;
+  typename Block::template PerThread<PowerThread<V>> registers;
   block.each([&](int thread) {
-    for (int step = 0; step < ahead; ++step) begin_copy(step, step, thread);
-    PowerThread& my = registers[thread];
-    my.at = Lane(layer, thread);
-    const float* const v_out = layer.vectors[1] + my.at.column * layer.kernel + my.at.k;
-    const int stride = my.at.per_kernel * layer.kernel;
+    begin_copy(0, 0, thread);
+    for (int step = 1; step < ahead; ++step) begin_copy(step, step, thread);
+    PowerThread<V>& my = registers[thread];
+    my.at = Lane(layer, thread, V);
+    const float* const v_out = layer.vectors[1];
+    const int k = my.at.position(), channel = my.at.u_offset(layer);
     BSSN_UNROLL
-    for (int n = 0; n < kColumns; ++n) {
-      my.v[n] = n < my.at.count ? v_out[n * stride] : 0.0f;
+    for (int n = 0; n < columns_of(V); ++n) {
+      const int element = n / V * layer.stride + n % V;
+      const int from = layer.kernel_major ? (channel + element) * kernel + k : my.at.offset + element;
+      my.v[n] = n / V < my.at.count() ? v_out[from] : 0.0f;
       my.t[n] = my.r[n] = 0.0f;
     }
-    if (layer.two_sided()) {
-      for (int i = thread; i < layer.c_in; i += kThreads) u_in[i] = layer.vectors[2][i];
+    const int u_size = int(layer.u_bytes() / sizeof(float));
+    BSSN_UNROLL_BY(4)
+    for (int x = thread; x < u_size; x += kThreads) {
+      const int i = layer.kernel_major ? x : x / kernel;
+      u_in[x] = i < layer.c_in ? layer.vectors[2][i] : 0.0f;
     }
+    if (thread < V) zeros[thread] = W{};
+    block.wait_for_copies(ahead > 1 ? ahead - 1 : 0);
   });
 
   for (int step = 0, stage = 0; step < steps; ++step, stage = stage == ahead ? 0 : stage + 1) {
-    const W* const rows = staged_rows<W>(layer, begin_of(step), stages + uint32_t(stage) * layer.stage_bytes);
-    const int active_groups = end_of(step) - begin_of(step);
+    const W* const staged = staged_rows<W>(layer, begin_of(step), stages + uint32_t(stage) * layer.stage_bytes);
+    const int active = end_of(step) - begin_of(step);  // rows
     block.each([&](int thread) {
-      begin_copy(step + ahead, stage == 0 ? ahead : stage - 1, thread);
-      block.wait_for_copies(ahead);
-    });
-    block.each([&](int thread) {
-      const PowerThread& my = registers[thread];
-      const W* const mine = rows + my.at.group * row + my.at.offset;
-      const int count = my.at.group < active_groups ? my.at.count : 0;
-      const int stride = not_before_here(my.at.stride);
-      float s = 0, q = 0;
+      if (ahead > 0) begin_copy(step + ahead, stage == 0 ? ahead : stage - 1, thread);
+      const PowerThread<V>& my = registers[thread];
+      const int stride = layer.stride, group = thread >> layer.group_shift;
+      const W* const mine = staged + group * row + my.at.offset;
+      const int count = group < active ? my.at.count() : 0;
+      float s = 0, q[V] = {};
       if (layer.two_sided()) {
-        const float* const u = u_in + my.at.column;
-        const int u_stride = not_before_here(my.at.per_kernel);
-        for_columns(count, [&](int n) {
-          const float w = to_float(mine[n * stride]);
-          s += w * my.v[n];
-          q += w * u[n * u_stride];
+        const float* const u = u_in + my.at.u_offset(layer);
+        for_packs<V>(count, [&](int n, bool there) {
+          float w[V], u_n[V];
+          load_pack<V>(there ? mine + n * stride : zeros, w);
+          load_pack<V>(there ? u + n * stride : u, u_n);
+          BSSN_UNROLL
+          for (int j = 0; j < V; ++j) {
+            s += w[j] * my.v[n * V + j];
+            q[j] += w[j] * u_n[j];
+          }
         });
+        if (layer.kernel_major) {
+          BSSN_UNROLL
+          for (int j = 1; j < V; ++j) q[0] += q[j];
+          sums.q_lanes[thread + (group << layer.group_shift) * (V - 1)] = q[0];
+        } else {
+          store_pack<V>(q, sums.q_lanes + thread * V);
+        }
       } else {
-        for_columns(count, [&](int n) { s += to_float(mine[n * stride]) * my.v[n]; });
+        for_packs<V>(count, [&](int n, bool there) {
+          float w[V];
+          load_pack<V>(there ? mine + n * stride : zeros, w);
+          BSSN_UNROLL
+          for (int j = 0; j < V; ++j) s += w[j] * my.v[n * V + j];
+        });
       }
       sums.s_lanes[thread] = s;
-      sums.q_lanes[thread] = q;
     });
-    block.each([&](int thread) { sums.combine(layer, registers[thread].at); });
+    block.each([&](int thread) { sums.add_lanes(layer, registers[thread].at, thread); });
+    block.each([&](int thread) { sums.add_parts(layer, thread); });
     block.each([&](int thread) {
-      PowerThread& my = registers[thread];
-      if (my.at.count == 0 || my.at.group >= active_groups) return;
-      const int o = begin_of(step) + my.at.group;
-      const float s = sums.s(my.at), q = layer.two_sided() ? sums.q(layer, my.at) : 0.0f;
-      if (my.at.lane == 0) layer.snapshot[0][o] = s;
-      if (layer.two_sided() && my.at.column == 0) layer.snapshot[3][int64_t(o) * layer.kernel + my.at.k] = q;
-      if (!call.update) return;
-      const W* const mine = rows + my.at.group * row + my.at.offset;
-      const int stride = not_before_here(my.at.stride);
-      for_columns(my.at.count, [&](int n) {
-        const float w = to_float(mine[n * stride]);
-        my.t[n] += s * w;
-        my.r[n] += q * w;
-      });
+      PowerThread<V>& my = registers[thread];
+      const int group = thread >> layer.group_shift, lane = thread & (layer.group_threads() - 1);
+      if (group < active) {
+        const float* const total = sums.totals_of(layer, thread);
+        const int o = begin_of(step) + group;
+        const float s = total[0];
+        float q[V] = {};
+        if (lane == 0) layer.snapshot[0][o] = s;
+        if (layer.two_sided()) {
+          if (lane < kernel) layer.snapshot[3][int64_t(o) * kernel + lane] = total[1 + lane];
+          int k = my.at.position();
+          BSSN_UNROLL
+          for (int j = 0; j < V; ++j) {
+            q[j] = my.at.count() > 0 ? total[1 + k] : 0.0f;
+            if (!layer.kernel_major) k = k + 1 == kernel ? 0 : k + 1;
+          }
+        }
+        const int stride = layer.stride, count = call.update ? my.at.count() : 0;
+        const W* const mine = staged + group * row + my.at.offset;
+        for_packs<V>(count, [&](int n, bool there) {
+          float w[V];
+          load_pack<V>(there ? mine + n * stride : zeros, w);
+          BSSN_UNROLL
+          for (int j = 0; j < V; ++j) {
+            my.t[n * V + j] += s * w[j];
+            my.r[n * V + j] += q[j] * w[j];
+          }
+        });
+      }
+      if (ahead > 0) block.wait_for_copies(ahead - 1);  // the next step's have arrived
     });
+    if (ahead == 0 && step + 1 < steps) {
+      block.each([&](int thread) {
+        begin_copy(step + 1, 0, thread);
+        block.wait_for_copies(0);
+      });
+    }
   }
-  if (call.update) write_share(block, layer, registers, slot);
+  if (call.update) write_share<V>(block, layer, registers, call.slot(layer, tile));
 }
 
 }  // namespace bssn::cuda

@@ -7,6 +7,20 @@
 
 namespace bssn::cuda {
 
+// A thread's kernel position and first input channel, of which it takes every per_kernel-th.
+struct WideLane {
+  int k, column, per_kernel;
+  bool active;
+
+  BSSN_HD WideLane(const ForwardLayer& layer, int thread) {
+    per_kernel = layer.kernel < kThreads ? kThreads / layer.kernel : 1;
+    // Neighbouring threads take neighbouring elements of the row.
+    k = layer.kernel_major ? thread / per_kernel : thread % layer.kernel;
+    column = layer.kernel_major ? thread % per_kernel : thread / layer.kernel;
+    active = k < layer.kernel && column < per_kernel;
+  }
+};
+
 template <class W>
 BSSN_HD float element(const ForwardLayer& layer, int o, int i, int k) {
   // A weight has less than 2^31 elements, so the sum is exact in 32 bits.
@@ -21,7 +35,7 @@ BSSN_HD void wide_row(Block& block, const ForwardLayer& layer, int o) {
   const LaneSums sums(block);
   const bool one_round = layer.kernel <= kThreads;
   block.each([&](int thread) {
-    const Lane at(layer, thread);
+    const WideLane at(layer, thread);
     float s = 0, q = 0;
     for (int k = at.active || !one_round ? at.k : layer.kernel; k < layer.kernel; k += kThreads) {
       q = 0;
@@ -36,34 +50,30 @@ BSSN_HD void wide_row(Block& block, const ForwardLayer& layer, int o) {
     sums.s_lanes[thread] = s;
     sums.q_lanes[thread] = q;
   });
+  block.each([&](int thread) { sums.add_lanes(layer, Lane(layer, thread, 1), thread); });
+  block.each([&](int thread) { sums.add_parts(layer, thread); });
   block.each([&](int thread) {
-    if (one_round) {
-      sums.combine(layer, Lane(layer, thread));
-    } else {
-      sums.combine_s(layer, Lane(layer, thread));
-    }
-  });
-  block.each([&](int thread) {
-    const Lane at(layer, thread);
-    if (thread == 0) layer.snapshot[0][o] = sums.s(at);
-    if (layer.two_sided() && one_round && at.active && at.column == 0) {
-      layer.snapshot[3][int64_t(o) * layer.kernel + at.k] = sums.q(layer, at);
+    const float* const total = sums.totals_of(layer, 0);
+    if (thread == 0) layer.snapshot[0][o] = total[0];
+    if (layer.two_sided() && one_round && thread < layer.kernel) {
+      layer.snapshot[3][int64_t(o) * layer.kernel + thread] = total[1 + thread];
     }
   });
 }
 
 template <class W, class Block>
-BSSN_HD void power_wide(Block& block, const ForwardCall& call, const ForwardLayer& layer, int first, int end,
-                        float* slot) {
+BSSN_HD void power_wide(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
+  const int first = layer.first_channel(tile), end = layer.end_channel(tile);
   for (int o = first; o < end; ++o) wide_row<W>(block, layer, o);
   if (!call.update) return;
 
+  float* const slot = call.slot(layer, tile);
   float* const q_lanes = LaneSums(block).q_lanes;
   const bool one_round = layer.kernel <= kThreads;
-  const int per_kernel = Lane(layer, 0).per_kernel, kernel_lanes = one_round ? layer.kernel : kThreads;
+  const int per_kernel = WideLane(layer, 0).per_kernel, kernel_lanes = one_round ? layer.kernel : kThreads;
   for (int i0 = 0; i0 < layer.c_in; i0 += per_kernel) {
     block.each([&](int thread) {
-      const Lane at(layer, thread);
+      const WideLane at(layer, thread);
       const int i = i0 + at.column;
       float r = 0;
       if ((at.active || !one_round) && i < layer.c_in) {
@@ -92,34 +102,17 @@ BSSN_HD void power_wide(Block& block, const ForwardCall& call, const ForwardLaye
   }
 }
 
-// One power tile: s and q of its channels, its share of t and r, and the sums that sigma needs.
+// One power tile: s and q of its channels, and its share of t and r.
 template <class W, class Block>
 BSSN_HD void power_tile(Block& block, const ForwardCall& call, const ForwardLayer& layer, int index, uint32_t tile) {
-  const int first = int(tile) * layer.channels;
-  const int end = first + layer.channels < layer.c_out ? first + layer.channels : layer.c_out;
-  float* const slot = call.slots + 4 * uint64_t(layer.slots) + uint64_t(tile) * layer.slot_size();
-  if (layer.stage_bytes) {
-    power_staged<W>(block, call, layer, first, end, slot);
+  if (layer.stage_bytes && layer.packed) {
+    power_staged<W, kMaxPack>(block, call, layer, tile);
+  } else if (layer.stage_bytes) {
+    power_staged<W, 1>(block, call, layer, tile);
   } else {
-    power_wide<W>(block, call, layer, first, end, slot);
+    power_wide<W>(block, call, layer, tile);
   }
-  const double* const totals = block_sums<kPowerSums>(block, [&](int thread, double* sums) {
-    for (int o = first + thread; o < end; o += kThreads) {
-      const double s = layer.snapshot[0][o];
-      sums[0] += s * s;
-      sums[1] += s * layer.vectors[0][o];
-    }
-    if (!layer.two_sided()) return;
-    for (int x = first * layer.kernel + thread; x < end * layer.kernel; x += kThreads) {
-      const double q = layer.snapshot[3][x];
-      sums[2] += q * q;
-      sums[3] += q * layer.vectors[3][x];
-    }
-  });
-  block.each([&](int thread) {
-    if (thread < kPowerSums) call.sums[layer.sums + tile * kPowerSums + thread] = totals[thread];
-  });
-  block.arrive(counter_of(call.counters, index, power_done));
+  block.publish(counter_of(call.counters, index, power_done));
 }
 
 }  // namespace bssn::cuda

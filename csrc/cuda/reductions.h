@@ -8,9 +8,11 @@
 namespace bssn::cuda {
 
 // Shared memory, in bytes from its start.
-constexpr uint32_t kLanesAt = 16;                                       // before it: the block's own
-constexpr uint32_t kPartsAt = kLanesAt + 2 * kThreads * sizeof(float);  // s and q of each thread
-constexpr uint32_t kResultsAt = kPartsAt + (kMaxGroups * kSumParts + kThreads) * sizeof(float);
+constexpr uint32_t kZeroAt = 16;   // before it: the block's own
+constexpr uint32_t kLanesAt = 32;  // see LaneSums
+constexpr uint32_t kPartsAt = kLanesAt + (1 + kMaxPack) * kThreads * sizeof(float);
+constexpr uint32_t kTotalsAt = kPartsAt + (kThreads / kSumParts + kThreads) * sizeof(float);
+constexpr uint32_t kResultsAt = kTotalsAt + (kThreads + kMaxGroups) * sizeof(float);
 constexpr int kMaxSums = 6;
 constexpr uint32_t kAreaAt = kResultsAt + kMaxSums * (kSumParts + 1) * sizeof(double);  // stages, scratch
 constexpr uint32_t kMinShared = kAreaAt + kMaxSums * kThreads * sizeof(double);

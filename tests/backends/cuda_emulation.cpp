@@ -50,9 +50,10 @@ class HostBlock {
 
   void commit_copies() {}
   void wait_for_copies(int) {}
+  void publish(uint32_t* counter) { ++*counter; }
   uint32_t arrive(uint32_t* counter) { return (*counter)++; }
   void wait(const uint32_t* counter, uint32_t value) { failed_ |= *counter < value; }
-  float load_l2(const float* address) { return *address; }
+  Pack<float, 4> load_l2(const float* address) { return *reinterpret_cast<const Pack<float, 4>*>(address); }
   bool failed() const { return failed_; }
 
  private:
@@ -131,7 +132,7 @@ void plan_of(const Geometry* geometry, int n, DType weight_type, int multiproces
     to[1] = layer.channels;
     to[2] = layer.stage_bytes;
     to[3] = layer.stages;
-    to[4] = layer.group_threads;
+    to[4] = layer.group_threads();
   }
 }
 
