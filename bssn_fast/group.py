@@ -14,10 +14,23 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.hooks import RemovableHandle
 
 from bssn_fast.handed import settle
+from bssn_fast.layout import result_dtype
 from bssn_fast.parametrization import SpectralNormalization, Usage, original_of
 from bssn_fast.plain import in_transform
-from bssn_fast.plan import Plan, in_backward, is_exporting, partition, signature
+from bssn_fast.plan import Plan, in_backward, is_exporting, parted_by_autocast, partition, signature
 from bssn_fast.sharded import ShardedWeightError, gathering_modules, is_sharded, refuse_flattened, refuse_sharded
+
+
+class _Planned:
+    """Plans for all layers of a call, each with the layers' indices, and what they depend on.
+
+    parted: the layers that tell, by whether autocast casts their results, which of the plans to take. There are plans
+        for each case, as a model may be called with and without autocast in turn.
+    """
+
+    def __init__(self, key: object = None, parted: Sequence[int] = ()) -> None:
+        self.key, self.parted = key, parted
+        self.plans: dict[tuple[bool, ...], list[tuple[Plan, list[int]]]] = {}
 
 
 class Group:
@@ -36,13 +49,12 @@ class Group:
     def _set_layers(self, layers: Sequence[ParametrizationList]) -> None:
         self._layers = list(layers)
         self._members: list[SpectralNormalization] = [cast(SpectralNormalization, layer[0]) for layer in layers]
-        # What plans depend on, and they themselves: replaced at once, as other threads may be calling the model.
-        self._planned: tuple[object, list[tuple[Plan, list[int]]]] = (None, [])
+        self._planned = _Planned()  # replaced at once, as other threads may be calling the model
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its plans anew, for its own layers
         return {
             **self.__dict__,
-            "_planned": (None, []),
+            "_planned": _Planned(),
             "_depth": 0,
             "_offered": [],
             "_recomputing": False,
@@ -108,11 +120,15 @@ class Group:
         ]
         flags = iterating if len(set(iterating)) > 1 else [True] * len(members)
         key = (list(map(id, members)), signature(weights), flags, [m.settings for m in members])
-        known, plans = self._planned
-        if key != known:
+        planned = self._planned
+        if key != planned.key:
+            planned = self._planned = _Planned(key, parted_by_autocast(members, weights))
+        casts = tuple([result_dtype(weights[j], True) != weights[j].dtype for j in planned.parted])
+        plans = planned.plans.get(casts)
+        if plans is None:
             parts = partition(members, weights, flags)
             plans = [(Plan([members[j] for j in part], [weights[j] for j in part]), part) for part in parts]
-            self._planned = key, plans
+            planned.plans[casts] = plans
         if self._recomputing and any(training):
             self._usage.recompute(inside=True)
         results: list[list[Tensor]] = []

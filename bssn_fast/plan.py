@@ -179,13 +179,27 @@ def signature(weights: Iterable[Tensor]) -> tuple[object, ...]:
 
 
 def partition(members: Sequence[Member], weights: Sequence[Tensor], flags: Sequence[object]) -> list[list[int]]:
-    """Return the indices of the members that can share a call: same device, dtype, settings and flag."""
+    """Return the indices of the members that can share a call: same device, dtypes, settings and flag.
+
+    The results' dtype is that of the moment: embeddings do not follow autocast.
+    """
     groups: dict[object, list[int]] = {}
     for j, (m, w, flag) in enumerate(zip(members, weights, flags, strict=True)):
-        s = m.settings
-        key = (w.device, w.dtype, s.scale, s.eps, s.n_power_iterations, s.backend, m.autocast, flag)
+        s, dtype = m.settings, result_dtype(w, m.autocast)
+        key = (w.device, w.dtype, dtype, s.scale, s.eps, s.n_power_iterations, s.backend, flag)
         groups.setdefault(key, []).append(j)
     return list(groups.values())
+
+
+def parted_by_autocast(members: Sequence[Member], weights: Sequence[Tensor]) -> list[int]:
+    """Return one member that follows autocast for each device type and dtype of which other members do not.
+
+    Whether autocast casts their results decides how the members are parted.
+    """
+    kinds: dict[object, dict[bool, int]] = {}
+    for j, (m, w) in enumerate(zip(members, weights, strict=True)):
+        kinds.setdefault((w.device.type, w.dtype), {}).setdefault(m.autocast, j)
+    return [found[True] for found in kinds.values() if len(found) == 2]
 
 
 class Plan:

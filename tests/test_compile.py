@@ -197,7 +197,7 @@ def test_only_blocks_of_the_model_are_compiled(launches):
     launches.clear()
     train_both(model, model, twin)
     assert_twins(model, twin)
-    assert launches == [(4, 1), (1, 1)] * 2 * 4
+    assert launches == [(5, 1)] * 2 * 4
 
 
 @both_ways
@@ -281,6 +281,21 @@ def test_autocast(dtype, inside):
         with contextlib.nullcontext() if inside else torch.autocast("cpu", dtype):
             loss = run(net, x)
         loss.backward()
+    assert_twins(model, twin)
+
+
+@both_ways
+def test_autocast_switched_on_and_off(ways, launches):
+    model, twin = twins()
+    call = ways(model)
+    for on in (False, True, False, True):
+        x = images()
+        launches.clear()
+        for net in (call, twin):
+            with torch.autocast("cpu", torch.bfloat16, enabled=on):
+                net(x).float().sum().backward()
+        assert launches[len(launches) // 2 :] == ([(4, 1), (1, 1)] if on else [(5, 1)])
+        assert launches[: len(launches) // 2] == launches[len(launches) // 2 :]
     assert_twins(model, twin)
 
 

@@ -6,7 +6,7 @@ from support import Net, norm_of, norms, original
 from torch import nn
 
 import bssn_fast
-from bssn_fast.plan import Plan, partition, signature
+from bssn_fast.plan import Plan, parted_by_autocast, partition, signature
 
 
 @pytest.fixture
@@ -30,10 +30,22 @@ def test_partition():
     bssn_fast.apply(model, scale=0.5, names=["head"])
     members = [norm_of(model.get_submodule(n)) for n in norms(model)]
     weights = [original(model.get_submodule(n)) for n in norms(model)]
-    assert partition(members, weights, [True] * 5) == [[0, 1, 2], [3], [4]]  # an embedding does not follow autocast
-    assert partition(members, weights, [True, False, True, True, True]) == [[0, 2], [1], [3], [4]]
+    assert partition(members, weights, [True] * 5) == [[0, 1, 2, 4], [3]]
+    assert partition(members, weights, [True, False, True, True, True]) == [[0, 2, 4], [1], [3]]
+    with torch.autocast("cpu", torch.bfloat16):  # which an embedding does not follow
+        assert partition(members, weights, [True] * 5) == [[0, 1, 2], [3], [4]]
     weights[2] = weights[2].double()
-    assert partition(members, weights, [True] * 5) == [[0, 1], [2], [3], [4]]
+    assert partition(members, weights, [True] * 5) == [[0, 1, 4], [2], [3]]
+
+
+def test_autocast_parts_kinds_with_members_of_both_sorts():
+    model = bssn_fast.apply(Net())
+    members = [norm_of(model.get_submodule(n)) for n in norms(model)]
+    weights = [original(model.get_submodule(n)) for n in norms(model)]
+    assert parted_by_autocast(members, weights) == [0]
+    assert parted_by_autocast(members[:4], weights[:4]) == parted_by_autocast(members[4:], weights[4:]) == []
+    weights[4] = weights[4].double()
+    assert parted_by_autocast(members, weights) == []
 
 
 def test_values_are_used_again_only_if_kept(layer, launches):
