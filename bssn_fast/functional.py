@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from bssn_fast import ops, reference
 from bssn_fast.buffers import Pool
 from bssn_fast.layout import Batch, compute_dtype, is_dense, same_strides, vector_sizes
+from bssn_fast.plain import in_transform
 from bssn_fast.sharded import refuse_sharded
 
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -21,8 +21,7 @@ WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _AS_SOON_AS_POSSIBLE = 2**63 - 1
 
 
-@dataclass(frozen=True)
-class Values:
+class Values(NamedTuple):
     """What one call computed: normalised weights without a graph, a copy of the vectors used, sigma [n]."""
 
     normalized: list[Tensor]
@@ -70,27 +69,23 @@ class Normalizer:
         if torch.is_inference_mode_enabled():  # what is kept of this call may be needed outside
             with torch.inference_mode(False):
                 return self.compute(weights, vectors, n_power_iterations, dtype)
-        batch, first = self.batch, weights[0]
-        working = compute_dtype(first.dtype)
-        # One allocation for both; sigma first, so that each part starts at 16 bytes.
-        room = -(-len(weights) // 4) * 4
-        memory = torch.empty(room + batch.snapshot_size, dtype=working, device=first.device)
-        sigma, snapshot = memory[: len(weights)], memory[room:]
-        normalized = self._outputs.take(dtype, first.device, batch.views)
-        with torch.no_grad():
-            ops.normalize(
-                weights if self.dense else [w.contiguous() if not is_dense(w) else w for w in weights],
-                vectors,
-                batch.dims,
-                batch.two_sided,
-                self.scale,
-                self.eps,
-                n_power_iterations,
-                normalized,
-                snapshot,
-                sigma,
-                self.backend,
-            )
+        batch, device, working = self.batch, weights[0].device, compute_dtype(weights[0].dtype)
+        sigma = torch.empty(len(weights), dtype=working, device=device)
+        snapshot = torch.empty(batch.snapshot_size, dtype=working, device=device)
+        normalized = self._outputs.take(dtype, device, batch.views)
+        ops.normalize(
+            weights if self.dense else [w if is_dense(w) else w.detach().contiguous() for w in weights],
+            vectors,
+            batch.dims,
+            batch.two_sided,
+            self.scale,
+            self.eps,
+            n_power_iterations,
+            normalized,
+            snapshot,
+            sigma,
+            self.backend,
+        )
         return Values(normalized, snapshot, sigma)
 
     def attach(self, values: Values, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -103,7 +98,7 @@ class Normalizer:
         if self.parts:
             return [w for k in range(len(self.parts)) for w in self._attach_part(k, values, weights)]
         with _past_saved_tensor_hooks():
-            return list(_Attach.apply(self, values, *weights))
+            return _attached(self, values, weights)
 
     def _attach_part(self, k: int, values: Values, weights: Sequence[Tensor]) -> list[Tensor]:
         part, normalizer = self.parts[k]
@@ -208,9 +203,9 @@ class _Attach(torch.autograd.Function):
         ctx.values = Values([], values.snapshot, values.sigma)
         ctx.save_for_backward(*weights)
         ctx.set_materialize_grads(False)
-        frozen = [out for out, w in zip(values.normalized, weights, strict=True) if not w.requires_grad]
-        if frozen:
-            ctx.mark_non_differentiable(*frozen)
+        needed = ctx.needs_input_grad[2:]
+        if not all(needed):
+            ctx.mark_non_differentiable(*[w for w, wanted in zip(values.normalized, needed, strict=True) if not wanted])
         return tuple(values.normalized)
 
     @staticmethod
@@ -220,6 +215,17 @@ class _Attach(torch.autograd.Function):
         if torch.is_grad_enabled():
             differentiate = ctx.normalizer.differentiable_gradients
         return None, None, *differentiate(ctx.values, ctx.saved_tensors, wanted)
+
+
+def _attached(normalizer: Normalizer, values: Values, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return what `_Attach.apply` does, with half of its overhead where no transform of torch.func has been.
+
+    It goes through its arguments, in Python, for tensors that a transform has wrapped and left behind.
+    """
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if in_transform() or any(map(wrapped, weights)):
+        return list(_Attach.apply(normalizer, values, *weights))
+    return list(super(torch.autograd.Function, _Attach).apply(normalizer, values, *weights))
 
 
 def check_weight(weight: Tensor, dim: int, name: str) -> None:

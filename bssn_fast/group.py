@@ -113,7 +113,6 @@ class Group:
 
     def _normalize(self, members: list[SpectralNormalization], weights: list[Tensor]) -> None:
         self._recomputing = in_backward()
-        training = [m.training for m in members]
         iterating = [
             m.training and not self._recomputing and (m.state.ready is None or not m.state.holds(w))
             for m, w in zip(members, weights, strict=True)
@@ -129,7 +128,7 @@ class Group:
             parts = partition(members, weights, flags)
             plans = [(Plan([members[j] for j in part], [weights[j] for j in part]), part) for part in parts]
             planned.plans[casts] = plans
-        if self._recomputing and any(training):
+        if self._recomputing and any(m.training for m in members):
             self._usage.recompute(inside=True)
         results: list[list[Tensor]] = []
         for plan, part in plans:

@@ -71,22 +71,27 @@ normalize_op = torch.ops.bssn_fast.normalize.default
 normalize_backward_op = torch.ops.bssn_fast.normalize_backward.default
 
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
 def _watched(weights: Sequence[Tensor]) -> bool:
     """Whether a compiler, a mode or a subclass of Tensor has to see the operation."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or not all(type(w) in (Tensor, torch.nn.Parameter) for w in weights)
+        or not _PLAIN.issuperset(map(type, weights))
     )
 
 
 def normalize(weights: Sequence[Tensor], *args: Any) -> None:
     """Run the op `bssn_fast::normalize`, or its implementation alone: torch's dispatcher is slow on long lists."""
-    watched = _watched(weights)
-    if watched:
-        for weight in weights:
-            refuse_sharded(weight, "bssn_fast")
-    (normalize_op if watched else _normalize)(weights, *args)
+    if not _watched(weights):
+        _normalize(weights, *args)
+        return
+    for weight in weights:
+        refuse_sharded(weight, "bssn_fast")
+    with torch.no_grad():  # the weights require gradients, and what the op writes to must not
+        normalize_op(weights, *args)
 
 
 def normalize_backward(grads: Sequence[Tensor], weights: Sequence[Tensor], *args: Any) -> None:

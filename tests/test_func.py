@@ -46,6 +46,15 @@ def test_gradients_of_weights(training, update, buffers):
     assert all(sigma > 0 for sigma in bssn_fast.sigma(model).values())
 
 
+def test_weight_that_a_transform_has_left_behind():
+    """It stands for the tensor that was given to the transform."""
+    weight, seen = torch.randn(4, 3, requires_grad=True), []
+    grad(lambda w: seen.append(w) or w.sum())(weight)
+    (normalized,), _ = bssn_fast.normalize(seen, [(torch.randn(4), torch.randn(3))], backend="reference")
+    normalized.square().sum().backward()
+    assert weight.grad.any()
+
+
 @ways
 @updates
 def test_gradient_penalty(training, update):
