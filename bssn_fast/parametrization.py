@@ -93,13 +93,18 @@ class Usage:
             self._recomputed = False
             self._forwards.clear()
         self._compiled = False
-        over = in_transform()
-        graphs = [] if over else [next((w.grad_fn for w in part if w.grad_fn is not None), None) for part in results]
-        latest = _Forward(torch.is_grad_enabled(), tuple([weakref.ref(g) for g in graphs if g is not None]), over)
+        over, graphs = in_transform(), []
+        for part in results if not over else ():
+            for w in part:
+                graph = w.grad_fn
+                if graph is not None:
+                    graphs.append(weakref.ref(graph))
+                    break
+        latest = _Forward(torch.is_grad_enabled(), tuple(graphs), over)
         older = [f for f in self._forwards if not f.finished()]
-        # Of those without a graph nothing tells when they are over: one of a kind will do.
-        self._forwards = [f for j, f in enumerate(older) if f.graphs or f not in older[:j]]
-        self._forwards.append(latest)
+        if len(older) > 1:  # of those without a graph nothing tells when they are over: one of a kind will do
+            older = [f for j, f in enumerate(older) if f.graphs or f not in older[:j]]
+        self._forwards = [*older, latest]
 
     def note_compiled(self, *, iterated: bool) -> None:
         """Compiled code has normalised, which can tell no more of it than this."""
