@@ -115,6 +115,6 @@ def is_dense(tensor: Tensor) -> bool:
 
 def result_dtype(weight: Tensor, autocast: bool) -> torch.dtype:
     """Return the dtype the layer will compute in: autocast's where it applies, so that no second cast is needed."""
-    if not autocast or weight.dtype == torch.float64 or not torch.is_autocast_enabled(weight.device.type):
+    if not autocast or not torch.is_autocast_enabled(weight.device.type) or weight.dtype == torch.float64:
         return weight.dtype
     return torch.get_autocast_dtype(weight.device.type)
