@@ -117,7 +117,7 @@ def forward(
 ) -> None:
     shapes, strides = tuple([w.shape for w in weights]), tuple([w.stride() for w in weights])
     table = _table(shapes, strides, tuple(dims), tuple(two_sided), _converts(weights, normalized))
-    pointers = array("q", [x.data_ptr() for x in (*weights, *normalized, *vectors)])
+    pointers = array("q", list(map(Tensor.data_ptr, (*weights, *normalized, *vectors))))
     error = extension.module.cpu_forward(
         table.address,
         len(weights),
