@@ -150,18 +150,16 @@ def report(run: Run, name: str, *options: str, minutes: float = 6, **environment
     run.call(name, command, minutes, **environment)
 
 
-WAYS = {  # of launching and of cutting into tiles: name of the results' folder, peer, what is set
-    "triton-single-2": ("bssn_fast triton", {"BSSN_FAST_TRITON_LAUNCH": "single", "BSSN_FAST_TRITON_PROGRAMS": "2"}),
-    "triton-single-1": ("bssn_fast triton", {"BSSN_FAST_TRITON_LAUNCH": "single", "BSSN_FAST_TRITON_PROGRAMS": "1"}),
-    "triton-phases-2": ("bssn_fast triton", {"BSSN_FAST_TRITON_LAUNCH": "phases", "BSSN_FAST_TRITON_PROGRAMS": "2"}),
-    "triton-phases-1": ("bssn_fast triton", {"BSSN_FAST_TRITON_LAUNCH": "phases", "BSSN_FAST_TRITON_PROGRAMS": "1"}),
+WAYS = {  # of launching: name of the results' folder, peer, what is set
+    "triton-single": ("bssn_fast triton", {"BSSN_FAST_TRITON_LAUNCH": "single"}),
+    "triton-phases": ("bssn_fast triton", {"BSSN_FAST_TRITON_LAUNCH": "phases"}),
     "cuda-single": ("bssn_fast cuda", {"BSSN_FAST_CUDA_LAUNCH": "single"}),
     "cuda-phases": ("bssn_fast cuda", {"BSSN_FAST_CUDA_LAUNCH": "phases"}),
 }
 
 
 def modes(run: Run) -> None:
-    """Every way of launching and of cutting into tiles, with nothing else changed, and a table of them."""
+    """Every way of launching, with nothing else changed, and a table of them."""
     options = ("--parts", "layers", "--variants", "bssn", "--seconds", "0.3", "--sets", *SETS)
     for name, (peer, environment) in WAYS.items():
         output = ("--output", str(run.folder / name))

@@ -6,7 +6,7 @@ pytest.importorskip("triton")
 
 import torch
 
-from bssn_fast.backends.triton import fields, launch, program
+from bssn_fast.backends.triton import fields, program
 from bssn_fast.backends.triton.geometry import Geometry, geometry
 from bssn_fast.layout import needs_two_sides
 
@@ -105,15 +105,3 @@ def test_encoded_numbers_look_alike_to_triton():
         assert 2**31 < encoded < 2**63
         assert encoded % 2 == 1
         assert (encoded - fields.BIAS.value) >> 1 == number
-
-
-def test_one_program_where_rows_are_long():
-    """Two would hold four rows each: more than the first-level cache."""
-    small, large = torch.empty(128, 256, 3, 3, device="meta"), torch.empty(1536, 1536, 3, 3, device="meta")
-    head = torch.empty(1, 100000, device="meta")  # one row is read by itself
-    chosen = [launch._configuration("", weights, [0] * 2).num_warps for weights in ([small, head], [small, large])]
-    assert chosen == [8, 16]
-    assert launch._configuration("1", [small], [0]).num_warps == 16
-    assert launch._configuration("", [large.double()], [0]).num_warps == 8  # more threads would spill registers
-    with pytest.raises(ValueError, match="BSSN_FAST_TRITON_PROGRAMS must be 1 or 2"):
-        launch._configuration("3", [small], [0])

@@ -17,6 +17,8 @@ from bssn_fast import layout
 from bssn_fast.backends import triton as backend
 from bssn_fast.backends.triton import kernels, launch, prepared
 
+ARCHS = [80, 90, 100, 120]
+
 RESNET = [  # each shape of tile that a residual discriminator needs
     ((64, 3, 3, 3), 0, True),
     ((128, 64, 3, 3), 0, True),
@@ -25,6 +27,13 @@ RESNET = [  # each shape of tile that a residual discriminator needs
 ]
 CNN = [((64, 3, 3, 3), 0, True), ((64, 64, 4, 4), 0, True), ((128, 64, 3, 3), 0, True), ((1, 8192), 0, False)]
 GENERATOR = [((256, 128, 4, 4), 1, True), ((256, 128, 4, 4), 1, False), ((100, 77), 0, False)]
+SHORT = [
+    ((64, 3, 3, 3), 0, True),
+    ((64, 3, 3, 3), 0, False),
+    ((256, 16, 1, 1), 0, False),
+    ((100, 9), 0, False),
+    ((8, 1, 5), 0, True),
+]
 GROUPED = [((128, 32, 41), 0, True), ((256, 8, 41), 0, True), ((1024, 1024, 5), 0, True), ((128, 1, 15), 0, True)]
 
 
@@ -119,38 +128,33 @@ def check_resources(kernels_by_name, tmp_path, max_registers=128):
         assert registers <= max_registers, name
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_spills(compile_calls, tmp_path, arch, dtype):
     check_resources(compile_calls(arch, RESNET, dtype), tmp_path)
 
 
-def test_no_spills_with_one_program_a_multiprocessor(compile_calls, tmp_path, monkeypatch):
-    monkeypatch.setenv("BSSN_FAST_TRITON_PROGRAMS", "1")
-    compiled = compile_calls(90, RESNET)
-    assert compiled["forward_kernel"].metadata.num_warps == 16
-    check_resources(compiled, tmp_path)
-
-
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(
     ("layers", "dtype", "out_dtype", "memory_format", "offset"),
     [
         (CNN, torch.float32, None, None, 0),
         (GENERATOR, torch.float32, None, None, 0),
         (GROUPED, torch.float32, None, None, 0),
+        (SHORT, torch.float32, None, None, 0),
         (RESNET, torch.float32, None, torch.channels_last, 0),
         (RESNET, torch.float32, None, None, 1),
         (RESNET, torch.float32, torch.bfloat16, None, 0),
         (RESNET, torch.float64, None, None, 0),
     ],
-    ids=["cnn", "generator", "grouped", "channels_last", "unaligned", "autocast", "fp64"],
+    ids=["cnn", "generator", "grouped", "short", "channels_last", "unaligned", "autocast", "fp64"],
 )
-def test_no_spills_on_hopper(compile_calls, tmp_path, layers, dtype, out_dtype, memory_format, offset):
-    compiled = compile_calls(90, layers, dtype, out_dtype, memory_format, offset)
+def test_no_spills_elsewhere(compile_calls, tmp_path, arch, layers, dtype, out_dtype, memory_format, offset):
+    compiled = compile_calls(arch, layers, dtype, out_dtype, memory_format, offset)
     check_resources(compiled, tmp_path, max_registers=255 if dtype == torch.float64 else 128)
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_probe_has_what_the_kernels_rest_on(arch):
     driver.set_active(AbsentGPU(arch))
     text = kernels.probe_kernel.warmup(torch.int64, grid=(1,)).asm["ptx"]
@@ -178,7 +182,7 @@ def test_wide_accesses(compile_calls, dtype, memory_format):
         assert wide(aligned, "st") >= wide(unaligned, "st") + 2
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_waits_and_announcements(compile_calls, arch):
     """A barrier directly before the release, and an acquire that is repeated and followed by a barrier."""
     for name, kernel in compile_calls(arch, RESNET).items():

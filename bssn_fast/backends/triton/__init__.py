@@ -4,9 +4,6 @@ BSSN_FAST_TRITON_LAUNCH=single runs all phases in one launch, in which tiles wai
 BSSN_FAST_TRITON_LAUNCH=phases starts one launch per phase. Default: single on NVIDIA GPUs; phases on AMD, where
 waiting within a launch is untested. With TRITON_INTERPRET=1, CPU tensors are served too, slowly, for tests.
 
-BSSN_FAST_TRITON_PROGRAMS=1 or 2 says how many programs a multiprocessor runs at a time. Default: two, or one where rows
-are so long that two programs' would drive each other out of the first-level cache.
-
 Layers that the kernels do not address (kernel dimensions that do not form one stride, more than 2048 kernel positions
 in two directions, no elements) are computed by the reference.
 """

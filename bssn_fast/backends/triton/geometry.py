@@ -23,21 +23,12 @@ class TileShape(NamedTuple):
     positions: int
 
 
-class Configuration(NamedTuple):
-    """How many threads a program has, and how many columns its tile: one 16-byte load of fp32 per thread and row."""
+NUM_WARPS = 8
+COLUMNS = 1024
+"""Of a tile: one 16-byte load of fp32 per thread and row."""
 
-    num_warps: int
-    columns: int
-
-
-TWO_PROGRAMS = Configuration(num_warps=8, columns=1024)
-ONE_PROGRAM = Configuration(num_warps=16, columns=2048)
-"""On a multiprocessor at a time, each thread having at most 128 registers: one loads while the other adds, or one has
-the first-level cache to itself."""
-
-CACHE_BYTES = 160 << 10
-"""Of the first-level cache, that rows can count on to be there at their second use: of 192 KB or more on sm_80, sm_90
-and sm_100, where 16 KB go to a program's reductions."""
+MIN_COLUMNS = 32
+"""A warp's width: of rows that are shorter than COLUMNS, a tile holds the more."""
 
 TILE_ROWS = 4
 """The rows of a tile share the loads of v_out and u_in, and add up in registers before they reach a slot. `_tile_rows`
@@ -46,7 +37,6 @@ says where four would spill registers."""
 MAX_VECTOR_TWO_SIDED = 4
 """As does a vector of eight 16-bit elements with four rows."""
 
-MIN_TILE_ELEMENTS = 8192
 MAX_ROW_TILES = 64
 """Per layer. Each row tile leaves a slot as long as a row, so 64 rows or fewer cost a slot each, 1024 rows 1/16."""
 
@@ -73,8 +63,7 @@ class Geometry(NamedTuple):
 
     @property
     def rows_per_tile(self) -> int:
-        rows = max(-(-self.c_out // MAX_ROW_TILES), -(-MIN_TILE_ELEMENTS // self.row_size))
-        return -(-rows // self.shape.rows) * self.shape.rows
+        return -(-self.c_out // (MAX_ROW_TILES * self.shape.rows)) * self.shape.rows
 
     @property
     def row_tiles(self) -> int:
@@ -95,14 +84,6 @@ def _kernel_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
     return dims[-1][1] if dims else 1
 
 
-def configuration(row_bytes: int) -> Configuration:
-    """Return what suits a call whose longest row of more than a few has this size.
-
-    Two programs where what both of them hold, four rows each, stays in the first-level cache between its two uses.
-    """
-    return ONE_PROGRAM if 2 * TILE_ROWS * row_bytes > CACHE_BYTES else TWO_PROGRAMS
-
-
 def _tile_rows(
     c_out: int, vector: int, kernel_innermost: bool, two_sided: bool, positions: int, itemsize: int, columns: int
 ) -> int:
@@ -119,7 +100,6 @@ def geometry(
     two_sided: bool,
     itemsize: int,
     aligned: bool,
-    columns: int = TWO_PROGRAMS.columns,
 ) -> Geometry | None:
     """Return how to address a weight, or None if the kernels cannot.
 
@@ -147,9 +127,11 @@ def geometry(
     if k * vector > MAX_K:
         vector = 1
     positions = power_of_two(k * vector)
-    if two_sided and not kernel_innermost:
-        columns //= 2  # Triton 3.6 spills otherwise
+    columns = COLUMNS // 2 if two_sided and not kernel_innermost else COLUMNS  # Triton 3.6 spills otherwise
     rows = _tile_rows(c_out, vector, kernel_innermost, two_sided, positions, itemsize, columns)
-    tile_shape = TileShape(vector, kernel_innermost, two_sided, rows, max(columns // positions, 1), positions)
+    groups = max(columns // positions, 1)
+    while groups * positions > MIN_COLUMNS and groups >= 2 * (c_in // vector) and rows < c_out:
+        groups, rows = groups // 2, rows * 2  # a short row leaves room for others
+    tile_shape = TileShape(vector, kernel_innermost, two_sided, rows, groups, positions)
     group_stride = k if kernel_innermost else 1 if vector > 1 else channel_stride
     return Geometry(tile_shape, c_out, c_in, k, row_stride // vector, group_stride, k_stride // vector, numel)

@@ -18,15 +18,7 @@ from bssn_fast import layout
 from bssn_fast.backends import reference
 from bssn_fast.backends.triton import kernels
 from bssn_fast.backends.triton.fields import encode
-from bssn_fast.backends.triton.geometry import (
-    ONE_PROGRAM,
-    TILE_ROWS,
-    TWO_PROGRAMS,
-    Configuration,
-    configuration,
-    geometry,
-    power_of_two,
-)
+from bssn_fast.backends.triton.geometry import NUM_WARPS, geometry, power_of_two
 from bssn_fast.backends.triton.prepared import MAX_ARGUMENTS, Buffers, Cache, Made, Prepared, loading, write_table
 from bssn_fast.backends.triton.program import Layer, backward_stages, build, stages
 
@@ -37,9 +29,10 @@ TYPES = {
     torch.float16: tl.float16,
 }
 MAX_REGISTERS = 128
-"""512 threads on a multiprocessor of 64K registers, in one program or two. fp64 has one program with all of them."""
+"""Two programs of 256 threads on a multiprocessor of 64K registers: one loads while the other adds."""
 
-CONFIGURATIONS = {"1": ONE_PROGRAM, "2": TWO_PROGRAMS}
+MAX_REGISTERS_FP64 = 255
+"""One program, which would spill registers otherwise."""
 
 _cache = Cache()
 
@@ -50,18 +43,6 @@ def launch_mode() -> str:
     if mode not in ("single", "phases"):
         raise ValueError(f"BSSN_FAST_TRITON_LAUNCH must be single or phases, not {mode!r}")
     return mode
-
-
-def _configuration(programs: str, weights: Sequence[Tensor], dims: Sequence[int]) -> Configuration:
-    """Return what `programs`, of BSSN_FAST_TRITON_PROGRAMS, names; where it is empty, what suits the weights."""
-    if programs:
-        if programs not in CONFIGURATIONS:
-            raise ValueError(f"BSSN_FAST_TRITON_PROGRAMS must be 1 or 2, not {programs!r}")
-        return CONFIGURATIONS[programs]
-    if weights[0].dtype == torch.float64:  # 256 threads that spill nothing need the registers of 512, which would spill
-        return TWO_PROGRAMS
-    rows = [(w.shape[dim], w.nbytes) for w, dim in zip(weights, dims, strict=True)]
-    return configuration(max((nbytes // c_out for c_out, nbytes in rows if c_out > TILE_ROWS), default=0))
 
 
 def _addresses(tensors: Iterable[Tensor]) -> tuple[int, ...]:
@@ -101,7 +82,6 @@ def _layers(
     dims: Sequence[int],
     two_sided: Sequence[bool],
     aligned: bool,
-    columns: int,
 ) -> tuple[list[Layer], list[int]]:
     """Return the layers that `outputs` names, with the distances of theirs, and the indices of those not addressable.
 
@@ -111,7 +91,7 @@ def _layers(
     layers, others = [], []
     for j in sorted(outputs, key=lambda j: -weights[j].numel()):
         w = weights[j]
-        place = geometry(w.shape, w.stride(), dims[j], two_sided[j], w.element_size(), aligned, columns)
+        place = geometry(w.shape, w.stride(), dims[j], two_sided[j], w.element_size(), aligned)
         if place is None:
             others.append(j)
         else:
@@ -140,11 +120,10 @@ def _ready(
         "ALIGNED": prepared.aligned,
         "ACC": TYPES[buffers.scratch.dtype],
         **constants,
-        "num_warps": prepared.config.num_warps,
+        "num_warps": NUM_WARPS,
     }
-    if not torch.version.hip:
-        most = min(65536 // (32 * prepared.config.num_warps), 255)  # the assembler may choose 128 of itself
-        options["maxnreg"] = most if buffers.scratch.dtype == torch.float64 else MAX_REGISTERS
+    if not torch.version.hip:  # the assembler may choose 128 of itself
+        options["maxnreg"] = MAX_REGISTERS_FP64 if buffers.scratch.dtype == torch.float64 else MAX_REGISTERS
     if not prepared.loaded:
         with loading(buffers.scratch.device):
             kernels.load(kernel, *before, 0, **options)
@@ -185,7 +164,7 @@ def forward(
     """See `backends`."""
     if not weights:
         return
-    single, programs = launch_mode() == "single", os.environ.get("BSSN_FAST_TRITON_PROGRAMS", "")
+    single = launch_mode() == "single"
     iterate = n_power_iterations > 0
     inputs = (_addresses(weights), _addresses(vectors))
     outs = _addresses(normalized)
@@ -194,7 +173,6 @@ def forward(
 
     def make(write: bool) -> Callable[[], Made]:
         def program() -> Made:
-            config = _configuration(programs, weights, dims)
             aligned = _aligned(offset, *inputs, distances)
             layers, others = _layers(
                 weights,
@@ -203,13 +181,12 @@ def forward(
                 dims,
                 two_sided,
                 aligned,
-                config.columns,
             )
             if not layers:
                 return None, others
             tiles = [stages(x.geometry, iterate=iterate, write=write) for x in layers]
             built = build(layers, tiles, single=single, backward=False)
-            return Prepared(built, [x.position for x in layers], single, config, aligned, sigma.device), others
+            return Prepared(built, [x.position for x in layers], single, aligned, sigma.device), others
 
         return program
 
@@ -227,7 +204,6 @@ def forward(
         sigma.data_ptr() % 16,
         normalized[0].dtype,
         single,
-        programs,
     )
     starts = []
     with _on(sigma.device):
@@ -281,7 +257,7 @@ def backward(
     """See `backends`."""
     if not layers:
         return
-    single, programs = launch_mode() == "single", os.environ.get("BSSN_FAST_TRITON_PROGRAMS", "")
+    single = launch_mode() == "single"
     inputs = _addresses(weights)
     grad_addresses = dict(zip(layers, _addresses(grads), strict=True))
     outs = _addresses(grad_weights)
@@ -289,14 +265,13 @@ def backward(
     offset = reduce(or_, grad_addresses.values(), outs[0] | snapshot.data_ptr()) % 16
 
     def program() -> Made:
-        config = _configuration(programs, weights, dims)
         aligned = _aligned(offset, inputs, distances)
         outputs = dict(zip(layers, distances, strict=True))
-        placed, others = _layers(weights, outputs, [], dims, two_sided, aligned, config.columns)
+        placed, others = _layers(weights, outputs, [], dims, two_sided, aligned)
         if not placed:
             return None, others
         built = build(placed, [backward_stages(x.geometry) for x in placed], single=single, backward=True)
-        return Prepared(built, [x.position for x in placed], single, config, aligned, sigma.device), others
+        return Prepared(built, [x.position for x in placed], single, aligned, sigma.device), others
 
     shapes = tuple((w.shape, w.stride()) for w in weights)
     key = (
@@ -313,7 +288,6 @@ def backward(
         sigma.data_ptr() % 16,
         grads[0].dtype,
         single,
-        programs,
     )
     with _on(sigma.device):
         prepared, buffers, others = _cache.get(key, sigma, program)

@@ -13,7 +13,6 @@ from torch import Tensor
 from bssn_fast.backends import BackendUnavailableError
 from bssn_fast.backends.triton import kernels
 from bssn_fast.backends.triton.fields import SEGMENT_FIELDS, encode
-from bssn_fast.backends.triton.geometry import Configuration
 from bssn_fast.backends.triton.program import Program
 
 TABLE_CHUNK = 256
@@ -60,14 +59,12 @@ class Prepared:
         program: Program,
         indices: list[int],
         single: bool,
-        config: Configuration,
         aligned: bool,
         device: torch.device,
     ) -> None:
         self.program = program
         self.indices = indices
         self.single = single
-        self.config = config
         self.aligned = aligned
         self.loaded = False  # its kernel, on the device
         table = empty_table(len(program.values), device)
