@@ -70,14 +70,18 @@ def test_a_launch_per_phase_is_in_order():
 def test_tiles_cover_a_layer_once(shape):
     g = place(shape)
     assert (g.row_tiles - 1) * g.rows_per_tile < g.c_out <= g.row_tiles * g.rows_per_tile
-    assert g.groups * g.shape.vector * g.k * g.c_out == g.numel
-    assert g.shape.positions >= g.k * g.shape.vector
+    assert g.shape.flat
+    assert (g.steps - 1) * g.step < g.row_size <= g.steps * g.step
+    assert g.step <= g.shape.groups
+    assert g.step % g.k == g.step % g.shape.vector == g.row_size % g.shape.vector == 0
 
 
-def test_vectors_need_alignment_and_whole_channels():
+def test_vectors_need_alignment_and_whole_rows():
     assert place((64, 64, 3, 3)).shape.vector == 4
     assert place((64, 64, 3, 3), aligned=False).shape.vector == 1
     assert place((64, 6, 3, 3)).shape.vector == 2
+    assert place((64, 3, 4, 4)).shape.vector == 4
+    assert place((64, 4, 23, 23)).shape.vector == 1  # no step of whole channels and vectors fits into a tile
     assert place((64, 3, 3, 3)).shape.vector == 1
     assert place((64, 64, 3, 3), memory="channels_last").shape.vector == 4
     assert place((64, 64, 1, 1), itemsize=2).shape.vector == 8

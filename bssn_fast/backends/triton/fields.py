@@ -27,8 +27,8 @@ N_ROW_TILES = tl.constexpr(12)
 N_FLAT_TILES = tl.constexpr(13)
 N_OUT_COLUMN_TILES = tl.constexpr(14)
 N_IN_COLUMN_TILES = tl.constexpr(15)
-FOLD = tl.constexpr(16)  # offset in scratch, [c_out, K V]: q before the sum over a group's channels
-SLOTS = tl.constexpr(17)  # offset in scratch, [row tiles, |v_out| + |u_in|]: each tile's part of t and r
+FOLD = tl.constexpr(16)  # offset in scratch: what is added up over lanes that may be any thread's
+SLOTS = tl.constexpr(17)  # offset in scratch, [row tiles, |v_out| + SLOT_K |u_in|]: each tile's part of t and r
 STATS = tl.constexpr(18)  # offset in stats
 # Four entries each, in the order u_out, v_out, u_in, v_in.
 STORED = tl.constexpr(19)  # address of the persistent vector
@@ -39,7 +39,13 @@ INDEX = tl.constexpr(35)  # of the layer in `sigma`
 FLAT_BLOCKS = tl.constexpr(36)
 OUTPUT = tl.constexpr(37)  # distance in bytes from the first layer's output
 DONE_COUNTER = tl.constexpr(38)  # of finished tiles of the first stage; the next stage's counter follows
-LAYER_FIELDS = tl.constexpr(39)
+# Of rows that are one run of memory: vectors of a step, which is a whole number of channels, and the steps of a row.
+STEP = tl.constexpr(39)
+STEPS = tl.constexpr(40)
+SLOT_K = tl.constexpr(41)  # entries of a slot's second half that add up to one of r
+IN_ENTRIES = tl.constexpr(42)  # of r in a column tile
+CHANNEL_SUMS = tl.constexpr(43)  # offset in scratch, [SLOT_K |u_in|]: r before it is added up over kernel positions
+LAYER_FIELDS = tl.constexpr(44)
 
 START = tl.constexpr(0)  # number of the segment's first tile
 KIND = tl.constexpr(1)
@@ -60,6 +66,9 @@ GRADIENT = tl.constexpr(5)
 # In the backward pass: <G, W> per flat tile.
 FLAT_BLOCK = tl.constexpr(4096)  # elements of one step over a weight as flat memory
 COLUMN_BLOCK = tl.constexpr(256)
+IN_BLOCK = tl.constexpr(64)  # entries of r at a time that are added up over kernel positions,
+FOLD_BLOCK = tl.constexpr(2048)  # elements of a tile that are added up over channels at a time
+K_BLOCK = tl.constexpr(8)  # as many of which at a time
 SLOT_BLOCK = tl.constexpr(16)  # slots added at a time
 VECTOR_BLOCK = tl.constexpr(1024)
 SUM_BLOCK = tl.constexpr(128)  # partial sums added at a time

@@ -2,7 +2,7 @@
 
 rows     s[o] = sum_ik W[o,i,k] v_out[i,k]      q[o,k] = sum_i W[o,i,k] u_in[i]      (one read of W)
          and this tile's rows' share of t[i,k] = sum_o W[o,i,k] s[o] and r[i] = sum_ok W[o,i,k] q[o,k]
-columns  t and r: the row tiles' shares added in their order
+columns  t and r: the row tiles' shares added in their order, r's also over kernel positions
 vectors  u_out = s/|s|, v_out = t/|t|, v_in = q/|q|, u_in = r/|r|, to the persistent vectors and the snapshot
 scaling  W scale/sigma, sigma_out = |t|/|s| and sigma_in = |r|/|q|
 """
@@ -13,112 +13,7 @@ import triton
 import triton.language as tl
 
 from bssn_fast.backends.triton import fields as f
-from bssn_fast.backends.triton.tiles import field, place, pointer, sum_of
-
-
-@triton.jit
-def add_to_slot(p_slot, part, mask, is_later):
-    """Write the first rows' part to the slot and add that of later ones; the caller puts a barrier between them."""
-    tl.store(p_slot, part + tl.load(p_slot, mask=mask & is_later, other=0), mask=mask)
-
-
-@triton.jit
-def rows_tile(
-    row,
-    tile,
-    scratch,
-    SHAPES: tl.constexpr,
-    SHAPE: tl.constexpr,
-    ITERATE: tl.constexpr,
-    W_TYPE: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """s, q and the shares of t and r of ROWS_PER_TILE rows; without ITERATE only the products with the stored vectors.
-
-    SHAPES[SHAPE] = (V, kernel positions innermost, two-sided, rows, groups, positions) of the register tile.
-    """
-    V: tl.constexpr = SHAPES[SHAPE][0]
-    TWO: tl.constexpr = SHAPES[SHAPE][2]
-    BO: tl.constexpr = SHAPES[SHAPE][3]
-    BG: tl.constexpr = SHAPES[SHAPE][4]
-    BJ: tl.constexpr = SHAPES[SHAPE][5]
-    VECTORS: tl.constexpr = V > 1
-
-    k_size = field(row, f.K)
-    groups = field(row, f.GROUPS)
-    group_stride = field(row, f.GROUP_STRIDE)
-    weight = pointer(tl.load(row + f.WEIGHT), W_TYPE, VECTORS)
-    v_out = pointer(tl.load(row + f.STORED + 1), ACC, VECTORS)
-    u_in = pointer(tl.load(row + f.STORED + 2), ACC, VECTORS)
-    n_out_columns = field(row, f.SIZE + 1)
-    slot = field(row, f.SLOTS) + tile * (n_out_columns + field(row, f.SIZE + 2))
-    slot = tl.multiple_of(slot, 4) if V % 4 == 0 else slot
-
-    g, d, k, position, offset, m_group = place(row, SHAPES, SHAPE)
-    rows_per_tile = field(row, f.ROWS_PER_TILE)
-    first = tile * rows_per_tile
-    last = tl.minimum(first + rows_per_tile, field(row, f.C_OUT))
-    o_o = tl.arange(0, BO)
-    o_j = tl.arange(0, BJ)
-
-    for o_start in range(first, last, BO):
-        # What is needed once for these rows is loaded here, as registers are scarcer than loads.
-        o = o_start + o_o
-        m_o = o < last
-        o_offset = o * (field(row, f.ROW_STRIDE) * V)
-        b_s = tl.zeros([BO, BG * BJ // 4], ACC)  # four neighbours are one thread's: to add them first saves registers
-        b_q = tl.zeros([BO, BG * BJ], ACC)
-        for g_start in range(0, groups, BG):
-            m_e = m_group & (g_start + g < groups)
-            p_w = weight + (o_offset[:, None] + (g_start * (group_stride * V) + offset)[None, :])
-            w = tl.load(p_w, mask=m_o[:, None] & m_e[None, :], other=0).to(ACC)  # [BO, BG BJ]
-            v = tl.load(v_out + (g_start * (k_size * V) + position), mask=m_e, other=0)
-            b_s += tl.sum(tl.reshape(w * v[None, :], [BO, BG * BJ // 4, 4]), axis=2)
-            if TWO:
-                u = tl.load(u_in + ((g_start + g) * V + d), mask=m_e, other=0)
-                b_q += w * u[None, :]
-        s = tl.sum(b_s, axis=1)  # [BO]
-        tl.store(scratch + (field(row, f.SOURCE) + o), s, mask=m_o)
-        if TWO:
-            q_all = field(row, f.SOURCE + 3)
-            q = tl.sum(tl.reshape(b_q, [BO, BG, BJ]), axis=1)  # [BO, BJ]
-            j_channel = o_j // k_size if SHAPES[SHAPE][1] else o_j % V
-            j_k = o_j % k_size if SHAPES[SHAPE][1] else o_j // V
-            m_oj = m_o[:, None] & (o_j < k_size * V)[None, :]
-            if V > 1:  # a group's V channels have separate sums so far
-                o_fold = (field(row, f.FOLD) + o * (k_size * V))[:, None]
-                tl.store(scratch + (o_fold + (j_channel * k_size + j_k)[None, :]), q, mask=m_oj)
-                tl.debug_barrier()
-                q = tl.zeros([BO, BJ], ACC)
-                for n in tl.static_range(V):
-                    q += tl.load(scratch + (o_fold + (n * k_size + j_k)[None, :]), mask=m_oj, other=0)
-            tl.store(scratch + ((q_all + o * k_size)[:, None] + j_k[None, :]), q, mask=m_oj & (j_channel == 0)[None, :])
-            if ITERATE:
-                tl.debug_barrier()
-                o_q = (q_all + o * k_size)[:, None] + k[None, :]
-                q = tl.load(scratch + o_q, mask=m_o[:, None] & m_group[None, :], other=0)  # [BO, BG BJ]
-
-        if ITERATE:
-            for g_start in range(0, groups, BG):
-                m_e = m_group & (g_start + g < groups)
-                p_w = weight + (o_offset[:, None] + (g_start * (group_stride * V) + offset)[None, :])
-                w = tl.load(p_w, mask=m_o[:, None] & m_e[None, :], other=0).to(ACC)
-                p_t = scratch + (slot + g_start * (k_size * V) + position)
-                add_to_slot(p_t, tl.sum(w * s[:, None], axis=0), m_e, o_start > first)
-                if TWO:
-                    wq = tl.sum(w * q, axis=0)  # [BG BJ]
-                    o_r = slot + n_out_columns + g_start * V
-                    o_g = tl.arange(0, BG)
-                    m_g = g_start + o_g < groups
-                    if SHAPES[SHAPE][1]:
-                        for n in tl.static_range(V):
-                            part = tl.sum(tl.reshape(tl.where(d == n, wq, 0), [BG, BJ]), axis=1)
-                            add_to_slot(scratch + (o_r + o_g * V + n), part, m_g, o_start > first)
-                    else:
-                        part = tl.sum(tl.reshape(wq, [BG, BJ // V, V]), axis=1)
-                        o_channel = (o_g * V)[:, None] + tl.arange(0, V)[None, :]
-                        add_to_slot(scratch + (o_r + o_channel), part, m_g[:, None], o_start > first)
-            tl.debug_barrier()  # the next rows add to the slot, perhaps from other threads
+from bssn_fast.backends.triton.tiles import field, pointer, sum_of
 
 
 @triton.jit
@@ -139,6 +34,41 @@ def square_and_product(row, N: tl.constexpr, total, scratch, ACC: tl.constexpr):
 
 
 @triton.jit
+def add_slots(row, part, first, last, target, scratch, ACC: tl.constexpr):
+    """Add up entries `first` to `last` of the slots' part that begins at `part`; return the sum of their squares."""
+    n_row_tiles = field(row, f.N_ROW_TILES)
+    slot_size = tl.load(row + f.SIZE + 1) + tl.load(row + f.SIZE + 2) * tl.load(row + f.SLOT_K)
+    slots = scratch + tl.load(row + f.SLOTS) + part
+    o_slot = tl.arange(0, f.SLOT_BLOCK)
+    squares = tl.zeros([f.COLUMN_BLOCK], tl.float64)
+    for block in range(first, last, f.COLUMN_BLOCK):
+        column = block + tl.arange(0, f.COLUMN_BLOCK)
+        parts = tl.zeros([f.SLOT_BLOCK, f.COLUMN_BLOCK], ACC)
+        for start in range(0, n_row_tiles, f.SLOT_BLOCK):
+            slot = start + o_slot
+            p = slots + (slot * slot_size)[:, None] + column[None, :]
+            parts += tl.load(p, mask=(slot < n_row_tiles)[:, None] & (column < last)[None, :], other=0)
+        x = tl.sum(parts, axis=0)
+        tl.store(target + column, x, mask=column < last)
+        squares += x.to(tl.float64) * x
+    return tl.sum(squares, axis=0)
+
+
+@triton.jit
+def add_positions(sums, k_size, first, last, target, ACC: tl.constexpr):
+    """Add up entries `first` to `last` of r over their kernel positions; return the sum of their squares."""
+    entry = first + tl.arange(0, f.IN_BLOCK)
+    parts = tl.zeros([f.IN_BLOCK, f.K_BLOCK], ACC)
+    for start in range(0, k_size, f.K_BLOCK):
+        k = start + tl.arange(0, f.K_BLOCK)
+        p = sums + ((entry * k_size)[:, None] + k[None, :])
+        parts += tl.load(p, mask=(entry < last)[:, None] & (k < k_size)[None, :], other=0)
+    x = tl.sum(parts, axis=1)
+    tl.store(target + entry, x, mask=entry < last)
+    return tl.sum(x.to(tl.float64) * x, axis=0)
+
+
+@triton.jit
 def columns_tile(row, tile, scratch, stats, ITERATE: tl.constexpr, ACC: tl.constexpr):
     """Tile 0: |s|^2, u_out.s, |q|^2 and v_in.q. Others: COLUMN_BLOCK entries of t, then of r, and their squares."""
     totals = stats + tl.load(row + f.STATS)
@@ -146,24 +76,24 @@ def columns_tile(row, tile, scratch, stats, ITERATE: tl.constexpr, ACC: tl.const
         square_and_product(row, 0, totals, scratch, ACC)
         square_and_product(row, 3, totals + 2, scratch, ACC)
     elif ITERATE:
-        n_row_tiles = field(row, f.N_ROW_TILES)
         n_out_tiles = field(row, f.N_OUT_COLUMN_TILES)
-        n_out_columns = tl.load(row + f.SIZE + 1)
-        n_in_columns = tl.load(row + f.SIZE + 2)
-        is_in = tile > n_out_tiles
-        size = tl.where(is_in, n_in_columns, n_out_columns)
-        column = (tile - 1 - tl.where(is_in, n_out_tiles, 0)) * f.COLUMN_BLOCK + tl.arange(0, f.COLUMN_BLOCK)
-        m_column = column < size
-        slots = scratch + tl.load(row + f.SLOTS) + tl.where(is_in, n_out_columns, 0)
-        o_slot = tl.arange(0, f.SLOT_BLOCK)
-        parts = tl.zeros([f.SLOT_BLOCK, f.COLUMN_BLOCK], ACC)
-        for start in range(0, n_row_tiles, f.SLOT_BLOCK):
-            slot = start + o_slot
-            p = slots + (slot * (n_out_columns + n_in_columns))[:, None] + column[None, :]
-            parts += tl.load(p, mask=(slot < n_row_tiles)[:, None] & m_column[None, :], other=0)
-        x = tl.sum(parts, axis=0)
-        tl.store(scratch + tl.load(row + f.SOURCE + tl.where(is_in, 2, 1)) + column, x, mask=m_column)
-        tl.store(totals + 3 + tile, tl.sum(x.to(tl.float64) * x, axis=0))
+        if tile <= n_out_tiles:
+            first = (tile - 1) * f.COLUMN_BLOCK
+            last = tl.minimum(first + f.COLUMN_BLOCK, field(row, f.SIZE + 1))
+            t = scratch + tl.load(row + f.SOURCE + 1)
+            total = add_slots(row, 0, first, last, t, scratch, ACC)
+        else:
+            in_entries = field(row, f.IN_ENTRIES)
+            first = (tile - 1 - n_out_tiles) * in_entries
+            last = tl.minimum(first + in_entries, field(row, f.SIZE + 2))
+            r = scratch + tl.load(row + f.SOURCE + 2)
+            slot_k = field(row, f.SLOT_K)
+            sums = scratch + tl.load(row + tl.where(slot_k == 1, f.SOURCE + 2, f.CHANNEL_SUMS))
+            total = add_slots(row, field(row, f.SIZE + 1), first * slot_k, last * slot_k, sums, scratch, ACC)
+            if slot_k > 1:
+                tl.debug_barrier()
+                total = add_positions(sums, slot_k, first, last, r, ACC)
+        tl.store(totals + 3 + tile, total)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import lcm
 from typing import NamedTuple
 
 from bssn_fast import layout
@@ -13,10 +14,14 @@ MAX_K = 2048
 
 
 class TileShape(NamedTuple):
-    """What the kernels are specialised on: the elements that a program holds at a time, [rows, groups, positions]."""
+    """What the kernels are specialised on: the elements that a program holds at a time, [rows, groups, positions].
+
+    Where a row is one run of memory (flat), groups are the columns of the tile, and positions what its sum over
+    kernel positions has room for.
+    """
 
     vector: int
-    kernel_innermost: bool
+    flat: bool
     two_sided: bool
     rows: int
     groups: int
@@ -24,15 +29,20 @@ class TileShape(NamedTuple):
 
 
 NUM_WARPS = 8
-COLUMNS = 1024
-"""Of a tile: one 16-byte load of fp32 per thread and row."""
-
-MIN_COLUMNS = 32
-"""A warp's width: of rows that are shorter than COLUMNS, a tile holds the more."""
+TILE_ELEMENTS = 4096
+"""Sixteen per thread; half as many in fp64, and of those that are loaded one by one."""
 
 TILE_ROWS = 4
-"""The rows of a tile share the loads of v_out and u_in, and add up in registers before they reach a slot. `_tile_rows`
-says where four would spill registers."""
+"""The rows of a tile share the loads of v_out and u_in, and add up in registers before they reach a slot."""
+
+MAX_TILE_ROWS = 64
+"""Of short rows; with 128 of them registers would spill."""
+
+MAX_ROWS_BYTES = 100 << 10
+"""Of a tile's rows, which are read a second time: two programs on each of 132 multiprocessors have 26 MB in flight
+then, which stay in the second-level cache. Longer rows come in pairs."""
+
+MIN_COLUMNS = 32
 
 MAX_VECTOR_TWO_SIDED = 4
 """As does a vector of eight 16-bit elements with four rows."""
@@ -42,7 +52,10 @@ MAX_ROW_TILES = 64
 
 
 class Geometry(NamedTuple):
-    """A weight as vectors of `shape.vector` elements; strides count vectors (see fields.py)."""
+    """A weight as vectors of `shape.vector` elements; strides count vectors (see fields.py).
+
+    step: elements along a flat row that a tile takes at a time; whole channels, so that lanes keep their positions.
+    """
 
     shape: TileShape
     c_out: int
@@ -52,6 +65,7 @@ class Geometry(NamedTuple):
     group_stride: int
     k_stride: int
     numel: int
+    step: int = 0
 
     @property
     def row_size(self) -> int:
@@ -64,6 +78,15 @@ class Geometry(NamedTuple):
     @property
     def rows_per_tile(self) -> int:
         return -(-self.c_out // (MAX_ROW_TILES * self.shape.rows)) * self.shape.rows
+
+    @property
+    def steps(self) -> int:
+        return -(-self.row_size // self.step) if self.step else 0
+
+    @property
+    def slot_k(self) -> int:
+        """Entries of a slot for each of u_in: flat tiles leave the sum over kernel positions to the column tiles."""
+        return self.k if self.shape.flat else 1
 
     @property
     def row_tiles(self) -> int:
@@ -84,13 +107,36 @@ def _kernel_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
     return dims[-1][1] if dims else 1
 
 
-def _tile_rows(
-    c_out: int, vector: int, kernel_innermost: bool, two_sided: bool, positions: int, itemsize: int, columns: int
-) -> int:
+def _flat_shape(
+    c_out: int, row_size: int, k: int, two_sided: bool, itemsize: int, vector: int
+) -> tuple[TileShape, int]:
+    """Return the tile of a layer whose rows are runs of memory, and its step."""
+    elements = TILE_ELEMENTS if itemsize <= 4 and vector > 1 else TILE_ELEMENTS // 2
+    rows = TILE_ROWS if TILE_ROWS * row_size * itemsize <= MAX_ROWS_BYTES else TILE_ROWS // 2
+    if elements // rows < vector * 32 * NUM_WARPS:  # all threads have the same rows
+        rows //= 2
+    columns = elements // min(rows, power_of_two(c_out))
+    columns = max(min(columns, power_of_two(row_size)), power_of_two(k), MIN_COLUMNS)
+    rows = max(min(elements // columns, power_of_two(c_out), MAX_TILE_ROWS), 1)
+    while lcm(k, vector) > columns:
+        vector //= 2
+    period = lcm(k, vector)
+    step = min(row_size, columns // period * period)
+    return TileShape(vector, True, two_sided, rows, columns, power_of_two(k) if two_sided else 1), step
+
+
+def _strided_shape(c_out: int, c_in: int, k: int, two_sided: bool, itemsize: int, vector: int) -> TileShape:
+    """Return the tile of a layer in any other order of memory."""
+    positions = power_of_two(k * vector)
+    columns = TILE_ELEMENTS // TILE_ROWS
+    columns = columns // 2 if two_sided else columns  # Triton 3.6 spills otherwise
+    rows = 2 if itemsize > 4 or vector == 1 or two_sided else TILE_ROWS
     if c_out == 1 or positions > columns:
-        return 1
-    two_sided_fits = itemsize == 4 and kernel_innermost and 64 <= positions <= 128
-    return 2 if itemsize > 4 or vector == 1 or (two_sided and not two_sided_fits) else TILE_ROWS
+        rows = 1
+    groups = max(columns // positions, 1)
+    while groups * positions > MIN_COLUMNS and groups >= 2 * (c_in // vector) and rows < c_out:
+        groups, rows = groups // 2, rows * 2  # a short row leaves room for others
+    return TileShape(vector, False, two_sided, rows, groups, positions)
 
 
 def geometry(
@@ -117,21 +163,18 @@ def geometry(
     if k > MAX_K:
         return None
 
-    kernel_innermost = k_stride == 1 and channel_stride == k
-    vector = 16 // itemsize if aligned and (kernel_innermost or channel_stride == 1) else 1
+    flat = k_stride == 1 and channel_stride == k
+    vector = 16 // itemsize if aligned and (flat or channel_stride == 1) else 1
     vector = min(vector, MAX_VECTOR_TWO_SIDED) if two_sided else vector
-    while vector > 1 and (
-        c_in % vector or row_stride % vector or (k > 1 and not kernel_innermost and k_stride % vector)
-    ):
+    along = c_in * k if flat else c_in  # what vectors go along
+    while vector > 1 and (along % vector or row_stride % vector or (k > 1 and not flat and k_stride % vector)):
         vector //= 2
+    if flat:
+        tile_shape, step = _flat_shape(c_out, c_in * k, k, two_sided, itemsize, vector)
+        vector = tile_shape.vector
+        return Geometry(tile_shape, c_out, c_in, k, row_stride // vector, 0, 0, numel, step)
     if k * vector > MAX_K:
         vector = 1
-    positions = power_of_two(k * vector)
-    columns = COLUMNS // 2 if two_sided and not kernel_innermost else COLUMNS  # Triton 3.6 spills otherwise
-    rows = _tile_rows(c_out, vector, kernel_innermost, two_sided, positions, itemsize, columns)
-    groups = max(columns // positions, 1)
-    while groups * positions > MIN_COLUMNS and groups >= 2 * (c_in // vector) and rows < c_out:
-        groups, rows = groups // 2, rows * 2  # a short row leaves room for others
-    tile_shape = TileShape(vector, kernel_innermost, two_sided, rows, groups, positions)
-    group_stride = k if kernel_innermost else 1 if vector > 1 else channel_stride
+    tile_shape = _strided_shape(c_out, c_in, k, two_sided, itemsize, vector)
+    group_stride = 1 if vector > 1 else channel_stride
     return Geometry(tile_shape, c_out, c_in, k, row_stride // vector, group_stride, k_stride // vector, numel)

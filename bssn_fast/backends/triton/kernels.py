@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 
 from bssn_fast.backends.triton import fields as f
-from bssn_fast.backends.triton.backward_tiles import gradient_tile, inner_tile
-from bssn_fast.backends.triton.forward_tiles import columns_tile, rows_tile, scaling_tile, vectors_tile
+from bssn_fast.backends.triton.backward_tiles import inner_tile
+from bssn_fast.backends.triton.flat_tiles import flat_gradient_tile, flat_rows_tile
+from bssn_fast.backends.triton.forward_tiles import columns_tile, scaling_tile, vectors_tile
+from bssn_fast.backends.triton.strided_tiles import strided_gradient_tile, strided_rows_tile
 from bssn_fast.backends.triton.tiles import announce, choose, decode, field, float_of, take_tile, wait_for
 
 
@@ -50,7 +52,10 @@ def forward_kernel(
         shape = field(row, f.SHAPE)
         for n in tl.static_range(len(SHAPES)):
             if shape == n:
-                rows_tile(row, tile, scratch, SHAPES, n, ITERATE, W_TYPE, ACC)
+                if SHAPES[n][1]:
+                    flat_rows_tile(row, tile, scratch, SHAPES, n, ITERATE, W_TYPE, ACC)
+                else:
+                    strided_rows_tile(row, tile, scratch, SHAPES, n, ITERATE, W_TYPE, ACC)
         done = field(row, f.DONE_COUNTER)
     elif kind == f.COLUMNS:
         columns_tile(row, tile, scratch, stats, ITERATE, ACC)
@@ -110,7 +115,11 @@ def backward_kernel(
         scale = float_of(scale_bits)
         for n in tl.static_range(len(SHAPES)):
             if shape == n:
-                gradient_tile(row, tile, grad, out, stats, snapshot, sigma, scale, SHAPES, n, W_TYPE, G_TYPE, ACC)
+                what = (row, tile, grad, out, stats, snapshot, sigma, scale)
+                if SHAPES[n][1]:
+                    flat_gradient_tile(*what, SHAPES, n, W_TYPE, G_TYPE, ACC)
+                else:
+                    strided_gradient_tile(*what, SHAPES, n, W_TYPE, G_TYPE, ACC)
     if SINGLE:
         announce(counters, done)
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from bssn_fast.backends.triton import fields as f
-from bssn_fast.backends.triton.geometry import Geometry, power_of_two
+from bssn_fast.backends.triton.geometry import Geometry, TileShape, power_of_two
 
 MAX_FLAT_STEPS = 16
 FLAT_TILES = 256  # of a layer in the forward pass; its tiles have up to MAX_FLAT_STEPS blocks
@@ -57,11 +57,18 @@ def _flat_steps(numel: int, backward: bool) -> int:
     return steps if backward else min(steps, MAX_FLAT_STEPS)
 
 
+def in_entries(geometry: Geometry) -> int:
+    """Return how many entries of r a column tile has: its lanes go through the slots' entries, SLOT_K for each."""
+    if geometry.slot_k == 1:
+        return f.COLUMN_BLOCK.value
+    return max(min(f.IN_BLOCK.value, f.COLUMN_BLOCK.value // geometry.slot_k), 1)
+
+
 def stages(geometry: Geometry, *, iterate: bool, write: bool) -> list[Stage]:
     """Return a layer's stages in the forward pass; `write`: the last power iteration, or an evaluation."""
     g = geometry
     columns = ceil_div(g.row_size, f.COLUMN_BLOCK.value)
-    columns += ceil_div(g.c_in, f.COLUMN_BLOCK.value) if g.shape.two_sided else 0
+    columns += ceil_div(g.c_in, in_entries(g)) if g.shape.two_sided else 0
     longest = max(g.row_size, g.c_out * g.k if g.shape.two_sided else g.c_out)
     last = [(f.VECTORS.value, ceil_div(longest, f.VECTOR_BLOCK.value))]
     if write:
@@ -121,7 +128,8 @@ def _row(layer: Layer, shape_index: int, scratch: _Offsets, stats: _Offsets, bac
     two = g.shape.two_sided
     sizes = (g.c_out, g.row_size, g.c_in, g.c_out * g.k) if two else (g.c_out, g.row_size, 0, 0)
     flat = f.FLAT_BLOCK.value * _flat_steps(g.numel, backward)
-    out_columns, in_columns = (ceil_div(size, f.COLUMN_BLOCK.value) for size in sizes[1:3])
+    out_columns = ceil_div(sizes[1], f.COLUMN_BLOCK.value)
+    in_columns = ceil_div(sizes[2], in_entries(g))
     n_stats = ceil_div(g.numel, flat) if backward else 4 + out_columns + in_columns
 
     row = [0] * f.LAYER_FIELDS.value
@@ -146,11 +154,17 @@ def _row(layer: Layer, shape_index: int, scratch: _Offsets, stats: _Offsets, bac
         (f.STATS, stats.take(n_stats)),
         (f.INDEX, layer.position),
         (f.OUTPUT, layer.output),
+        (f.STEP, g.step // g.shape.vector),
+        (f.STEPS, g.steps),
+        (f.SLOT_K, g.slot_k),
+        (f.IN_ENTRIES, in_entries(g)),
     ):
         row[name.value] = value
     if not backward:
-        row[f.FOLD.value] = scratch.take(g.c_out * g.k * g.shape.vector if two else 0)
-        row[f.SLOTS.value] = scratch.take(g.row_tiles * (sizes[1] + sizes[2]))
+        folded = g.row_tiles * g.shape.rows * g.shape.groups if g.shape.flat else g.c_out * g.k * g.shape.vector
+        row[f.FOLD.value] = scratch.take(folded if two else 0)
+        row[f.SLOTS.value] = scratch.take(g.row_tiles * (sizes[1] + sizes[2] * g.slot_k))
+        row[f.CHANNEL_SUMS.value] = scratch.take(sizes[2] * g.slot_k)
     for n, address in enumerate(layer.vectors):
         row[f.STORED.value + n] = address
     for n, start in enumerate(layer.snapshot):
@@ -159,6 +173,11 @@ def _row(layer: Layer, shape_index: int, scratch: _Offsets, stats: _Offsets, bac
         row[f.SIZE.value + n] = size
         row[f.SOURCE.value + n] = 0 if backward else scratch.take(size)
     return row
+
+
+def _used_shape(shape: TileShape, backward: bool) -> TileShape:
+    """Return the shape without what makes no difference, so that fewer are compiled."""
+    return shape._replace(positions=1) if backward and shape.flat else shape
 
 
 def build(layers: Sequence[Layer], all_stages: Sequence[Sequence[Stage]], *, single: bool, backward: bool) -> Program:
@@ -178,8 +197,9 @@ def build(layers: Sequence[Layer], all_stages: Sequence[Sequence[Stage]], *, sin
     segments += [[2**31, 0, 0, 0, 0]] * (n_segments - len(segments))
 
     scratch, stats = _Offsets(), _Offsets()
-    shapes = tuple(sorted({layer.geometry.shape for layer in layers}))
-    rows = [_row(x, shapes.index(x.geometry.shape), scratch, stats, backward) for x in layers]
+    used = [_used_shape(x.geometry.shape, backward) for x in layers]
+    shapes = tuple(sorted(set(used)))
+    rows = [_row(x, shapes.index(shape), scratch, stats, backward) for x, shape in zip(layers, used, strict=True)]
     for n, row in enumerate(rows):
         row[f.DONE_COUNTER.value] = f.FIRST_COUNTER.value + n_stages * n
     if scratch.end >= 2**31:

@@ -104,8 +104,7 @@ def place(row, SHAPES: tl.constexpr, SHAPE: tl.constexpr):
     """Where the elements e of a tile's rows belong, groups beginning at 0: all [groups x positions], flat.
 
     Returns (group, channel in the group, kernel position, place in v_out, offset in the weight, is in its group).
-    Kernel positions innermost (a convolution as torch stores it): a group is K V elements in memory order. Otherwise
-    (channels_last, transposed or unaligned): V neighbouring channels, then the next kernel position.
+    A group (channels_last, transposed or unaligned) has V neighbouring channels, then the next kernel position.
     """
     V: tl.constexpr = SHAPES[SHAPE][0]
     BG: tl.constexpr = SHAPES[SHAPE][4]
@@ -114,17 +113,10 @@ def place(row, SHAPES: tl.constexpr, SHAPE: tl.constexpr):
     e = tl.arange(0, BG * BJ)
     g = e // BJ
     j = e % BJ
-    g_offset = g * (field(row, f.GROUP_STRIDE) * V)
-    if SHAPES[SHAPE][1]:
-        d = j // k_size
-        k = j % k_size
-        position = g * (k_size * V) + j
-        offset = g_offset + j
-    else:
-        d = j % V
-        k = j // V
-        position = g * (k_size * V) + d * k_size + k
-        offset = g_offset + d + k * (field(row, f.K_STRIDE) * V)
+    d = j % V
+    k = j // V
+    position = g * (k_size * V) + d * k_size + k
+    offset = g * (field(row, f.GROUP_STRIDE) * V) + d + k * (field(row, f.K_STRIDE) * V)
     return g, d, k, position, offset, j < k_size * V
 
 
@@ -136,3 +128,19 @@ def sum_of(partials, n):
     for start in range(0, n, f.SUM_BLOCK):
         total += tl.load(partials + start + o, mask=start + o < n, other=0)
     return tl.sum(total, axis=0)
+
+
+@triton.jit
+def ratio_and_multiplier(row, stats, sigma, scale, TWO: tl.constexpr, ACC: tl.constexpr):
+    """<G, W>/sigma, half of it where there are two sides, and scale/sigma; 0 where sigma is."""
+    inner = sum_of(stats + tl.load(row + f.STATS), field(row, f.N_FLAT_TILES)).to(ACC)
+    ratio = tl.where(sigma == 0, 0, inner / sigma)
+    if TWO:
+        ratio = ratio / 2
+    return ratio, tl.where(sigma == 0, 0, scale.to(ACC) / sigma)
+
+
+@triton.jit
+def add_to_slot(p_slot, part, mask, is_later):
+    """Write the first rows' part to the slot and add that of later ones; the caller puts a barrier between them."""
+    tl.store(p_slot, part + tl.load(p_slot, mask=mask & is_later, other=0), mask=mask)
