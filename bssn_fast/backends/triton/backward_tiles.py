@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from bssn_fast.backends.triton import fields as f
-from bssn_fast.backends.triton.tiles import field, pointer
+from bssn_fast.backends.triton.tiles import flat_blocks, pointer
 
 
 @triton.jit
@@ -27,15 +27,20 @@ def inner_tile(
     """FLAT_STEPS blocks of products; the gradient has its weight's strides, so both are flat memory here."""
     weight = pointer(tl.load(row + f.WEIGHT), W_TYPE, ALIGNED)
     grad = pointer(grad_address, G_TYPE, ALIGNED)
-    numel = field(row, f.NUMEL)
-    steps = field(row, f.FLAT_STEPS)
-    total = tl.zeros([f.FLAT_BLOCK], ACC)
-    for step in range(tile * steps, tl.minimum((tile + 1) * steps, field(row, f.FLAT_BLOCKS))):
-        start = step * f.FLAT_BLOCK
-        o = start + tl.arange(0, f.FLAT_BLOCK)
-        if start + f.FLAT_BLOCK <= numel:  # without a mask, so that loads are wide
-            total += tl.load(grad + o).to(ACC) * tl.load(weight + o).to(ACC)
-        else:
-            m = o < numel
-            total += tl.load(grad + o, mask=m, other=0).to(ACC) * tl.load(weight + o, mask=m, other=0).to(ACC)
+    first, last, numel, has_rest = flat_blocks(row, tile)
+    o = tl.arange(0, f.FLAT_BLOCK)
+    w = tl.load(weight + (first * f.FLAT_BLOCK + o), mask=first < last)
+    g = tl.load(grad + (first * f.FLAT_BLOCK + o), mask=first < last)
+    total = tl.zeros([f.FLAT_BLOCK // 4], ACC)
+    for block in tl.range(first, last, loop_unroll_factor=2):  # loads run ahead, as in `scaling_tile`
+        following = (block + 1) * f.FLAT_BLOCK + o
+        w_following = tl.load(weight + following, mask=block + 1 < last)
+        g_following = tl.load(grad + following, mask=block + 1 < last)
+        total += tl.sum(tl.reshape(g.to(ACC) * w.to(ACC), [f.FLAT_BLOCK // 4, 4]), axis=1)
+        w = w_following
+        g = g_following
+    if has_rest:
+        o += last * f.FLAT_BLOCK
+        product = tl.load(grad + o, mask=o < numel, other=0).to(ACC) * tl.load(weight + o, mask=o < numel, other=0)
+        total += tl.sum(tl.reshape(product, [f.FLAT_BLOCK // 4, 4]), axis=1)
     tl.store(stats + tl.load(row + f.STATS) + tile, tl.sum(total.to(tl.float64), axis=0))

@@ -184,4 +184,4 @@ def flat_gradient_tile(
             if TWO:
                 b_u_in = tl.load(u_in + (n * channels + channel), mask=m_e, other=0)
                 b_grad -= b_u_in[None, :] * b_v_in
-            tl.store(out + w_offset, (multiplier * b_grad).to(W_TYPE), mask=m)
+            tl.store(out + w_offset, (multiplier * b_grad).to(W_TYPE), mask=m, cache_modifier=".cs")

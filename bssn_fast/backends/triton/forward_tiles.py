@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from bssn_fast.backends.triton import fields as f
-from bssn_fast.backends.triton.tiles import field, pointer, sum_of
+from bssn_fast.backends.triton.tiles import field, flat_blocks, pointer, sum_of
 
 
 @triton.jit
@@ -174,19 +174,21 @@ def scaling_tile(
     ACC: tl.constexpr,
 ):
     """FLAT_STEPS blocks of the normalised weight, which has its weight's strides: both are flat memory here."""
-    sigma = both_sides(row, stats, eps, ITERATE)[0].to(ACC)
-    multiplier = tl.where(sigma == 0, 0, scale.to(ACC) / sigma).to(ACC)
     weight = pointer(tl.load(row + f.WEIGHT), W_TYPE, ALIGNED)
     out = pointer(out_address, OUT_TYPE, ALIGNED)
-    numel = field(row, f.NUMEL)
-    steps = field(row, f.FLAT_STEPS)
-    for step in range(tile * steps, tl.minimum((tile + 1) * steps, field(row, f.FLAT_BLOCKS))):
-        start = step * f.FLAT_BLOCK
-        o = start + tl.arange(0, f.FLAT_BLOCK)
-        if start + f.FLAT_BLOCK <= numel:  # without a mask, so that loads are wide
-            w = tl.load(weight + o, eviction_policy="evict_first")
-            tl.store(out + o, (w.to(ACC) * multiplier).to(OUT_TYPE))
-        else:
-            m = o < numel
-            w = tl.load(weight + o, mask=m, other=0)
-            tl.store(out + o, (w.to(ACC) * multiplier).to(OUT_TYPE), mask=m)
+    first, last, numel, has_rest = flat_blocks(row, tile)
+    o = tl.arange(0, f.FLAT_BLOCK)
+    # Each block is on its way before the one before it is needed, the first one before sigma is; masks that all lanes
+    # share leave loads wide.
+    w = tl.load(weight + (first * f.FLAT_BLOCK + o), mask=first < last, eviction_policy="evict_first")
+    sigma = both_sides(row, stats, eps, ITERATE)[0].to(ACC)
+    multiplier = tl.where(sigma == 0, 0, scale.to(ACC) / sigma).to(ACC)
+    for block in tl.range(first, last, loop_unroll_factor=2):  # twice: else the copy below waits for the load
+        following = (block + 1) * f.FLAT_BLOCK + o
+        w_following = tl.load(weight + following, mask=block + 1 < last, eviction_policy="evict_first")
+        tl.store(out + (block * f.FLAT_BLOCK + o), (w.to(ACC) * multiplier).to(OUT_TYPE), cache_modifier=".cs")
+        w = w_following
+    if has_rest:
+        o += last * f.FLAT_BLOCK
+        w = tl.load(weight + o, mask=o < numel, other=0)
+        tl.store(out + o, (w.to(ACC) * multiplier).to(OUT_TYPE), mask=o < numel)

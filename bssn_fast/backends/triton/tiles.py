@@ -121,6 +121,17 @@ def place(row, SHAPES: tl.constexpr, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def flat_blocks(row, tile):
+    """(first, end of the whole blocks of a tile over flat memory, elements of the weight, is there a part of one)."""
+    numel = field(row, f.NUMEL)
+    steps = field(row, f.FLAT_STEPS)
+    whole = numel // f.FLAT_BLOCK
+    first = tile * steps
+    last = tl.minimum(first + steps, whole)
+    return first, last, numel, (first + steps > whole) & (whole < field(row, f.FLAT_BLOCKS))
+
+
+@triton.jit
 def sum_of(partials, n):
     """partials[0] + ... + partials[n - 1] in a fixed order."""
     o = tl.arange(0, f.SUM_BLOCK)
