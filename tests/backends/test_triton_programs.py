@@ -79,13 +79,30 @@ def test_tiles_cover_a_layer_once(shape):
 def test_vectors_need_alignment_and_whole_rows():
     assert place((64, 64, 3, 3)).shape.vector == 4
     assert place((64, 64, 3, 3), aligned=False).shape.vector == 1
-    assert place((64, 6, 3, 3)).shape.vector == 2
+    assert place((64, 6, 3, 3)).shape.vector == 1
     assert place((64, 3, 4, 4)).shape.vector == 4
     assert place((64, 4, 23, 23)).shape.vector == 1  # no step of whole channels and vectors fits into a tile
     assert place((64, 3, 3, 3)).shape.vector == 1
     assert place((64, 64, 3, 3), memory="channels_last").shape.vector == 4
     assert place((64, 64, 1, 1), itemsize=2).shape.vector == 8
     assert place((64, 64, 4, 4), dim=1).shape.vector == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile", "steps"),
+    [
+        ((512, 512, 3, 3), (4, 1024), 5),  # steps of 1008
+        ((1536, 1536, 3, 3), (2, 2048), 7),  # two rows stay in the second-level cache
+        ((64, 3, 3, 3), (64, 32), 1),
+        ((100, 16, 3, 3), (16, 256), 1),
+        ((1, 8192), (1, 4096), 2),  # one tile, which all wait for
+        ((3, 4, 2048), (2, 2048), 4),
+    ],
+)
+def test_tiles_of_flat_rows(shape, tile, steps):
+    g = place(shape)
+    assert (g.shape.rows, g.shape.groups) == tile
+    assert g.steps == steps
 
 
 def test_one_run_of_memory_is_one_kernel_position():

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from bssn_fast import layout
 from bssn_fast.backends import reference, triton
-from bssn_fast.backends.triton import fields, kernels, launch, prepared
+from bssn_fast.backends.triton import fields, geometry, kernels, launch, prepared
 
 SCALE, EPS = 1.3, 1e-12
 MARGIN = 8
@@ -29,6 +29,21 @@ LAYERS = [  # (shape, output dimension, two-sided, memory format)
     ((10, 6), 0, False, "transposed"),
     ((40, 260, 3), 0, True, "contiguous"),  # several tiles of rows and of columns, several steps in each
     ((2, 3, 3, 3), 0, True, "kernel_transposed"),  # not addressable: computed by the reference
+]
+
+FLAT = [  # rows that are one run of memory, in tiles of every kind
+    ((5, 260, 3, 3), 0, True, "contiguous"),  # a few steps, which are no power of two
+    ((3, 800, 3, 3), 0, True, "contiguous"),  # two long rows at a time
+    ((37, 80, 4), 0, True, "contiguous"),  # tiles of more rows than they hold at a time
+    ((130, 3, 3, 3), 0, True, "contiguous"),  # short rows, many in a tile
+    ((33, 8, 41), 0, True, "contiguous"),
+    ((3, 5, 300), 0, True, "contiguous"),  # more kernel positions than a column tile has lanes
+    ((3, 2, 2048), 0, True, "contiguous"),  # as many as there may be
+    ((2, 3, 1373), 0, True, "contiguous"),  # a step without room for whole vectors
+    ((1, 24, 4, 4), 0, True, "contiguous"),
+    ((1, 1, 3, 3), 0, True, "contiguous"),
+    ((1, 9000), 0, False, "contiguous"),
+    ((300, 10), 0, False, "contiguous"),
 ]
 
 
@@ -200,6 +215,21 @@ def test_dtypes(dtype, out_dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unaligned(dtype):
     check(Problem(LAYERS[:4], dtype, offset=1))
+
+
+@pytest.mark.parametrize(
+    ("launch_mode", "dtype", "offset", "row_tiles"),
+    [
+        ("single", torch.float32, 0, 2),
+        ("phases", torch.float32, 1, 64),
+        ("single", torch.bfloat16, 0, 2),
+        ("phases", torch.float64, 0, 2),
+    ],
+)
+def test_flat_rows(monkeypatch, launch_mode, dtype, offset, row_tiles):
+    monkeypatch.setenv("BSSN_FAST_TRITON_LAUNCH", launch_mode)
+    monkeypatch.setattr(geometry, "MAX_ROW_TILES", row_tiles)
+    check(Problem(FLAT[2:] if dtype == torch.float64 else FLAT, dtype, offset=offset))  # 8 roundings are few for 7200
 
 
 def test_modes_and_repetitions_give_the_same_bits(monkeypatch):

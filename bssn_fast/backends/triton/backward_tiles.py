@@ -32,7 +32,8 @@ def inner_tile(
     w = tl.load(weight + (first * f.FLAT_BLOCK + o), mask=first < last)
     g = tl.load(grad + (first * f.FLAT_BLOCK + o), mask=first < last)
     total = tl.zeros([f.FLAT_BLOCK // 4], ACC)
-    for block in tl.range(first, last, loop_unroll_factor=2):  # loads run ahead, as in `scaling_tile`
+    UNROLL: tl.constexpr = 2 if ALIGNED else 1  # narrow loads need too many registers
+    for block in tl.range(first, last, loop_unroll_factor=UNROLL):  # loads run ahead, as in `scaling_tile`
         following = (block + 1) * f.FLAT_BLOCK + o
         w_following = tl.load(weight + following, mask=block + 1 < last)
         g_following = tl.load(grad + following, mask=block + 1 < last)

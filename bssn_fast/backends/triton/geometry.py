@@ -42,7 +42,8 @@ MAX_ROWS_BYTES = 100 << 10
 """Of a tile's rows, which are read a second time: two programs on each of 132 multiprocessors have 26 MB in flight
 then, which stay in the second-level cache. Longer rows come in pairs."""
 
-MIN_COLUMNS = 32
+COLUMNS = (32, 256)
+"""Of a tile of short rows. More sizes would waste fewer lanes and take longer to compile."""
 
 MAX_VECTOR_TWO_SIDED = 4
 """As does a vector of eight 16-bit elements with four rows."""
@@ -107,36 +108,40 @@ def _kernel_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
     return dims[-1][1] if dims else 1
 
 
+def _positions(n: int) -> int:
+    """Return room for n positions of a few sizes, so that few kernels are compiled."""
+    room = max(power_of_two(n), 16)
+    return 64 if room == 32 else room
+
+
 def _flat_shape(
     c_out: int, row_size: int, k: int, two_sided: bool, itemsize: int, vector: int
 ) -> tuple[TileShape, int]:
     """Return the tile of a layer whose rows are runs of memory, and its step."""
     elements = TILE_ELEMENTS if itemsize <= 4 and vector > 1 else TILE_ELEMENTS // 2
+    positions = _positions(k) if two_sided else 1
     rows = TILE_ROWS if TILE_ROWS * row_size * itemsize <= MAX_ROWS_BYTES else TILE_ROWS // 2
     if elements // rows < vector * 32 * NUM_WARPS:  # all threads have the same rows
         rows //= 2
-    columns = elements // min(rows, power_of_two(c_out))
-    columns = max(min(columns, power_of_two(row_size)), power_of_two(k), MIN_COLUMNS)
-    rows = max(min(elements // columns, power_of_two(c_out), MAX_TILE_ROWS), 1)
-    while lcm(k, vector) > columns:
-        vector //= 2
+    longest = max(elements if c_out == 1 else elements // rows, positions)
+    columns = min([n for n in COLUMNS if n >= max(row_size, positions)], default=longest)
+    columns = min(columns, longest)
+    rows = max(min(elements // columns, MAX_TILE_ROWS), 1)
+    if lcm(k, vector) > columns:
+        vector = 1
     period = lcm(k, vector)
     step = min(row_size, columns // period * period)
-    return TileShape(vector, True, two_sided, rows, columns, power_of_two(k) if two_sided else 1), step
+    return TileShape(vector, True, two_sided, rows, columns, positions), step
 
 
-def _strided_shape(c_out: int, c_in: int, k: int, two_sided: bool, itemsize: int, vector: int) -> TileShape:
+def _strided_shape(k: int, two_sided: bool, itemsize: int, vector: int) -> TileShape:
     """Return the tile of a layer in any other order of memory."""
-    positions = power_of_two(k * vector)
-    columns = TILE_ELEMENTS // TILE_ROWS
-    columns = columns // 2 if two_sided else columns  # Triton 3.6 spills otherwise
+    positions = _positions(k * vector) if k > 1 else vector
+    columns = 512 if two_sided else 1024  # Triton 3.6 spills otherwise
     rows = 2 if itemsize > 4 or vector == 1 or two_sided else TILE_ROWS
-    if c_out == 1 or positions > columns:
+    if positions > columns:
         rows = 1
-    groups = max(columns // positions, 1)
-    while groups * positions > MIN_COLUMNS and groups >= 2 * (c_in // vector) and rows < c_out:
-        groups, rows = groups // 2, rows * 2  # a short row leaves room for others
-    return TileShape(vector, False, two_sided, rows, groups, positions)
+    return TileShape(vector, False, two_sided, rows, max(columns // positions, 1), positions)
 
 
 def geometry(
@@ -167,14 +172,14 @@ def geometry(
     vector = 16 // itemsize if aligned and (flat or channel_stride == 1) else 1
     vector = min(vector, MAX_VECTOR_TWO_SIDED) if two_sided else vector
     along = c_in * k if flat else c_in  # what vectors go along
-    while vector > 1 and (along % vector or row_stride % vector or (k > 1 and not flat and k_stride % vector)):
-        vector //= 2
+    if along % vector or row_stride % vector or (k > 1 and not flat and k_stride % vector):
+        vector = 1
     if flat:
         tile_shape, step = _flat_shape(c_out, c_in * k, k, two_sided, itemsize, vector)
         vector = tile_shape.vector
         return Geometry(tile_shape, c_out, c_in, k, row_stride // vector, 0, 0, numel, step)
     if k * vector > MAX_K:
         vector = 1
-    tile_shape = _strided_shape(c_out, c_in, k, two_sided, itemsize, vector)
+    tile_shape = _strided_shape(k, two_sided, itemsize, vector)
     group_stride = 1 if vector > 1 else channel_stride
     return Geometry(tile_shape, c_out, c_in, k, row_stride // vector, group_stride, k_stride // vector, numel)
