@@ -8,18 +8,11 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "backends")]
+sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "backends"), str(TESTS / "gpu")]
 
-from bssn_fast import backends  # noqa: E402 - after the path is set
+from ways import WAYS  # noqa: E402 - after the path is set
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*.py"]
-
-WAYS = [  # a backend and its way of launching
-    (backend, mode)
-    for backend in ("triton", "cuda")
-    for mode in ("single", "phases")
-    if torch.cuda.is_available() and backends.why_unavailable(backend, "cuda") is None
-]
 
 
 @pytest.fixture(params=WAYS, ids="-".join)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from support import norms, vectors_of
 from test_models import OnDevice, images
+from ways import SINGLE
 
 import bssn_fast
 
 
+@pytest.mark.parametrize("way", SINGLE, ids="-".join, indirect=True)
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("inside", [False, True], ids=["model", "step"])
 def test_training_is_that_of_the_model(backend, mode, inside):

@@ -1,0 +1,15 @@
+"""The backends that serve GPUs here, each with its ways of launching."""
+
+import torch
+
+from bssn_fast import backends
+
+WAYS = [  # a backend and its way of launching
+    (backend, mode)
+    for backend in ("triton", "cuda")
+    for mode in ("single", "phases")
+    if torch.cuda.is_available() and backends.why_unavailable(backend, "cuda") is None
+]
+
+SINGLE = [way for way in WAYS if way[1] == "single"]
+"""For what does not depend on the launches and takes long."""
