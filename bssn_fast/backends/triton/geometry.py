@@ -123,7 +123,9 @@ def _flat_shape(
     rows = TILE_ROWS if TILE_ROWS * row_size * itemsize <= MAX_ROWS_BYTES else TILE_ROWS // 2
     if elements // rows < vector * 32 * NUM_WARPS:  # all threads have the same rows
         rows //= 2
-    longest = max(elements if c_out == 1 else elements // rows, positions)
+    if c_out == 1:
+        rows = 2 if two_sided else 1
+    longest = max(elements // rows, positions)
     columns = min([n for n in COLUMNS if n >= max(row_size, positions)], default=longest)
     columns = min(columns, longest)
     rows = max(min(elements // columns, MAX_TILE_ROWS), 1)
