@@ -13,7 +13,8 @@ constexpr int kMaxGroups = kThreads / 32;
 constexpr int kSumParts = 16;  // partial sums that the last addition of a reduction over threads reads
 
 // Elements of a row that one thread of the staged power iteration can be given, in packs of V.
-constexpr int columns_of(int V) { return V == 1 ? 16 : 28; }
+template <int V>
+constexpr int kColumns = V == 1 ? 16 : 28;
 
 // A launch works through tickets 0, 1, 2, ...; all tiles of a phase have smaller numbers than those of the next one.
 enum Phase : int {
@@ -47,10 +48,10 @@ struct ForwardLayer {
   uint32_t sums;                                 // where its sums of squares and products begin, in doubles
   uint32_t stage_bytes;                          // one step of channels in shared memory; 0: too large for that
   int32_t channels;                              // of a power tile
+  uint16_t stride;                               // elements of a row between neighbouring packs of one thread
   uint8_t group_shift;                           // 2^this threads share an output channel
   uint8_t groups;                                // of them in a block
   uint8_t stages;
-  uint16_t stride;  // elements of a row between neighbouring packs of one thread
   uint8_t q_parts;  // in which the numbers of a group's threads for one q are added up
   uint8_t slices;   // threads that share an element of a reduce tile
   uint8_t both_sides : 1;

@@ -80,7 +80,7 @@ struct Lane {
     const int part = lane / kernel, k = lane - part * kernel, parts = layer.q_parts;
     const int terms = part < parts && part < walk.same_k ? (walk.same_k - 1 - part) / parts + 1 : 0;
     const int first = terms > 0 ? (thread - lane) * V + k * walk.lane_stride_k + part * walk.lane_stride : 0;
-    static_assert(columns_of(1) < 32 && kThreads <= 512 && kMaxPack * kThreads <= 2048, "what the fields can hold");
+    static_assert(kColumns<1> < 32 && kThreads <= 512 && kMaxPack * kThreads <= 2048, "what the fields can hold");
     packed = uint32_t(packs) | uint32_t(position) << 5 | uint32_t(first) << 14 | uint32_t(terms) << 25;
   }
 };
@@ -191,8 +191,8 @@ BSSN_HD const W* staged_rows(const ForwardLayer& layer, int first, unsigned char
 // loads of several be on their way at once.
 template <int V, class F>
 BSSN_HD void for_packs(int count, F f) {
-  constexpr int kPacks = columns_of(V) / V, kBatch = 3;
-  static_assert(columns_of(V) % V == 0, "whole packs");
+  constexpr int kPacks = kColumns<V> / V, kBatch = 3;
+  static_assert(kColumns<V> % V == 0, "whole packs");
   BSSN_UNROLL
   for (int first = 0; first < kPacks; first += kBatch) {
     if (first < count) {
@@ -229,7 +229,7 @@ BSSN_HD void store_pack(const float* from, float* to) {
 template <int V>
 struct PowerThread {
   Lane at;
-  float v[columns_of(V)], t[columns_of(V)], r[columns_of(V)];
+  float v[kColumns<V>], t[kColumns<V>], r[kColumns<V>];
 };
 
 // Adds the threads' t and r, over groups and for r over kernel positions, and writes the tile's share.
@@ -314,7 +314,7 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
     const float* const v_out = layer.vectors[1];
     const int k = my.at.position(), channel = my.at.u_offset(layer);
     BSSN_UNROLL
-    for (int n = 0; n < columns_of(V); ++n) {
+    for (int n = 0; n < kColumns<V>; ++n) {
       const int element = n / V * layer.stride + n % V;
       const int from = layer.kernel_major ? (channel + element) * kernel + k : my.at.offset + element;
       my.v[n] = n / V < my.at.count() ? v_out[from] : 0.0f;
