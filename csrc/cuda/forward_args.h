@@ -12,9 +12,17 @@ constexpr int kMaxStages = 4;      // steps of channels in shared memory at a ti
 constexpr int kMaxGroups = kThreads / 32;
 constexpr int kSumParts = 16;  // partial sums that the last addition of a reduction over threads reads
 
-// Elements of a row that one thread of the staged power iteration can be given, in packs of V.
+// Elements of a row that one thread of the staged power iteration can be given, in packs of V. On Turing copies pass
+// through registers, which leaves fewer; its 64 KiB of shared memory do not hold the rows that need more.
+constexpr int kTuringColumns = 16;
+constexpr int64_t kTuringShared = 64 * 1024;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <int V>
+constexpr int kColumns = kTuringColumns;
+#else
 template <int V>
 constexpr int kColumns = V == 1 ? 16 : 28;
+#endif
 
 // A launch works through tickets 0, 1, 2, ...; all tiles of a phase have smaller numbers than those of the next one.
 enum Phase : int {

@@ -40,7 +40,10 @@ inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels
   const auto fits = [&](int64_t threads, int pack) {
     const Walk walk(int(threads), int(layer.kernel), layer.kernel_major(), pack);
     const int64_t length = layer.kernel_major() ? layer.c_in : layer.columns();
-    return walk.stride > 0 && divide_up(length, walk.stride) * pack <= (pack == 1 ? kColumns<1> : kColumns<kMaxPack>);
+    const int columns = device.shared_bytes <= kTuringShared ? kTuringColumns
+                        : pack == 1                          ? kColumns<1>
+                                                             : kColumns<kMaxPack>;
+    return walk.stride > 0 && divide_up(length, walk.stride) * pack <= columns;
   };
   for (const int64_t threads : {32, 64, 128, 256, kThreads}) {
     const int64_t groups = kThreads / threads;

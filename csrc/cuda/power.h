@@ -140,14 +140,14 @@ struct LaneSums {
   }
 };
 
-// Copies rows [first, end) of a weight whose rows follow each other in memory. The copy keeps the original's offset
+// Copies `rows` rows of a weight whose rows follow each other in memory. The copy keeps the original's offset
 // from a multiple of 16 bytes, whatever that is, so that all but its ends moves in pieces of 16 bytes. V > 1: it is 0,
 // and so is what is left at the end.
 template <class W, int V>
-BSSN_HD void stage_rows(const ForwardLayer& layer, int first, int end, unsigned char* stage, int thread) {
+BSSN_HD void stage_rows(const ForwardLayer& layer, int first, int rows, unsigned char* stage, int thread) {
   constexpr int kPiece = 16 / int(sizeof(W));
   const W* const source = static_cast<const W*>(layer.weight) + int64_t(first) * layer.row();
-  const int size = (end - first) * layer.row();
+  const int size = rows * layer.row();
   W* const target = reinterpret_cast<W*>(stage);
   if constexpr (V > 1) {
     constexpr int kAll = kThreads * kPiece;
@@ -289,26 +289,25 @@ BSSN_HD void write_share(Block& block, const ForwardLayer& layer, Registers& reg
 // begins while earlier steps are worked on.
 template <class W, int V, class Block>
 BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
-  const int first = layer.first_channel(tile), end = layer.end_channel(tile);
-  const int groups = layer.groups, row = layer.row(), kernel = layer.kernel;
-  const int steps = (end - first + groups - 1) / groups, ahead = layer.stages - 1;
+  const int groups = layer.groups, row = layer.row(), kernel = layer.kernel, ahead = layer.stages - 1;
+  const int end = layer.end_channel(tile);
   const LaneSums sums(block);
   float* const u_in = block.template shared<float>(kAreaAt);  // for each element of a row, or each input channel
   W* const zeros = block.template shared<W>(kZeroAt);         // stands in for packs that a row does not have
   unsigned char* const stages = block.template shared<unsigned char>(kAreaAt + layer.u_bytes());
-  const auto begin_of = [&](int step) { return first + step * groups; };
-  const auto end_of = [&](int step) { return begin_of(step) + groups < end ? begin_of(step) + groups : end; };
-  const auto begin_copy = [&](int step, int stage, int thread) {
-    if (step < steps) {
-      stage_rows<W, V>(layer, begin_of(step), end_of(step), stages + uint32_t(stage) * layer.stage_bytes, thread);
+  const auto rows_at = [&](int begin) { return end - begin < groups ? end - begin : groups; };
+  const auto begin_copy = [&](int begin, int stage, int thread) {
+    if (begin < end) {
+      stage_rows<W, V>(layer, begin, rows_at(begin), stages + uint32_t(stage) * layer.stage_bytes, thread);
     }
     block.commit_copies();
   };
 
   typename Block::template PerThread<PowerThread<V>> registers;
   block.each([&](int thread) {
-    begin_copy(0, 0, thread);
-    for (int step = 1; step < ahead; ++step) begin_copy(step, step, thread);
+    const int first = layer.first_channel(tile);
+    begin_copy(first, 0, thread);
+    for (int stage = 1; stage < ahead; ++stage) begin_copy(first + stage * groups, stage, thread);
     PowerThread<V>& my = registers[thread];
     my.at = Lane(layer, thread, V);
     const float* const v_out = layer.vectors[1];
@@ -330,15 +329,15 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
     block.wait_for_copies(ahead > 1 ? ahead - 1 : 0);
   });
 
-  for (int step = 0, stage = 0; step < steps; ++step, stage = stage == ahead ? 0 : stage + 1) {
-    const W* const staged = staged_rows<W>(layer, begin_of(step), stages + uint32_t(stage) * layer.stage_bytes);
-    const int active = end_of(step) - begin_of(step);  // rows
+  int stage = 0;
+  for (int begin = layer.first_channel(tile); begin < end; begin += groups) {
+    const W* const staged = staged_rows<W>(layer, begin, stages + uint32_t(stage) * layer.stage_bytes);
     block.each([&](int thread) {
-      if (ahead > 0) begin_copy(step + ahead, stage == 0 ? ahead : stage - 1, thread);
+      if (ahead > 0) begin_copy(begin + ahead * groups, stage == 0 ? ahead : stage - 1, thread);
       const PowerThread<V>& my = registers[thread];
       const int stride = layer.stride, group = thread >> layer.group_shift;
       const W* const mine = staged + group * row + my.at.offset;
-      const int count = group < active ? my.at.count() : 0;
+      const int count = begin + group < end ? my.at.count() : 0;
       float s = 0, q[V] = {};
       if (layer.two_sided()) {
         const float* const u = u_in + my.at.u_offset(layer);
@@ -374,9 +373,9 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
     block.each([&](int thread) {
       PowerThread<V>& my = registers[thread];
       const int group = thread >> layer.group_shift, lane = thread & (layer.group_threads() - 1);
-      if (group < active) {
+      const int o = begin + group;
+      if (o < end) {
         const float* const total = sums.totals_of(layer, thread);
-        const int o = begin_of(step) + group;
         const float s = total[0];
         float q[V] = {};
         if (lane == 0) layer.snapshot[0][o] = s;
@@ -403,12 +402,13 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
       }
       if (ahead > 0) block.wait_for_copies(ahead - 1);  // the next step's have arrived
     });
-    if (ahead == 0 && step + 1 < steps) {
+    if (ahead == 0 && begin + groups < end) {
       block.each([&](int thread) {
-        begin_copy(step + 1, 0, thread);
+        begin_copy(begin + groups, 0, thread);
         block.wait_for_copies(0);
       });
     }
+    stage = stage == ahead ? 0 : stage + 1;
   }
   if (call.update) write_share<V>(block, layer, registers, call.slot(layer, tile));
 }
