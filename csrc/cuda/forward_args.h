@@ -23,6 +23,10 @@ constexpr int kColumns = kTuringColumns;
 template <int V>
 constexpr int kColumns = V == 1 ? 16 : 28;
 #endif
+// Of v_out a thread has fewer in registers, which would not do; the others lie in shared memory.
+template <int V>
+constexpr int kVColumns = kColumns<V> < 20 ? kColumns<V> : 20;
+constexpr uint32_t kMoreVBytes = (kColumns<kMaxPack> - kVColumns<kMaxPack>)*kThreads * sizeof(float);
 
 // A launch works through tickets 0, 1, 2, ...; all tiles of a phase have smaller numbers than those of the next one.
 enum Phase : int {
@@ -65,6 +69,7 @@ struct ForwardLayer {
   uint8_t both_sides : 1;
   uint8_t packed : 1;        // staged rows begin at multiples of 16 bytes
   uint8_t kernel_major : 1;  // [o][k][i] rather than [o][i][k]
+  uint8_t more_v : 1;        // rows have more elements than threads have registers for v_out
 
   BSSN_HD bool two_sided() const { return both_sides != 0; }
   BSSN_HD int group_threads() const { return 1 << group_shift; }
@@ -77,6 +82,8 @@ struct ForwardLayer {
     const int end = first_channel(power_tile) + channels;
     return end < c_out ? end : c_out;
   }
+  // Of v_out in shared memory.
+  BSSN_HD uint32_t v_bytes() const { return more_v ? kMoreVBytes : 0u; }
   // Of u_in in shared memory: a number for each element of a row, or where channels lie innermost for each channel.
   BSSN_HD uint32_t u_bytes() const {
     return two_sided() ? (uint32_t(kernel_major ? c_in : row()) * uint32_t(sizeof(float)) + 15u) & ~15u : 0u;

@@ -36,23 +36,25 @@ inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels
   out.stages = 0;
   out.stage_bytes = 0;
   if (!layer.channel_major() && !layer.kernel_major()) return kMinShared;
-  const int64_t u_in = out.u_bytes();
-  const auto fits = [&](int64_t threads, int pack) {
+  const auto columns_of = [&](int64_t threads, int pack) {  // of one thread
     const Walk walk(int(threads), int(layer.kernel), layer.kernel_major(), pack);
     const int64_t length = layer.kernel_major() ? layer.c_in : layer.columns();
-    const int columns = device.shared_bytes <= kTuringShared ? kTuringColumns
-                        : pack == 1                          ? kColumns<1>
-                                                             : kColumns<kMaxPack>;
-    return walk.stride > 0 && divide_up(length, walk.stride) * pack <= columns;
+    return walk.stride > 0 ? divide_up(length, walk.stride) * pack : length;
+  };
+  const auto fits = [&](int64_t threads, int pack) {
+    const int most = device.shared_bytes <= kTuringShared ? kTuringColumns
+                     : pack == 1                          ? kColumns<1>
+                                                          : kColumns<kMaxPack>;
+    return layer.kernel <= threads && columns_of(threads, pack) <= most;
   };
   for (const int64_t threads : {32, 64, 128, 256, kThreads}) {
     const int64_t groups = kThreads / threads;
     const bool is_last = groups == 1;
-    const bool has_lanes = layer.kernel <= threads && fits(threads, may_pack ? kMaxPack : 1);
-    if (!has_lanes || (groups > channels && !is_last)) continue;
-    const int64_t room = device.shared_bytes - kAreaAt;
+    if (!fits(threads, may_pack ? kMaxPack : 1) || (groups > channels && !is_last)) continue;
+    out.more_v = may_pack && columns_of(threads, kMaxPack) > kVColumns<kMaxPack>;
+    const int64_t vectors = out.u_bytes() + out.v_bytes(), room = device.shared_bytes - kAreaAt;
     const int64_t stage = round_up(groups * layer.columns() * element + 16, 16), steps = divide_up(channels, groups);
-    const int64_t stages = std::min({(room - u_in) / stage, steps, int64_t(kMaxStages)});
+    const int64_t stages = std::min({(room - vectors) / stage, steps, int64_t(kMaxStages)});
     const int64_t table = 4 * groups * layer.columns();
     const bool may_improve = !is_last && steps > 1 && stages < 2;
     if (stages < 1 || table > room || may_improve) continue;
@@ -61,7 +63,7 @@ inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels
     share_rows(threads);
     out.stages = uint8_t(stages);
     out.stage_bytes = uint32_t(stage);
-    return std::max({int64_t(kMinShared), kAreaAt + u_in + stages * stage, kAreaAt + table});
+    return std::max({int64_t(kMinShared), kAreaAt + vectors + stages * stage, kAreaAt + table});
   }
   return kMinShared;
 }

@@ -229,7 +229,7 @@ BSSN_HD void store_pack(const float* from, float* to) {
 template <int V>
 struct PowerThread {
   Lane at;
-  float v[kColumns<V>], t[kColumns<V>], r[kColumns<V>];
+  float v[kVColumns<V>], t[kColumns<V>], r[kColumns<V>];
 };
 
 // Adds the threads' t and r, over groups and for r over kernel positions, and writes the tile's share.
@@ -293,8 +293,10 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
   const int end = layer.end_channel(tile);
   const LaneSums sums(block);
   float* const u_in = block.template shared<float>(kAreaAt);  // for each element of a row, or each input channel
-  W* const zeros = block.template shared<W>(kZeroAt);         // stands in for packs that a row does not have
-  unsigned char* const stages = block.template shared<unsigned char>(kAreaAt + layer.u_bytes());
+  float* const zeros_as_float = block.template shared<float>(kZeroAt);  // stand in for packs that a row does not have
+  const W* const zeros = block.template shared<W>(kZeroAt);
+  float* const more_v = block.template shared<float>(kAreaAt + layer.u_bytes());  // packs of all threads
+  unsigned char* const stages = block.template shared<unsigned char>(kAreaAt + layer.u_bytes() + layer.v_bytes());
   const auto rows_at = [&](int begin) { return end - begin < groups ? end - begin : groups; };
   const auto begin_copy = [&](int begin, int stage, int thread) {
     if (begin < end) {
@@ -310,14 +312,22 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
     for (int stage = 1; stage < ahead; ++stage) begin_copy(first + stage * groups, stage, thread);
     PowerThread<V>& my = registers[thread];
     my.at = Lane(layer, thread, V);
-    const float* const v_out = layer.vectors[1];
-    const int k = my.at.position(), channel = my.at.u_offset(layer);
+    // v_out is in the order [i][k], whatever that of the weight.
+    const int between = layer.kernel_major ? kernel : 1, step = layer.stride * between;
+    const float* v_out =
+        layer.vectors[1] + (layer.kernel_major ? my.at.u_offset(layer) * kernel + my.at.position() : my.at.offset);
     BSSN_UNROLL
-    for (int n = 0; n < kColumns<V>; ++n) {
-      const int element = n / V * layer.stride + n % V;
-      const int from = layer.kernel_major ? (channel + element) * kernel + k : my.at.offset + element;
-      my.v[n] = n / V < my.at.count() ? v_out[from] : 0.0f;
-      my.t[n] = my.r[n] = 0.0f;
+    for (int n = 0; n < kColumns<V> / V; ++n, v_out += not_before_here(step)) {
+      BSSN_UNROLL
+      for (int j = 0; j < V; ++j) {
+        const float v = n < my.at.count() ? v_out[j * between] : 0.0f;
+        if (n * V < kVColumns<V>) {
+          my.v[n * V + j] = v;
+        } else if (layer.more_v) {
+          more_v[((n - kVColumns<V> / V) * kThreads + thread) * V + j] = v;
+        }
+        my.t[n * V + j] = my.r[n * V + j] = 0.0f;
+      }
     }
     const int u_size = int(layer.u_bytes() / sizeof(float));
     BSSN_UNROLL_BY(4)
@@ -325,7 +335,7 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
       const int i = layer.kernel_major ? x : x / kernel;
       u_in[x] = i < layer.c_in ? layer.vectors[2][i] : 0.0f;
     }
-    if (thread < V) zeros[thread] = W{};
+    if (thread < 4) zeros_as_float[thread] = 0;
     block.wait_for_copies(ahead > 1 ? ahead - 1 : 0);
   });
 
@@ -339,17 +349,26 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
       const W* const mine = staged + group * row + my.at.offset;
       const int count = begin + group < end ? my.at.count() : 0;
       float s = 0, q[V] = {};
+      const auto add_product = [&](int n, bool there, const float* w) {
+        const float* v = my.v + n * V;
+        float loaded[V];
+        if (n * V >= kVColumns<V>) {
+          const float* const from = more_v + ((n - kVColumns<V> / V) * kThreads + thread) * V;
+          load_pack<V>(there ? from : zeros_as_float, loaded);
+          v = loaded;
+        }
+        BSSN_UNROLL
+        for (int j = 0; j < V; ++j) s += w[j] * v[j];
+      };
       if (layer.two_sided()) {
         const float* const u = u_in + my.at.u_offset(layer);
         for_packs<V>(count, [&](int n, bool there) {
           float w[V], u_n[V];
           load_pack<V>(there ? mine + n * stride : zeros, w);
           load_pack<V>(there ? u + n * stride : u, u_n);
+          add_product(n, there, w);
           BSSN_UNROLL
-          for (int j = 0; j < V; ++j) {
-            s += w[j] * my.v[n * V + j];
-            q[j] += w[j] * u_n[j];
-          }
+          for (int j = 0; j < V; ++j) q[j] += w[j] * u_n[j];
         });
         if (layer.kernel_major) {
           BSSN_UNROLL
@@ -362,8 +381,7 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
         for_packs<V>(count, [&](int n, bool there) {
           float w[V];
           load_pack<V>(there ? mine + n * stride : zeros, w);
-          BSSN_UNROLL
-          for (int j = 0; j < V; ++j) s += w[j] * my.v[n * V + j];
+          add_product(n, there, w);
         });
       }
       sums.s_lanes[thread] = s;
