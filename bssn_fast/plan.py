@@ -27,11 +27,12 @@ def in_backward() -> bool:
     return not is_dynamo_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _without_strict_mode() -> bool:  # all that torch 2.6 tells of torch.export
-    return torch.compiler.is_compiling() and not is_dynamo_compiling()
-
-
-_is_exporting = getattr(torch.compiler, "is_exporting", _without_strict_mode)
+def _is_exporting() -> bool:
+    # What torch.compiler.is_exporting() returns; asked by name, torch 2.11's compiler takes the answer to be yes.
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    if flag is None:  # all that torch 2.6 tells of torch.export; it is silent in strict mode
+        return torch.compiler.is_compiling() and not is_dynamo_compiling()
+    return bool(flag)
 
 
 def is_exporting() -> bool:

@@ -186,19 +186,14 @@ BSSN_HD const W* staged_rows(const ForwardLayer& layer, int first, unsigned char
   return reinterpret_cast<const W*>(stage) + reinterpret_cast<uintptr_t>(source) % 16 / sizeof(W);
 }
 
-// Calls f(n, n < count) for n = 0, 1, ..., at least while n < count. Every n is a constant once the loops are unrolled,
-// so that arrays indexed with it lie in registers. That f is called for some packs that a row does not have lets the
-// loads of several be on their way at once.
+// Calls f(n) for n < count. Every n is a constant once the loop is unrolled, so that arrays indexed with it lie in
+// registers.
 template <int V, class F>
 BSSN_HD void for_packs(int count, F f) {
-  constexpr int kPacks = kColumns<V> / V, kBatch = 3;
   static_assert(kColumns<V> % V == 0, "whole packs");
   BSSN_UNROLL
-  for (int first = 0; first < kPacks; first += kBatch) {
-    if (first < count) {
-      BSSN_UNROLL
-      for (int n = first; n < first + kBatch && n < kPacks; ++n) f(n, n < count);
-    }
+  for (int n = 0; n < kColumns<V> / V; ++n) {
+    if (n < count) f(n);
   }
 }
 
@@ -240,9 +235,7 @@ BSSN_HD void write_share(Block& block, const ForwardLayer& layer, Registers& reg
   block.each([&](int thread) {
     const PowerThread<V>& my = registers[thread];
     float* const mine = table + (thread >> layer.group_shift) * row + my.at.offset;
-    for_packs<V>(my.at.count(), [&](int n, bool there) {
-      if (there) store_pack<V>(my.t + n * V, mine + n * layer.stride);
-    });
+    for_packs<V>(my.at.count(), [&](int n) { store_pack<V>(my.t + n * V, mine + n * layer.stride); });
   });
   block.each([&](int thread) {
     BSSN_UNROLL_BY(1)
@@ -257,9 +250,7 @@ BSSN_HD void write_share(Block& block, const ForwardLayer& layer, Registers& reg
   block.each([&](int thread) {
     const PowerThread<V>& my = registers[thread];
     float* const mine = table + (thread >> layer.group_shift) * row + my.at.offset;
-    for_packs<V>(my.at.count(), [&](int n, bool there) {
-      if (there) store_pack<V>(my.r + n * V, mine + n * layer.stride);
-    });
+    for_packs<V>(my.at.count(), [&](int n) { store_pack<V>(my.r + n * V, mine + n * layer.stride); });
   });
   // First over kernel positions; the sums take the places of position 0.
   const int stride_in = layer.kernel_major ? 1 : layer.kernel, stride_kernel = layer.kernel_major ? layer.c_in : 1;
@@ -293,8 +284,6 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
   const int end = layer.end_channel(tile);
   const LaneSums sums(block);
   float* const u_in = block.template shared<float>(kAreaAt);  // for each element of a row, or each input channel
-  float* const zeros_as_float = block.template shared<float>(kZeroAt);  // stand in for packs that a row does not have
-  const W* const zeros = block.template shared<W>(kZeroAt);
   float* const more_v = block.template shared<float>(kAreaAt + layer.u_bytes());  // packs of all threads
   unsigned char* const stages = block.template shared<unsigned char>(kAreaAt + layer.u_bytes() + layer.v_bytes());
   const auto rows_at = [&](int begin) { return end - begin < groups ? end - begin : groups; };
@@ -335,7 +324,6 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
       const int i = layer.kernel_major ? x : x / kernel;
       u_in[x] = i < layer.c_in ? layer.vectors[2][i] : 0.0f;
     }
-    if (thread < 4) zeros_as_float[thread] = 0;
     block.wait_for_copies(ahead > 1 ? ahead - 1 : 0);
   });
 
@@ -349,12 +337,11 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
       const W* const mine = staged + group * row + my.at.offset;
       const int count = begin + group < end ? my.at.count() : 0;
       float s = 0, q[V] = {};
-      const auto add_product = [&](int n, bool there, const float* w) {
+      const auto add_product = [&](int n, const float* w) {
         const float* v = my.v + n * V;
         float loaded[V];
         if (n * V >= kVColumns<V>) {
-          const float* const from = more_v + ((n - kVColumns<V> / V) * kThreads + thread) * V;
-          load_pack<V>(there ? from : zeros_as_float, loaded);
+          load_pack<V>(more_v + ((n - kVColumns<V> / V) * kThreads + thread) * V, loaded);
           v = loaded;
         }
         BSSN_UNROLL
@@ -362,11 +349,11 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
       };
       if (layer.two_sided()) {
         const float* const u = u_in + my.at.u_offset(layer);
-        for_packs<V>(count, [&](int n, bool there) {
+        for_packs<V>(count, [&](int n) {
           float w[V], u_n[V];
-          load_pack<V>(there ? mine + n * stride : zeros, w);
-          load_pack<V>(there ? u + n * stride : u, u_n);
-          add_product(n, there, w);
+          load_pack<V>(mine + n * stride, w);
+          load_pack<V>(u + n * stride, u_n);
+          add_product(n, w);
           BSSN_UNROLL
           for (int j = 0; j < V; ++j) q[j] += w[j] * u_n[j];
         });
@@ -378,10 +365,10 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
           store_pack<V>(q, sums.q_lanes + thread * V);
         }
       } else {
-        for_packs<V>(count, [&](int n, bool there) {
+        for_packs<V>(count, [&](int n) {
           float w[V];
-          load_pack<V>(there ? mine + n * stride : zeros, w);
-          add_product(n, there, w);
+          load_pack<V>(mine + n * stride, w);
+          add_product(n, w);
         });
       }
       sums.s_lanes[thread] = s;
@@ -408,9 +395,9 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
         }
         const int stride = layer.stride, count = call.update ? my.at.count() : 0;
         const W* const mine = staged + group * row + my.at.offset;
-        for_packs<V>(count, [&](int n, bool there) {
+        for_packs<V>(count, [&](int n) {
           float w[V];
-          load_pack<V>(there ? mine + n * stride : zeros, w);
+          load_pack<V>(mine + n * stride, w);
           BSSN_UNROLL
           for (int j = 0; j < V; ++j) {
             my.t[n * V + j] += s * w[j];
