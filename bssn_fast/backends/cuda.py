@@ -4,7 +4,7 @@ BSSN_FAST_CUDA_LAUNCH=single runs all phases in one launch, in which tiles wait 
 BSSN_FAST_CUDA_LAUNCH=phases starts one launch per phase. With several power iterations, each is a launch of its own.
 
 A call with weights that the kernels do not address (fp64, 2^31 elements or more, none at all, kernel dimensions that do
-not form one stride) is computed by the reference.
+not form one stride) is computed by Triton where it works, else by the reference.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import os
 from array import array
 from functools import lru_cache
 from math import prod
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from bssn_fast.backends import extension, reference
+from bssn_fast import backends
+from bssn_fast.backends import extension
 from bssn_fast.layout import channels, snapshot_offsets
 
 DEVICES = ("cuda",)
@@ -108,6 +110,11 @@ def _kernel_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | No
 _table = lru_cache(maxsize=256)(_Table)
 
 
+def _instead(device: torch.device) -> ModuleType:
+    """Return the backend for what these kernels do not address."""
+    return backends.get("reference" if backends.why_unavailable("triton", device) else "triton", device)
+
+
 def _single_launch() -> bool:
     mode = os.environ.get("BSSN_FAST_CUDA_LAUNCH", "single")
     if mode not in ("single", "phases"):
@@ -135,9 +142,8 @@ def forward(
     n, device, dtype = len(weights), sigma.device, weights[0].dtype
     table = _table(shapes, strides, tuple(dims), tuple(two_sided), tuple(range(n)))
     if not table.addressable or not {dtype, normalized[0].dtype} <= _DTYPES.keys():
-        reference.forward(
-            weights, vectors, dims, two_sided, scale, eps, n_power_iterations, normalized, snapshot, sigma
-        )
+        instead = _instead(device)
+        instead.forward(weights, vectors, dims, two_sided, scale, eps, n_power_iterations, normalized, snapshot, sigma)
         return
     pointers = array("q", [x.data_ptr() for x in (*weights, *normalized, *vectors)])
     workspace = table.workspace(True, dtype, device)
@@ -175,7 +181,7 @@ def backward(
     n, device, dtype = len(layers), sigma.device, weights[0].dtype
     table = _table(shapes, strides, tuple(dims), tuple(two_sided), tuple(layers))
     if not table.addressable or not {dtype, grads[0].dtype} <= _DTYPES.keys():
-        reference.backward(grads, weights, layers, dims, two_sided, scale, snapshot, sigma, grad_weights)
+        _instead(device).backward(grads, weights, layers, dims, two_sided, scale, snapshot, sigma, grad_weights)
         return
     pointers = array("q", [weights[j].data_ptr() for j in layers])
     pointers.extend([x.data_ptr() for x in (*grads, *grad_weights)])

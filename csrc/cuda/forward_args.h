@@ -14,19 +14,24 @@ constexpr int kSumParts = 16;  // partial sums that the last addition of a reduc
 
 // Elements of a row that one thread of the staged power iteration can be given, in packs of V. On Turing copies pass
 // through registers, which leaves fewer; its 64 KiB of shared memory do not hold the rows that need more.
-constexpr int kTuringColumns = 16;
+constexpr int kFewColumns = 16, kManyColumns = 28;
 constexpr int64_t kTuringShared = 64 * 1024;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 template <int V>
-constexpr int kColumns = kTuringColumns;
+constexpr int kColumns = kFewColumns;
 #else
 template <int V>
-constexpr int kColumns = V == 1 ? 16 : 28;
+constexpr int kColumns = V == 1 ? kFewColumns : kManyColumns;
 #endif
-// Of v_out a thread has fewer in registers, which would not do; the others lie in shared memory.
+// Of v_out so many lie in registers, and the others in shared memory, as not all GPUs have registers for all of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 template <int V>
-constexpr int kVColumns = kColumns<V> < 20 ? kColumns<V> : 20;
-constexpr uint32_t kMoreVBytes = (kColumns<kMaxPack> - kVColumns<kMaxPack>)*kThreads * sizeof(float);
+constexpr int kVColumns = V == 1 ? kFewColumns : 20;
+#else
+template <int V>
+constexpr int kVColumns = kFewColumns;
+#endif
+constexpr uint32_t kMoreVBytes = (kManyColumns - kFewColumns) * kThreads * sizeof(float);
 
 // A launch works through tickets 0, 1, 2, ...; all tiles of a phase have smaller numbers than those of the next one.
 enum Phase : int {
@@ -69,7 +74,7 @@ struct ForwardLayer {
   uint8_t both_sides : 1;
   uint8_t packed : 1;        // staged rows begin at multiples of 16 bytes
   uint8_t kernel_major : 1;  // [o][k][i] rather than [o][i][k]
-  uint8_t more_v : 1;        // rows have more elements than threads have registers for v_out
+  uint8_t more_v : 1;        // rows have more elements than all GPUs have registers for, of v_out
 
   BSSN_HD bool two_sided() const { return both_sides != 0; }
   BSSN_HD int group_threads() const { return 1 << group_shift; }

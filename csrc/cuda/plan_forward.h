@@ -42,16 +42,14 @@ inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels
     return walk.stride > 0 ? divide_up(length, walk.stride) * pack : length;
   };
   const auto fits = [&](int64_t threads, int pack) {
-    const int most = device.shared_bytes <= kTuringShared ? kTuringColumns
-                     : pack == 1                          ? kColumns<1>
-                                                          : kColumns<kMaxPack>;
+    const int most = device.shared_bytes <= kTuringShared ? kFewColumns : pack == 1 ? kColumns<1> : kColumns<kMaxPack>;
     return layer.kernel <= threads && columns_of(threads, pack) <= most;
   };
   for (const int64_t threads : {32, 64, 128, 256, kThreads}) {
     const int64_t groups = kThreads / threads;
     const bool is_last = groups == 1;
     if (!fits(threads, may_pack ? kMaxPack : 1) || (groups > channels && !is_last)) continue;
-    out.more_v = may_pack && columns_of(threads, kMaxPack) > kVColumns<kMaxPack>;
+    out.more_v = may_pack && columns_of(threads, kMaxPack) > kFewColumns;
     const int64_t vectors = out.u_bytes() + out.v_bytes(), room = device.shared_bytes - kAreaAt;
     const int64_t stage = round_up(groups * layer.columns() * element + 16, 16), steps = divide_up(channels, groups);
     const int64_t stages = std::min({(room - vectors) / stage, steps, int64_t(kMaxStages)});

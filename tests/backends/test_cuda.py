@@ -74,6 +74,26 @@ def test_unaligned_weights_and_gradients(gpu, memory, dtype, offset):
     matrix.check("cuda", Case(weight_dtype=dtype, result_dtype=dtype, memory=memory, offset=offset))
 
 
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_many_elements(gpu, memory, dtype):
+    """With as many packs for a thread as it can be given, of which those of v_out do not all lie in registers."""
+    shapes = ((3, 1536, 3, 3), (2, 1400, 3, 3), (3, 1000, 3, 3), (2, 3, 4096), (5, 14000))
+    matrix.check("cuda", Case(shapes=shapes, dims=(0,) * 5, weight_dtype=dtype, result_dtype=dtype, memory=memory))
+
+
+def test_what_the_kernels_do_not_address_is_left_to_triton_where_it_works(gpu, monkeypatch):
+    called = []
+    triton = backends._module("triton")
+    for operation in ("forward", "backward"):
+        monkeypatch.setattr(triton, operation, lambda *args, name=operation: called.append(name))
+    monkeypatch.setattr(triton, "DEVICES", ("cpu",))
+    monkeypatch.setattr(triton, "why_unavailable", lambda device: None)
+    x = matrix.in_dtype(matrix.inputs(Case()), torch.float64)
+    matrix.run("cuda", Case(), x, torch.float64)
+    assert called == ["forward", "backward"]
+
+
 @pytest.mark.parametrize("layers", [(0,), (5, 2), (17, 0, 3)])
 def test_gradients_of_some_layers(gpu, layers):
     matrix.check("cuda", Case(layers=layers))
