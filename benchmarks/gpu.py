@@ -116,7 +116,7 @@ def tests(run: Run) -> None:
     if importlib.util.find_spec("xdist") is not None:
         parallel = ["-n", str(max(1, min(12, (os.cpu_count() or 2) - 4)))]
     options = ["-q", "-ra", "--confcutdir=tests/gpu", "-p", "no:cacheprovider"]
-    run.call("tests", [sys.executable, "-m", "pytest", *options, *parallel, "tests/gpu"], 5)
+    run.call("tests", [sys.executable, "-m", "pytest", *options, *parallel, "tests/gpu"], 4)
 
 
 CHECKS = {  # of compute-sanitizer, with their options
@@ -197,7 +197,7 @@ def benchmarks(run: Run) -> None:
     first = ("--parts", "layers", "--sets", *SETS)
     without = ("--without", *COMPILED)
     report(run, "benchmarks", *first, "--seconds", "0.5", *without, *output, minutes=3)
-    report(run, "host", "--parts", "linear", "--sets", "linear-20x4", "--seconds", "5", *without, *output, minutes=1)
+    report(run, "host", "--parts", "linear", "--sets", "linear-20x4", "--seconds", "2", *without, *output, minutes=1)
     compiled = ("--variants", "sn", "--seconds", "0.5", "--peers", COMPILED[1])
     report(run, "benchmarks_compiled", *first[:3], *SETS[:2], SETS[3], *compiled, *output, minutes=2)
 

@@ -43,7 +43,7 @@ from typing import Any
 import torch
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-# Of the two for GPUs the one that needs no compiling at the first call, and was the faster on large models, comes first.
+# Of the two for GPUs, first the one that compiles nothing at the first call and was the faster on large models.
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
