@@ -19,45 +19,43 @@ inline int64_t channels_per_tile(const Layer& layer, int64_t total, const Device
 // Of a power of two.
 inline int log2(int64_t x) { return x == 1 ? 0 : 1 + log2(x / 2); }
 
+// Elements of a row that a thread takes at a time, where the weight itself begins at a multiple of 16 bytes.
+inline int pack_of(const Layer& layer, int64_t element) {
+  const bool rows_begin_there = layer.columns() * element % 16 == 0;
+  return rows_begin_there && (layer.channel_major() || layer.c_in % kMaxPack == 0) ? kMaxPack : 1;
+}
+
 // Chooses how many threads share a row, and how many steps of rows lie in shared memory; leaves stage_bytes 0 if the
 // rows cannot be staged. Returns the shared memory that the layer needs.
-inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels, const Device& device,
+inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels, const Device& device, int pack,
                            ForwardLayer& out) {
-  const bool may_pack = layer.columns() * element % 16 == 0 && (layer.channel_major() || layer.c_in % kMaxPack == 0);
-  out.packed = may_pack && reinterpret_cast<uintptr_t>(layer.weight) % 16 == 0;
+  const auto walk = [&](int64_t threads) { return Walk(int(threads), int(layer.kernel), layer.kernel_major(), pack); };
   const auto share_rows = [&](int64_t threads) {
     out.group_shift = uint8_t(log2(threads));
-    out.stride =
-        uint16_t(Walk(int(threads), int(layer.kernel), layer.kernel_major(), out.packed ? kMaxPack : 1).stride);
+    out.groups = uint8_t(kThreads / threads);
+    out.stride = uint16_t(walk(threads).stride);
     out.q_parts = uint8_t(std::min(threads / layer.kernel, int64_t(kSumParts)));
   };
   share_rows(kThreads);
-  out.groups = 1;
+  out.packed = pack > 1;
   out.stages = 0;
   out.stage_bytes = 0;
   if (!layer.channel_major() && !layer.kernel_major()) return kMinShared;
-  const auto columns_of = [&](int64_t threads, int pack) {  // of one thread
-    const Walk walk(int(threads), int(layer.kernel), layer.kernel_major(), pack);
-    const int64_t length = layer.kernel_major() ? layer.c_in : layer.columns();
-    return walk.stride > 0 ? divide_up(length, walk.stride) * pack : length;
-  };
-  const auto fits = [&](int64_t threads, int pack) {
-    const int most = device.shared_bytes <= kTuringShared ? kFewColumns : pack == 1 ? kColumns<1> : kColumns<kMaxPack>;
-    return layer.kernel <= threads && columns_of(threads, pack) <= most;
-  };
+  const int64_t length = layer.kernel_major() ? layer.c_in : layer.columns();
+  const int most = device.shared_bytes <= kTuringShared ? kFewColumns : pack == 1 ? kColumns<1> : kColumns<kMaxPack>;
   for (const int64_t threads : {32, 64, 128, 256, kThreads}) {
-    const int64_t groups = kThreads / threads;
+    const int64_t groups = kThreads / threads, stride = walk(threads).stride;
     const bool is_last = groups == 1;
-    if (!fits(threads, may_pack ? kMaxPack : 1) || (groups > channels && !is_last)) continue;
-    out.more_v = may_pack && columns_of(threads, kMaxPack) > kFewColumns;
+    if (layer.kernel > threads || stride == 0 || (groups > channels && !is_last)) continue;
+    const int64_t columns = divide_up(length, stride) * pack;  // of one thread
+    if (columns > most) continue;
+    out.more_v = columns > kFewColumns;
     const int64_t vectors = out.u_bytes() + out.v_bytes(), room = device.shared_bytes - kAreaAt;
     const int64_t stage = round_up(groups * layer.columns() * element + 16, 16), steps = divide_up(channels, groups);
     const int64_t stages = std::min({(room - vectors) / stage, steps, int64_t(kMaxStages)});
     const int64_t table = 4 * groups * layer.columns();
     const bool may_improve = !is_last && steps > 1 && stages < 2;
     if (stages < 1 || table > room || may_improve) continue;
-    out.groups = uint8_t(groups);
-    if (!out.packed && !fits(threads, 1)) break;  // not where it could be: the tiles stay the same
     share_rows(threads);
     out.stages = uint8_t(stages);
     out.stage_bytes = uint32_t(stage);
@@ -95,11 +93,17 @@ inline Plan plan_forward(const std::vector<Layer>& layers, DType weight_type, co
     to.stride_in = int32_t(layer.stride_in);
     to.stride_kernel = int32_t(layer.stride_kernel);
 
-    int64_t channels = channels_per_tile(layer, total, device);
-    plan.shared_bytes =
-        std::max(plan.shared_bytes, uint32_t(plan_stages(layer, element_size(weight_type), channels, device, to)));
+    const int64_t element = element_size(weight_type);
+    int64_t channels = channels_per_tile(layer, total, device), shared;
+    const int pack = pack_of(layer, element);
+    shared = plan_stages(layer, element, channels, device, pack, to);
     const int64_t groups = to.groups;
     channels = std::max((channels + groups / 2) / groups, int64_t(1)) * groups;
+    // Tiles and workspace must not depend on where the weight lies.
+    if (pack > 1 && reinterpret_cast<uintptr_t>(layer.weight) % 16 != 0) {
+      shared = plan_stages(layer, element, channels, device, 1, to);
+    }
+    plan.shared_bytes = std::max(plan.shared_bytes, uint32_t(shared));
     to.channels = int32_t(std::min(channels, layer.c_out));
     to.tiles[power] = uint32_t(divide_up(layer.c_out, to.channels));
     to.slices = 4;

@@ -76,10 +76,12 @@ def test_unaligned_weights_and_gradients(gpu, memory, dtype, offset):
 
 @pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_of_many_elements(gpu, memory, dtype):
+@pytest.mark.parametrize("offset", [0, 1])
+def test_rows_of_many_elements(gpu, memory, dtype, offset):
     """With as many packs for a thread as it can be given, of which those of v_out do not all lie in registers."""
-    shapes = ((3, 1536, 3, 3), (2, 1400, 3, 3), (3, 1000, 3, 3), (2, 3, 4096), (5, 14000))
-    matrix.check("cuda", Case(shapes=shapes, dims=(0,) * 5, weight_dtype=dtype, result_dtype=dtype, memory=memory))
+    shapes = ((3, 1536, 3, 3), (2, 1400, 3, 3), (3, 1000, 3, 3), (2, 3, 4096), (5, 14000), (40, 256, 3, 3))
+    types = {"weight_dtype": dtype, "result_dtype": dtype}
+    matrix.check("cuda", Case(shapes=shapes, dims=(0,) * 6, memory=memory, offset=offset, **types))
 
 
 def test_what_the_kernels_do_not_address_is_left_to_triton_where_it_works(gpu, monkeypatch):
