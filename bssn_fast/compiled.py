@@ -143,7 +143,9 @@ def _normalize(members: list[SpectralNormalization], weights: list[Tensor], *, i
 def _vectors(member: SpectralNormalization, weight: Tensor) -> list[Tensor]:
     vectors = [cast(Tensor, member._buffers[name]) for name in member.vector_names]
     sizes = vector_sizes(weight.shape, member.dim, member.two_sided)
-    if checked_vectors(vectors, weight, sizes) is not vectors:
+    checked = checked_vectors(vectors, weight, sizes)
+    # Asked of the tensors: torch 2.11's compiler cannot tell whether two lists are the same.
+    if any(new is not old for new, old in zip(checked, vectors, strict=True)):
         raise RuntimeError(
             "bssn_fast: a layer's weight has been moved or converted without its vectors. Call the model once without "
             "torch.compile, which moves them too"
