@@ -5,17 +5,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
+
+
+def _version(module):
+    return tuple(map(int, module.__version__.split(".")[:2]))
 
 
 @pytest.mark.parametrize(
     ("file", "interpret"), [("triton_interpreted.py", "1"), ("triton_refused.py", "1"), ("triton_compiled.py", "0")]
 )
 def test_without_gpu(file, interpret):
+    if interpret == "1" and _version(triton) < (3, 7) and _version(np) >= (2, 4):
+        pytest.skip("Triton 3.6's interpreter needs NumPy before 2.4, which refuses what earlier ones warned of")
     environment = {**os.environ, "TRITON_INTERPRET": interpret}
     environment.pop("BSSN_FAST_TRITON_LAUNCH", None)
     run = subprocess.run(

@@ -51,7 +51,9 @@ def test_the_next_backend_takes_over_from_a_kernel_that_cannot_be_loaded(monkeyp
             for m in (model, twin):
                 m(x).sum().backward()
     text = r"'triton'.* cpu: .*OutOfResources: .*shared memory.*From now on 'reference'.*without this warning"
-    assert [bool(re.search(text, str(w.message))) for w in caught] == [True]
+    # Triton 3.6's interpreter does what NumPy warns of.
+    messages = [str(w.message) for w in caught if not issubclass(w.category, DeprecationWarning)]
+    assert [bool(re.search(text, message)) for message in messages] == [True]
     for mine, others in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, others.grad)
     for mine, others in zip(model.buffers(), twin.buffers(), strict=True):
