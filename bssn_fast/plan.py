@@ -37,7 +37,7 @@ def _is_exporting() -> bool:
 
 def is_exporting() -> bool:
     """Whether torch.export, an ONNX exporter or torch.jit.trace records the model: they want plain operations."""
-    return bool(_is_exporting()) or torch._C._get_tracing_state() is not None  # torch.jit.is_tracing is slow
+    return _is_exporting() or torch._C._get_tracing_state() is not None  # torch.jit.is_tracing is slow
 
 
 class LayerState:

@@ -13,7 +13,7 @@ import os
 from array import array
 from functools import lru_cache
 from math import prod
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,9 +110,18 @@ def _kernel_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | No
 _table = lru_cache(maxsize=256)(_Table)
 
 
-def _instead(device: torch.device) -> ModuleType:
-    """Return the backend for what these kernels do not address."""
-    return backends.get("reference" if backends.why_unavailable("triton", device) else "triton", device)
+_without_triton: set[torch.device] = set()
+
+
+def _instead(operation: str, device: torch.device, *args: Any) -> None:
+    """Have Triton, where it works, or the reference compute what these kernels do not address."""
+    if device not in _without_triton and backends.why_unavailable("triton", device) is None:
+        try:
+            getattr(backends.get("triton", device), operation)(*args)
+            return
+        except backends.BackendUnavailableError:  # before anything was written; these kernels serve other layers
+            _without_triton.add(device)
+    getattr(backends.get("reference", device), operation)(*args)
 
 
 def _single_launch() -> bool:
@@ -142,8 +151,8 @@ def forward(
     n, device, dtype = len(weights), sigma.device, weights[0].dtype
     table = _table(shapes, strides, tuple(dims), tuple(two_sided), tuple(range(n)))
     if not table.addressable or not {dtype, normalized[0].dtype} <= _DTYPES.keys():
-        instead = _instead(device)
-        instead.forward(weights, vectors, dims, two_sided, scale, eps, n_power_iterations, normalized, snapshot, sigma)
+        what = (weights, vectors, dims, two_sided, scale, eps, n_power_iterations, normalized, snapshot, sigma)
+        _instead("forward", device, *what)
         return
     pointers = array("q", [x.data_ptr() for x in (*weights, *normalized, *vectors)])
     workspace = table.workspace(True, dtype, device)
@@ -181,7 +190,7 @@ def backward(
     n, device, dtype = len(layers), sigma.device, weights[0].dtype
     table = _table(shapes, strides, tuple(dims), tuple(two_sided), tuple(layers))
     if not table.addressable or not {dtype, grads[0].dtype} <= _DTYPES.keys():
-        _instead(device).backward(grads, weights, layers, dims, two_sided, scale, snapshot, sigma, grad_weights)
+        _instead("backward", device, grads, weights, layers, dims, two_sided, scale, snapshot, sigma, grad_weights)
         return
     pointers = array("q", [weights[j].data_ptr() for j in layers])
     pointers.extend([x.data_ptr() for x in (*grads, *grad_weights)])

@@ -1,4 +1,6 @@
 // The forward kernel and its launch.
+#include <atomic>
+
 #include "cuda.h"
 #include "forward.h"
 #include "launch.cuh"
@@ -53,18 +55,39 @@ int run(Args& args, ForwardLayer* planned, const std::vector<Layer>& layers, con
       [&] { return int(launch(settings.weight_type, args, limits, plan.shared_bytes, stream)); });
 }
 
+// What was compiled for a device, or for an older one from which the driver has made code.
+cudaError_t code_for(int device, cudaFuncAttributes& attributes) {
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return guard.error();
+  return cudaFuncGetAttributes(&attributes, forward_kernel<float, ForwardTableArgs>);
+}
+
+cudaError_t limits_of(int device, Device& limits) {
+  const cudaError_t error = query_device(device, limits);
+  if (error != cudaSuccess) return error;
+  constexpr int kKept = 64;
+  static std::atomic<int> kept[kKept];  // 0: not asked for yet
+  limits.columns = device < kKept ? kept[device].load(std::memory_order_relaxed) : 0;
+  if (limits.columns == 0) {
+    cudaFuncAttributes attributes;
+    const cudaError_t second = code_for(device, attributes);
+    if (second != cudaSuccess) return second;
+    limits.columns = columns_of_code(attributes.ptxVersion);
+    if (device < kKept) kept[device].store(limits.columns, std::memory_order_relaxed);
+  }
+  return cudaSuccess;
+}
+
 }  // namespace
 
 int status(int device) {
-  const DeviceGuard guard(device);
-  if (guard.error() != cudaSuccess) return guard.error();
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, forward_kernel<float, ForwardTableArgs>);
+  return code_for(device, attributes);
 }
 
 int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int device) {
   Device limits;
-  const cudaError_t error = query_device(device, limits);
+  const cudaError_t error = limits_of(device, limits);
   if (error != cudaSuccess) return -int64_t(error);
   const std::vector<Layer> layers = layers_without_memory(geometry, n);
   std::vector<ForwardLayer> planned(layers.size());
@@ -77,7 +100,7 @@ int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* s
             DType weight_type, DType output_type, double scale, double eps, int64_t iterations, void* workspace,
             bool one_launch, int device, void* stream) {
   Device limits;
-  const cudaError_t error = query_device(device, limits);
+  const cudaError_t error = limits_of(device, limits);
   if (error != cudaSuccess) return error;
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return guard.error();

@@ -13,9 +13,10 @@ constexpr int kMaxGroups = kThreads / 32;
 constexpr int kSumParts = 16;  // partial sums that the last addition of a reduction over threads reads
 
 // Elements of a row that one thread of the staged power iteration can be given, in packs of V. On Turing copies pass
-// through registers, which leaves fewer; its 64 KiB of shared memory do not hold the rows that need more.
+// through registers, which leaves fewer; its 64 KiB of shared memory do not hold the rows that need more. What decides
+// is what the code was compiled for, not what it runs on.
 constexpr int kFewColumns = 16, kManyColumns = 28;
-constexpr int64_t kTuringShared = 64 * 1024;
+constexpr int columns_of_code(int architecture) { return architecture < 80 ? kFewColumns : kManyColumns; }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 template <int V>
 constexpr int kColumns = kFewColumns;

@@ -1,6 +1,4 @@
 // How a call is cut into tiles: sizes, tickets and workspace. Ordinary C++, run by the host for every call.
-//
-// The constants below have not been measured on a GPU yet; docs/performance-cuda.md says what they are expected to do.
 #pragma once
 
 #include <algorithm>
@@ -21,6 +19,7 @@ constexpr int kMaxArgumentBytes = 32764;
 struct Device {
   int multiprocessors;
   int64_t shared_bytes;  // that one block can have
+  int columns;           // see kColumns: of packs, in the code that runs there
 };
 
 struct Plan {

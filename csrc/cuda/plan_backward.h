@@ -6,6 +6,9 @@
 
 namespace bssn::cuda {
 
+// What adding up one number of each thread takes; more, and fewer blocks fit on a multiprocessor.
+constexpr uint32_t kBackwardShared = kAreaAt + kBackwardThreads * sizeof(double);
+
 // Describes how a layer's memory order leads through its vectors.
 inline void plan_memory_order(const Layer& layer, BackwardLayer& out) {
   struct Dimension {
@@ -33,7 +36,7 @@ inline Plan plan_backward(const std::vector<Layer>& layers, const Device& device
                           BackwardLayer* out) {
   const int64_t total = total_size(layers);
   const int n = int(layers.size());
-  Plan plan = {0, counter_bytes(n), 0, kMinShared};
+  Plan plan = {0, counter_bytes(n), 0, kBackwardShared};
   call.n_layers = n;
   call.tile_elements = flat_tile(total, device, 16384);
   uint32_t tiles = 0;

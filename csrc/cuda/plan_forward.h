@@ -34,7 +34,8 @@ inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels
     out.group_shift = uint8_t(log2(threads));
     out.groups = uint8_t(kThreads / threads);
     out.stride = uint16_t(walk(threads).stride);
-    out.q_parts = uint8_t(std::min(threads / layer.kernel, int64_t(kSumParts)));
+    const int64_t parts = std::max(int64_t(kSumParts), divide_up(walk(threads).same_k, Lane::kMaxTerms));
+    out.q_parts = uint8_t(std::min(threads / layer.kernel, parts));
   };
   share_rows(kThreads);
   out.packed = pack > 1;
@@ -42,7 +43,7 @@ inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels
   out.stage_bytes = 0;
   if (!layer.channel_major() && !layer.kernel_major()) return kMinShared;
   const int64_t length = layer.kernel_major() ? layer.c_in : layer.columns();
-  const int most = device.shared_bytes <= kTuringShared ? kFewColumns : pack == 1 ? kColumns<1> : kColumns<kMaxPack>;
+  const int most = pack == 1 ? kFewColumns : device.columns;
   for (const int64_t threads : {32, 64, 128, 256, kThreads}) {
     const int64_t groups = kThreads / threads, stride = walk(threads).stride;
     const bool is_last = groups == 1;

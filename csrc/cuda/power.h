@@ -45,10 +45,12 @@ struct Walk {
 // A thread's packs of a row, layer.stride elements apart, and which numbers it adds up for q. Found once for a tile, as
 // divisions take long, and packed into few registers.
 struct Lane {
+  static constexpr int kMaxTerms = 127;
+
   int offset;       // of the first pack, in elements
   uint32_t packed;  // four numbers
 
-  // How many packs.
+  // How many packs, of a row that is staged.
   BSSN_HD int count() const { return int(packed & 31u); }
   // The kernel position of all elements (kernel_major), or of the first.
   BSSN_HD int position() const { return int(packed >> 5 & 511u); }
@@ -80,7 +82,8 @@ struct Lane {
     const int part = lane / kernel, k = lane - part * kernel, parts = layer.q_parts;
     const int terms = part < parts && part < walk.same_k ? (walk.same_k - 1 - part) / parts + 1 : 0;
     const int first = terms > 0 ? (thread - lane) * V + k * walk.lane_stride_k + part * walk.lane_stride : 0;
-    static_assert(kColumns<1> < 32 && kThreads <= 512 && kMaxPack * kThreads <= 2048, "what the fields can hold");
+    static_assert(kManyColumns < 32 && kThreads <= 512 && kMaxPack * kThreads <= 2048, "what the fields can hold");
+    packs = packs < 31 ? packs : 31;  // rows that are not staged may have any number
     packed = uint32_t(packs) | uint32_t(position) << 5 | uint32_t(first) << 14 | uint32_t(terms) << 25;
   }
 };

@@ -104,6 +104,11 @@ int work_through(const Call& call, uint32_t shared_bytes, Process process) {
   return 0;
 }
 
+// Turing's code is the one for 64 KiB of shared memory.
+Device device_of(int multiprocessors, int64_t shared) {
+  return {multiprocessors, shared, columns_of_code(shared <= 64 * 1024 ? 75 : 80)};
+}
+
 }  // namespace
 
 extern "C" {
@@ -125,7 +130,7 @@ void plan_of(const Geometry* geometry, int n, DType weight_type, int multiproces
   ForwardCall call = {};
   std::vector<ForwardLayer> planned(layers.size());
   call.update = true;
-  plan_forward(layers, weight_type, Device{multiprocessors, shared}, call, planned.data());
+  plan_forward(layers, weight_type, device_of(multiprocessors, shared), call, planned.data());
   for (const ForwardLayer& layer : planned) {
     int64_t* const to = out + 5 * (reinterpret_cast<uintptr_t>(layer.weight) / 256);
     to[0] = layer.tiles[power];
@@ -142,14 +147,14 @@ int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type
   std::vector<ForwardLayer> planned(layers.size());
   ForwardCall call = {};
   call.update = true;
-  return plan_forward(layers, weight_type, Device{multiprocessors, shared}, call, planned.data()).workspace_bytes;
+  return plan_forward(layers, weight_type, device_of(multiprocessors, shared), call, planned.data()).workspace_bytes;
 }
 
 int64_t backward_workspace(const Geometry* geometry, int64_t n, int multiprocessors, int64_t shared) {
   const std::vector<Layer> layers = layers_without_memory(geometry, n);
   std::vector<BackwardLayer> planned(layers.size());
   BackwardCall call = {};
-  return plan_backward(layers, Device{multiprocessors, shared}, call, planned.data()).workspace_bytes;
+  return plan_backward(layers, device_of(multiprocessors, shared), call, planned.data()).workspace_bytes;
 }
 
 // More layers than arguments hold are read from the table in the workspace, which is written as the GPU's is.
@@ -164,7 +169,7 @@ int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* s
   call.eps = eps;
   call.output_type = int32_t(output_type);
   call.update = iterations > 0;
-  const Plan plan = plan_forward(layers, weight_type, Device{multiprocessors, shared}, call, planned.data());
+  const Plan plan = plan_forward(layers, weight_type, device_of(multiprocessors, shared), call, planned.data());
   set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
   args.layers = n > kMaxByValue ? write_table<ForwardLayer>(planned, workspace, plan) : planned.data();
   const auto reset = [&] {
@@ -189,7 +194,7 @@ int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* 
   BackwardCall& call = args.call;
   call.scale = scale;
   call.grad_type = int32_t(grad_type);
-  const Plan plan = plan_backward(layers, Device{multiprocessors, shared}, call, planned.data());
+  const Plan plan = plan_backward(layers, device_of(multiprocessors, shared), call, planned.data());
   set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
   args.layers = n > kMaxByValue ? write_table<BackwardLayer>(planned, workspace, plan) : planned.data();
   std::memset(call.counters, 0, size_t(plan.counter_bytes));

@@ -167,6 +167,15 @@ def test_triton_that_was_asked_for_does_not_give_way(computed, monkeypatch):
     assert backends.default(gpu(3)) == "triton"  # nobody was told otherwise
 
 
+def test_triton_that_fails_for_what_cuda_leaves_to_it_does_not_take_cuda_away(gpus, computed, monkeypatch):
+    monkeypatch.setattr(cuda, "_without_triton", set())
+    for operation in ("forward", "backward"):
+        for _ in range(2):
+            cuda._instead(operation, gpu(0))
+    assert computed == ["reference"] * 4
+    assert backends.default(gpu(0)) == "cuda"
+
+
 def test_gpus_too_old_for_triton_are_not_tried(gpus):
     assert backends.get("", gpu(1)) is cuda
     assert not gpus.probed

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matrix import CASES, Case
 
-from bssn_fast import backends
+from bssn_fast import backends, normalize
 from bssn_fast.backends import cuda, extension
 
 if cuda_emulated.compiler() is None:
@@ -82,6 +82,23 @@ def test_rows_of_many_elements(gpu, memory, dtype, offset):
     shapes = ((3, 1536, 3, 3), (2, 1400, 3, 3), (3, 1000, 3, 3), (2, 3, 4096), (5, 14000), (40, 256, 3, 3))
     types = {"weight_dtype": dtype, "result_dtype": dtype}
     matrix.check("cuda", Case(shapes=shapes, dims=(0,) * 6, memory=memory, offset=offset, **types))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 1, 1), (2, 64), (2, 2048), (2, 8192), (3, 8000), (64, 64), (2, 4_600_000, 2)]
+)
+def test_two_directions_of_any_shape(gpu, shape):
+    """`apply` asks for one direction where there is one kernel position; others may ask for both."""
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    sizes = (shape[0], weight[0].numel(), shape[1], weight[:, 0].numel())
+    vectors = [torch.nn.functional.normalize(torch.randn(size), dim=0) for size in sizes]
+    found, expected = [v.clone() for v in vectors], [v.clone() for v in vectors]
+    _, sigma = normalize([weight], [found], backend="cuda")
+    _, expected_sigma = normalize([weight], [expected], backend="reference")
+    torch.testing.assert_close(sigma, expected_sigma, rtol=1e-5 if weight.numel() < 1_000_000 else 2e-4, atol=0)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_what_the_kernels_do_not_address_is_left_to_triton_where_it_works(gpu, monkeypatch):

@@ -39,6 +39,7 @@ def fold(p_fold, b_q, step, k_size, COLUMNS: tl.constexpr, BO: tl.constexpr, KB:
         start = n * M * k_size
         m = (k < k_size) & (start + e < step)
         parts += tl.load(p_fold + (o[:, None, None] + (start + e)[None, :, :]), mask=m[None, :, :], other=0)
+    tl.debug_barrier()  # the next rows are stored to the same place
     return tl.sum(parts, axis=1)
 
 

@@ -46,7 +46,7 @@ COLUMNS = (32, 256)
 """Of a tile of short rows. More sizes would waste fewer lanes and take longer to compile."""
 
 MAX_VECTOR_TWO_SIDED = 4
-"""As does a vector of eight 16-bit elements with four rows."""
+"""Vectors of eight 16-bit elements in two directions would spill registers."""
 
 MAX_ROW_TILES = 64
 """Per layer. Each row tile leaves a slot as long as a row, so 64 rows or fewer cost a slot each, 1024 rows 1/16."""
@@ -129,9 +129,9 @@ def _flat_shape(
     columns = min([n for n in COLUMNS if n >= max(row_size, positions)], default=longest)
     columns = min(columns, longest)
     rows = max(min(elements // columns, MAX_TILE_ROWS), 1)
-    if lcm(k, vector) > columns:
-        vector = 1
     period = lcm(k, vector)
+    if period > columns:  # one by one, then
+        return _flat_shape(c_out, row_size, k, two_sided, itemsize, 1)
     step = min(row_size, columns // period * period)
     return TileShape(vector, True, two_sided, rows, columns, positions), step
 

@@ -1,4 +1,4 @@
-"""The tiles that go through rows of weights in any other order: channels_last, transposed, unaligned.
+"""The tiles that go through rows of weights in any other order: channels_last, transposed.
 
 "Group" means V neighbouring input channels, K kernel positions each: the K V elements that a row of a tile holds.
 """

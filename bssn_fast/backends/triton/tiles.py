@@ -104,7 +104,7 @@ def place(row, SHAPES: tl.constexpr, SHAPE: tl.constexpr):
     """Where the elements e of a tile's rows belong, groups beginning at 0: all [groups x positions], flat.
 
     Returns (group, channel in the group, kernel position, place in v_out, offset in the weight, is in its group).
-    A group (channels_last, transposed or unaligned) has V neighbouring channels, then the next kernel position.
+    A group has V neighbouring channels, then the next kernel position.
     """
     V: tl.constexpr = SHAPES[SHAPE][0]
     BG: tl.constexpr = SHAPES[SHAPE][4]
