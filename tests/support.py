@@ -54,7 +54,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.body(self.first(x)).tanh().flatten(1)
-        labels = torch.arange(len(x)) % 3
+        labels = torch.arange(len(x), device=x.device) % 3
         return self.head(x) + (self.embed(labels) * x).sum(1, keepdim=True)
 
 

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from support import norms, vectors_of
-from test_models import OnDevice, images
+from support import Net, images, norms, vectors_of
 from ways import SINGLE
 
 import bssn_fast
@@ -17,7 +16,7 @@ import bssn_fast
 def test_training_is_that_of_the_model(backend, mode, inside):
     """Vectors change in place in the graph's own memory, and several forwards come before one backward."""
     torch._dynamo.reset()
-    model = bssn_fast.apply(OnDevice(), backend=backend).cuda()
+    model = bssn_fast.apply(Net(), backend=backend).cuda()
     twin = copy.deepcopy(model)
 
     def loss(net, x, y):

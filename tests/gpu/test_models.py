@@ -29,18 +29,10 @@ def steps(model, x, n=3):
     return outputs, [p.detach().cpu() for p in model.parameters()], vectors_of(model)
 
 
-class OnDevice(Net):
-    """Net makes its labels on the CPU."""
-
-    def forward(self, x):
-        with torch.device(x.device):
-            return super().forward(x)
-
-
 @pytest.mark.parametrize("variant", ["sn", "ssn", "bsn", "bssn"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_training_is_that_of_the_cpu(backend, variant, channels_last):
-    plain, x = OnDevice(), images(4)
+    plain, x = Net(), images(4)
     on_cpu = bssn_fast.apply(copy.deepcopy(plain), variant, backend="reference")
     on_gpu = bssn_fast.apply(copy.deepcopy(plain), variant, backend=backend)
     for a, b in zip(norms(on_cpu).values(), norms(on_gpu).values(), strict=True):
@@ -55,7 +47,7 @@ def test_training_is_that_of_the_cpu(backend, variant, channels_last):
 
 
 def test_autocast(backend):
-    model = bssn_fast.apply(OnDevice(), backend=backend).cuda()
+    model = bssn_fast.apply(Net(), backend=backend).cuda()
     with torch.autocast("cuda", dtype=torch.bfloat16):
         model(images(4).cuda()).float().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -63,7 +55,7 @@ def test_autocast(backend):
 
 
 def test_evaluation_changes_nothing(backend):
-    model = bssn_fast.apply(OnDevice(), backend=backend).cuda()
+    model = bssn_fast.apply(Net(), backend=backend).cuda()
     model(images(4).cuda())
     before = vectors_of(model)
     model.eval()
@@ -74,7 +66,7 @@ def test_evaluation_changes_nothing(backend):
 
 
 def test_default_backend_is_one_for_gpus():
-    model = bssn_fast.apply(OnDevice()).cuda()
+    model = bssn_fast.apply(Net()).cuda()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         model(images(4).cuda())
         torch.cuda.synchronize()
@@ -97,7 +89,7 @@ def reproducible(monkeypatch):
 
 def test_training_on_a_side_stream(backend, reproducible):
     """The backward pass runs in a thread of autograd, on the stream of the forward."""
-    plain, x = bssn_fast.apply(OnDevice(), backend=backend).cuda(), images(4).cuda()
+    plain, x = bssn_fast.apply(Net(), backend=backend).cuda(), images(4).cuda()
     other = copy.deepcopy(plain)
     expected = trained_twice(plain, x)
     torch.cuda.synchronize()
@@ -112,7 +104,7 @@ def test_training_on_a_device_that_is_not_current(backend, reproducible):
     """Needs two GPUs."""
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU: nothing to confuse")
-    plain, x = bssn_fast.apply(OnDevice(), backend=backend), images(4)
+    plain, x = bssn_fast.apply(Net(), backend=backend), images(4)
     here, there = copy.deepcopy(plain).to("cuda:0"), copy.deepcopy(plain).to("cuda:1")
     with torch.cuda.device(0):
         expected, found = trained_twice(here, x.to("cuda:0")), trained_twice(there, x.to("cuda:1"))
