@@ -11,24 +11,12 @@ import mmap
 import sys
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-def _users(tensor: Tensor) -> int:
-    """Return how many tensors, saved variables and other owners share a tensor's storage, plus a constant."""
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-
-
-def _unshared() -> int | None:
-    """Return what `_users` gives for a tensor that has its storage for itself; None without that function."""
-    if not hasattr(torch._C, "_storage_Use_Count"):
-        return None
-    return _users(torch.empty(1))
-
-
-_UNSHARED = _unshared()
+_COUNTS = hasattr(torch._C, "_storage_Use_Count")
 
 
 _LARGE = 4 << 20
@@ -47,25 +35,48 @@ def _ask_for_large_pages(buffer: Tensor) -> None:
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole), _MADV_HUGEPAGE)
 
 
+class _Buffer(NamedTuple):
+    """Memory for the results of one call, and tensors that lie in it."""
+
+    dtype: torch.dtype
+    views: list[Tensor]
+    storage: int  # its address
+    users: int  # of the storage, when nobody else refers to it
+
+    def free(self) -> bool:
+        """Whether no tensor, saved variable or other owner shares the memory."""
+        return torch._C._storage_Use_Count(self.storage) == self.users
+
+
+def _new_buffer(views: list[Tensor]) -> _Buffer:
+    storage = views[0].untyped_storage()._cdata
+    return _Buffer(views[0].dtype, views, storage, torch._C._storage_Use_Count(storage))
+
+
 class Pool:
     """Flat buffers of one size. Keeps as many as were in use at the same time."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._buffers: list[Tensor] = []
+    def __init__(self, size: int, views: Callable[[Tensor], list[Tensor]]) -> None:
+        self._size, self._views = size, views
+        self._buffers: list[_Buffer] = []
         self._lock = threading.Lock()
 
-    def take(self, dtype: torch.dtype, device: torch.device, views: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
-        """Return `views` of a buffer of arbitrary contents that no one else uses."""
-        if device.type != "cpu" or _UNSHARED is None or torch._C._len_torch_dispatch_stack() > 0:
-            return views(torch.empty(self.size, dtype=dtype, device=device))
-        # `data`, as each use needs versions of its own: views that `.data =` has moved away count on with theirs.
-        with self._lock:  # the views must exist before another thread looks for a free buffer
-            self._buffers = [b for b in self._buffers if b.dtype == dtype or _users(b) != _UNSHARED]
+    def take(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        """Return `views` of a buffer of arbitrary contents that no one else uses.
+
+        To torch they are no views: what is written into one of them does not count as a change of the others.
+        """
+        if device.type != "cpu" or not _COUNTS or torch._C._len_torch_dispatch_stack() > 0:
+            return [view.data for view in self._views(torch.empty(self._size, dtype=dtype, device=device))]
+        with self._lock:  # the results must exist before another thread looks for a free buffer
+            self._buffers = [b for b in self._buffers if b.dtype == dtype or not b.free()]
             for buffer in self._buffers:
-                if buffer.dtype == dtype and _users(buffer) == _UNSHARED:
-                    return views(buffer.data)
+                if buffer.dtype == dtype and buffer.free():
+                    return [view.data for view in buffer.views]
             with torch.inference_mode(False):
-                self._buffers.append(torch.empty(self.size, dtype=dtype, device=device))
-            _ask_for_large_pages(self._buffers[-1])
-            return views(self._buffers[-1].data)
+                flat = torch.empty(self._size, dtype=dtype, device=device)
+                _ask_for_large_pages(flat)
+                views = self._views(flat)
+            del flat
+            self._buffers.append(_new_buffer(views))
+            return [view.data for view in views]

@@ -50,11 +50,11 @@ class Normalizer:
         backend: str = "",
         gradient_groups: int = 1,
     ) -> None:
-        self.batch = Batch([w if is_dense(w) else w.contiguous() for w in weights], dims, two_sided)
+        self.batch = Batch.of([w if is_dense(w) else w.contiguous() for w in weights], dims, two_sided)
         self.dense = all(is_dense(w) for w in weights)
         self.scale, self.eps, self.backend = scale, eps, backend
-        self._outputs = Pool(self.batch.size)
-        self._grads = Pool(self.batch.size)
+        self._outputs = Pool(self.batch.size, self.batch.views)
+        self._grads = Pool(self.batch.size, self.batch.views)
         # Normalizers that lead to the weights of a range of layers each; this one computes all weights at once.
         self.parts: list[tuple[slice, Normalizer]] = []
         if gradient_groups > 1:
@@ -72,12 +72,11 @@ class Normalizer:
         batch, device, working = self.batch, weights[0].device, compute_dtype(weights[0].dtype)
         sigma = torch.empty(len(weights), dtype=working, device=device)
         snapshot = torch.empty(batch.snapshot_size, dtype=working, device=device)
-        normalized = self._outputs.take(dtype, device, batch.views)
+        normalized = self._outputs.take(dtype, device)
         ops.normalize(
+            batch,
             weights if self.dense else [w if is_dense(w) else w.detach().contiguous() for w in weights],
             vectors,
-            batch.dims,
-            batch.two_sided,
             self.scale,
             self.eps,
             n_power_iterations,
@@ -97,6 +96,8 @@ class Normalizer:
             return values.normalized
         if self.parts:
             return [w for k in range(len(self.parts)) for w in self._attach_part(k, values, weights)]
+        if len(weights) == 1:  # It may be one that is handed out by itself: into a view, torch refuses to write.
+            values = values._replace(normalized=[w.view_as(w) for w in values.normalized])
         with _past_saved_tensor_hooks():
             return _attached(self, values, weights)
 
@@ -117,6 +118,11 @@ class Normalizer:
         batch = self.batch
         if not self.dense:
             weights = [w if is_dense(w) else w.contiguous() for w in weights]
+        if not batch.fits(weights):
+            raise RuntimeError(
+                "bssn_fast: between the forward and the backward pass a weight was given another shape or memory "
+                "format, through `.data`; run the forward pass after such changes"
+            )
         given = [_with_strides(g, w) for g, w in zip(grads, weights, strict=True) if g is not None]
         layers = [j for j, g in enumerate(grads) if g is not None]
         if not layers:
@@ -124,15 +130,14 @@ class Normalizer:
         if len(layers) == len(weights):
             # By now nobody holds the normalised weights, as a rule: the gradients come to lie where they were.
             pool = self._outputs if given[0].dtype == weights[0].dtype else self._grads
-            results = pool.take(weights[0].dtype, weights[0].device, batch.views)
+            results = pool.take(weights[0].dtype, weights[0].device)
         else:
             results = _in_one_buffer([weights[j] for j in layers])
         ops.normalize_backward(
+            batch,
             given,
             weights,
             layers,
-            batch.dims,
-            batch.two_sided,
             self.scale,
             values.snapshot,
             values.sigma,
@@ -170,7 +175,7 @@ def _ranges(sizes: Sequence[int], count: int) -> list[slice]:
 
 def _in_one_buffer(weights: Sequence[Tensor]) -> list[Tensor]:
     """Return a new tensor like each weight. They share a buffer: their distances are the same at every call."""
-    batch = Batch(weights, [0] * len(weights), [False] * len(weights))
+    batch = Batch.of(weights, [0] * len(weights), [False] * len(weights))
     return batch.views(torch.empty(batch.size, dtype=weights[0].dtype, device=weights[0].device))
 
 

@@ -40,7 +40,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@lru_cache(maxsize=256)
 def snapshot_offsets(
     shapes: tuple[tuple[int, ...], ...], dims: tuple[int, ...], two_sided: tuple[bool, ...]
 ) -> tuple[tuple[tuple[int, ...], ...], int]:
@@ -55,25 +54,37 @@ def snapshot_offsets(
     return tuple(offsets), end
 
 
+Shapes = tuple[tuple[int, ...], ...]
+"""The shape or the strides of each weight."""
+
+
 class Batch:
     """The geometry of the weights of one call, and where their normalised copies lie in one flat buffer.
 
-    Valid for weights of exactly these shapes and strides, one device and one dtype.
+    Whoever keeps things for a geometry, by this object, finds them again at the next call: `of` returns the same one
+    for the same weights, or others like them.
     """
 
     ALIGNMENT = 32
     """Every weight starts at a multiple of this many elements: at least 64 bytes, a cache line, for every dtype."""
 
-    def __init__(self, weights: Sequence[Tensor], dims: Sequence[int], two_sided: Sequence[bool]) -> None:
-        self.shapes = tuple(tuple(w.shape) for w in weights)
-        self.strides = tuple(w.stride() for w in weights)
-        self.dims = list(dims)
-        self.two_sided = list(two_sided)
-        self.snapshot_offsets, self.snapshot_size = snapshot_offsets(self.shapes, tuple(dims), tuple(two_sided))
+    def __init__(self, shapes: Shapes, strides: Shapes, dims: tuple[int, ...], two_sided: tuple[bool, ...]) -> None:
+        self.shapes, self.strides, self.dims, self.two_sided = shapes, strides, dims, two_sided
+        self.snapshot_offsets, self.snapshot_size = snapshot_offsets(shapes, dims, two_sided)
         self.starts, self.size = [], 0
         for shape in self.shapes:
             self.starts.append(self.size)
             self.size += -(-prod(shape) // self.ALIGNMENT) * self.ALIGNMENT
+
+    @staticmethod
+    def of(weights: Sequence[Tensor], dims: Sequence[int], two_sided: Sequence[bool]) -> Batch:
+        """Return the geometry of these weights."""
+        shapes, strides = tuple([tuple(w.shape) for w in weights]), tuple([w.stride() for w in weights])
+        return _batch(shapes, strides, tuple(dims), tuple(two_sided))
+
+    def fits(self, weights: Sequence[Tensor]) -> bool:
+        """Whether weights have these shapes and strides."""
+        return self.shapes == tuple([w.shape for w in weights]) and self.strides == tuple([w.stride() for w in weights])
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Return one view of a flat buffer [size] for each weight, with its shape and strides."""
@@ -93,6 +104,9 @@ class Batch:
                 self.shapes, self.dims, self.two_sided, self.snapshot_offsets, strict=True
             )
         ]
+
+
+_batch = lru_cache(maxsize=256)(Batch)
 
 
 def same_strides(a: Tensor, b: Tensor) -> bool:

@@ -7,12 +7,12 @@ a call share device and dtype. Autograd lies outside, in `functional`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bssn_fast import backends
+from bssn_fast.layout import Batch
 from bssn_fast.sharded import refuse_sharded
 
 _library = torch.library.Library("bssn_fast", "DEF")
@@ -41,9 +41,8 @@ def _normalize(
     backend: str,
 ) -> None:
     """Normalise n weights. `backends` documents the arguments."""
-    layers = (weights, vectors, dims, two_sided)
-    outputs = (normalized, snapshot, sigma)
-    backends.run("forward", backend, sigma.device, *layers, scale, eps, n_power_iterations, *outputs)
+    batch, outputs = Batch.of(weights, dims, two_sided), (normalized, snapshot, sigma)
+    backends.run("forward", backend, sigma.device, batch, weights, vectors, scale, eps, n_power_iterations, *outputs)
 
 
 def _normalize_backward(
@@ -59,7 +58,8 @@ def _normalize_backward(
     backend: str,
 ) -> None:
     """Gradients of the weights of some of n layers. `backends` documents the arguments."""
-    args = (grads, weights, layers, dims, two_sided, scale, snapshot, sigma, grad_weights)
+    batch = Batch.of(weights, dims, two_sided)
+    args = (batch, grads, weights, layers, scale, snapshot, sigma, grad_weights)
     backends.run("backward", backend, sigma.device, *args)
 
 
@@ -83,17 +83,43 @@ def _watched(weights: Sequence[Tensor]) -> bool:
     )
 
 
-def normalize(weights: Sequence[Tensor], *args: Any) -> None:
-    """Run the op `bssn_fast::normalize`, or its implementation alone: torch's dispatcher is slow on long lists."""
+def normalize(
+    batch: Batch,
+    weights: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    scale: float,
+    eps: float,
+    n_power_iterations: int,
+    normalized: list[Tensor],
+    snapshot: Tensor,
+    sigma: Tensor,
+    backend: str,
+) -> None:
+    """Run the op `bssn_fast::normalize`, or the backend alone: torch's dispatcher is slow on long lists."""
+    settings, outputs = (scale, eps, n_power_iterations), (normalized, snapshot, sigma)
     if not _watched(weights):
-        _normalize(weights, *args)
+        backends.run("forward", backend, sigma.device, batch, weights, vectors, *settings, *outputs)
         return
     for weight in weights:
         refuse_sharded(weight, "bssn_fast")
     with torch.no_grad():  # the weights require gradients, and what the op writes to must not
-        normalize_op(weights, *args)
+        normalize_op(weights, vectors, batch.dims, batch.two_sided, *settings, *outputs, backend)
 
 
-def normalize_backward(grads: Sequence[Tensor], weights: Sequence[Tensor], *args: Any) -> None:
+def normalize_backward(
+    batch: Batch,
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    layers: list[int],
+    scale: float,
+    snapshot: Tensor,
+    sigma: Tensor,
+    grad_weights: list[Tensor],
+    backend: str,
+) -> None:
     """The same for `bssn_fast::normalize_backward`."""
-    (normalize_backward_op if _watched(weights) else _normalize_backward)(grads, weights, *args)
+    rest = (scale, snapshot, sigma, grad_weights)
+    if not _watched(weights):
+        backends.run("backward", backend, sigma.device, batch, grads, weights, layers, *rest)
+        return
+    normalize_backward_op(grads, weights, layers, batch.dims, batch.two_sided, *rest, backend)

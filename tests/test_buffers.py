@@ -11,8 +11,8 @@ from bssn_fast.buffers import Pool
 
 @pytest.fixture
 def take():
-    pool = Pool(8)
-    return lambda dtype=torch.float32: pool.take(dtype, torch.device("cpu"), lambda flat: [flat[:3], flat[4:]])
+    pool = Pool(8, lambda flat: [flat[:3], flat[4:]])
+    return lambda dtype=torch.float32: pool.take(dtype, torch.device("cpu"))
 
 
 def test_a_buffer_is_used_again_only_when_nothing_refers_to_it(take):

@@ -42,7 +42,7 @@ shapes = st.lists(st.integers(1, 7), min_size=2, max_size=5).map(tuple)
 @given(st.lists(st.tuples(shapes, st.integers(0, 1), st.booleans()), min_size=1, max_size=6))
 def test_snapshots_hold_every_vector_once_and_aligned(layers):
     weights = [torch.empty(shape) for shape, _, _ in layers]
-    batch = layout.Batch(weights, [d for _, d, _ in layers], [b for _, _, b in layers])
+    batch = layout.Batch.of(weights, [d for _, d, _ in layers], [b for _, _, b in layers])
     snapshot = torch.zeros(batch.snapshot_size)
     for views, (shape, dim, both) in zip(batch.snapshot_views(snapshot), layers, strict=True):
         assert tuple(map(len, views)) == layout.vector_sizes(shape, dim, both)
@@ -56,7 +56,7 @@ def test_snapshots_hold_every_vector_once_and_aligned(layers):
 @given(st.lists(st.tuples(shapes, st.sampled_from(MEMORY)), min_size=1, max_size=6))
 def test_views_have_the_weights_strides_and_do_not_overlap(layers):
     weights = [place(torch.empty(shape), memory) for shape, memory in layers]
-    batch = layout.Batch(weights, [0] * len(weights), [False] * len(weights))
+    batch = layout.Batch.of(weights, [0] * len(weights), [False] * len(weights))
     flat = torch.zeros(batch.size)
     for view, weight in zip(batch.views(flat), weights, strict=True):
         assert view.shape == weight.shape

@@ -13,20 +13,27 @@ CASE = Case(shapes=((4, 3, 3, 3), (5, 7)))
 
 
 def arguments(x):
-    dims, both = CASE.dim_list, CASE.two_sided
-    batch = Batch(x.weights, dims, both)
+    """Those of the two functions."""
+    batch = Batch.of(x.weights, CASE.dim_list, CASE.two_sided)
     outputs = [torch.empty_like(w) for w in x.weights]
     snapshot, sigma = torch.empty(batch.snapshot_size), torch.empty(2)
-    forward = (x.weights, x.vectors, dims, both, 1.3, 1e-12, 1, outputs, snapshot, sigma, "reference")
+    forward = (batch, x.weights, x.vectors, 1.3, 1e-12, 1, outputs, snapshot, sigma, "reference")
     grads = [torch.empty_like(w) for w in x.weights]
-    backward = (x.grads, x.weights, [0, 1], dims, both, 1.3, snapshot, sigma, grads, "reference")
+    backward = (batch, x.grads, x.weights, [0, 1], 1.3, snapshot, sigma, grads, "reference")
     return forward, backward
+
+
+def arguments_of_ops(x):
+    (batch, weights, vectors, *rest), (_, grads, _, layers, *rest_of_backward) = arguments(x)
+    geometry = batch.dims, batch.two_sided
+    return (weights, vectors, *geometry, *rest), (grads, weights, layers, *geometry, *rest_of_backward)
 
 
 @pytest.mark.parametrize("backend", ["reference", ""])
 def test_opcheck(backend):
     """All of torch's checks: schema, fake kernel, autograd, AOTAutograd."""
-    for op, given in zip((ops.normalize_op, ops.normalize_backward_op), arguments(matrix.inputs(CASE)), strict=True):
+    both = ops.normalize_op, ops.normalize_backward_op
+    for op, given in zip(both, arguments_of_ops(matrix.inputs(CASE)), strict=True):
         found = torch.library.opcheck(op, (*given[:-1], backend))
         assert len(found) == 4
         assert set(found.values()) == {"SUCCESS"}

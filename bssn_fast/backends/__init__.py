@@ -5,14 +5,14 @@
 `why_unavailable(device) -> str | None`: None when it works on this device, else the reason with its remedy. Asked once
 per device, so that it may take its time: to compile and load a kernel, for instance.
 
-`forward(weights, vectors, dims, two_sided, scale, eps, n_power_iterations, normalized, snapshot, sigma) -> None`
-normalises n layers of one device and dtype:
+`forward(batch, weights, vectors, scale, eps, n_power_iterations, normalized, snapshot, sigma) -> None` normalises n
+layers of one device and dtype:
 
+- `batch`: the layers' geometry, `layout.Batch`: shapes, strides, output dimensions, which of them are two-sided.
 - `weights`: n dense tensors of fp64, fp32, bf16 or fp16, any strides. "Compute dtype" below is fp64 for fp64 weights
   and fp32 for all others; all arithmetic is done in it.
 - `vectors`: the layers' persistent vectors one after another, contiguous, in the compute dtype: u_out [c_out],
   v_out [c_in k], and for two-sided layers u_in [c_in], v_in [c_out k]. Updated in place if n_power_iterations > 0.
-- `dims`: 0 or 1 per layer, the output dimension. `two_sided`: per layer.
 - `n_power_iterations`: 0 evaluates with the vectors as they are.
 - `normalized`: n tensors to write, each with the shape and strides of its weight; their common dtype is the weights'
   or another floating dtype (autocast). Calls go fastest if they, and `grad_weights` below, lie in one buffer each: what
@@ -20,11 +20,11 @@ normalises n layers of one device and dtype:
 - `snapshot`: to write, flat, compute dtype: the vectors that sigma was computed with, at `layout.snapshot_offsets`.
 - `sigma`: to write, [n], compute dtype.
 
-`backward(grads, weights, layers, dims, two_sided, scale, snapshot, sigma, grad_weights) -> None` does so for the m <= n
-layers whose indices are in `layers`:
+`backward(batch, grads, weights, layers, scale, snapshot, sigma, grad_weights) -> None` does so for the m <= n layers
+whose indices are in `layers`:
 
 - `grads`: m gradients of the normalised weights, strides of their weights, one common floating dtype.
-- `weights`, `dims`, `two_sided`: of all n layers.
+- `batch`, `weights`: of all n layers.
 - `snapshot`, `sigma`: what the forward, of this or another backend, wrote.
 - `grad_weights`: m tensors to write, shape, strides and dtype of their weights.
 
@@ -47,7 +47,7 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
-_given_up: dict[tuple[str, torch.device], str] = {}
+given_up: dict[tuple[str, torch.device], str] = {}
 """Why a backend is no device's default any more, although it seemed to work there."""
 
 
@@ -96,13 +96,14 @@ def default(device: torch.device | str) -> str:
 @cache
 def _first_available(device: torch.device) -> str:
     """Return the first backend that works on a device; decided once for each device."""
-    reasons = []
+    reasons, gave_way = [], False
     for name in _PREFERRED.get(device.type, ("reference",)):
-        known = _given_up.get((name, device))
+        known = given_up.get((name, device))
         reason = known or why_unavailable(name, device)
         if reason is None:
             break
         reasons.append(known or f"{name}: {reason}")
+        gave_way |= known is not None
     if name == "reference" and device.type == "cuda" and torch.cuda.is_available():
         warnings.warn(
             f"bssn_fast has no kernels that work on {device} and uses plain torch operations, which are slower. "
@@ -110,7 +111,7 @@ def _first_available(device: torch.device) -> str:
             RuntimeWarning,
             stacklevel=2,
         )
-    elif any(where == device for _, where in _given_up):
+    elif gave_way:
         warnings.warn(
             f"{'; '.join(reasons)}. From now on {name!r} computes there; backend={name!r} or BSSN_FAST_BACKEND={name} "
             "chooses it from the start, without this warning.",
@@ -122,7 +123,7 @@ def _first_available(device: torch.device) -> str:
 
 def forget() -> None:
     """Decide anew, for all devices, which backends work."""
-    _given_up.clear()
+    given_up.clear()
     for decided in (_why_unavailable, _first_available, _resolve):
         decided.cache_clear()
 
@@ -158,6 +159,6 @@ def run(operation: str, name: str, device: torch.device, *args: Any) -> None:
         except BackendUnavailableError as error:
             if name or os.environ.get("BSSN_FAST_BACKEND"):
                 raise
-            if (chosen, device) not in _given_up:
-                _given_up[chosen, device] = str(error)
+            if (chosen, device) not in given_up:
+                given_up[chosen, device] = str(error)
                 _first_available.cache_clear()

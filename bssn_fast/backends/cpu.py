@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from bssn_fast.backends import extension
-from bssn_fast.layout import channels, compute_dtype, snapshot_offsets
+from bssn_fast.layout import Batch, channels, compute_dtype
 
 DEVICES = ("cpu",)
 
@@ -39,22 +40,14 @@ if extension.module is not None:
 
 
 class _Table:
-    """The geometries of all or some `layers` as `struct Geometry` of csrc/layer.h, while this object lives."""
+    """The geometries of some layers as `struct Geometry` of csrc/layer.h, while this object lives."""
 
-    def __init__(
-        self,
-        shapes: tuple[tuple[int, ...], ...],
-        strides: tuple[tuple[int, ...], ...],
-        dims: tuple[int, ...],
-        two_sided: tuple[bool, ...],
-        converts: bool,
-        layers: tuple[int, ...] | None = None,
-    ) -> None:
-        starts, _ = snapshot_offsets(shapes, dims, two_sided)
+    def __init__(self, batch: Batch, layers: Iterable[int], converts: bool) -> None:
         fields: list[int] = []
         self._kernel_offsets = []  # the table points to them
-        for j in range(len(shapes)) if layers is None else layers:
-            shape, stride, dim, both, begin = shapes[j], strides[j], dims[j], two_sided[j], starts[j]
+        for j in layers:
+            shape, stride, dim = batch.shapes[j], batch.strides[j], batch.dims[j]
+            both, begin = batch.two_sided[j], batch.snapshot_offsets[j]
             offsets = _kernel_offsets(shape, stride)
             self._kernel_offsets.append(offsets)
             order = _order(shape, stride, dim, offsets, converts)
@@ -104,10 +97,9 @@ def _check(error: int) -> None:
 
 
 def forward(
+    batch: Batch,
     weights: list[Tensor],
     vectors: list[Tensor],
-    dims: list[int],
-    two_sided: list[bool],
     scale: float,
     eps: float,
     n_power_iterations: int,
@@ -115,8 +107,7 @@ def forward(
     snapshot: Tensor,
     sigma: Tensor,
 ) -> None:
-    shapes, strides = tuple([w.shape for w in weights]), tuple([w.stride() for w in weights])
-    table = _table(shapes, strides, tuple(dims), tuple(two_sided), _converts(weights, normalized))
+    table = _table(batch, range(len(weights)), _converts(weights, normalized))
     pointers = array("q", list(map(Tensor.data_ptr, (*weights, *normalized, *vectors))))
     error = extension.module.cpu_forward(
         table.address,
@@ -135,18 +126,16 @@ def forward(
 
 
 def backward(
+    batch: Batch,
     grads: list[Tensor],
     weights: list[Tensor],
     layers: list[int],
-    dims: list[int],
-    two_sided: list[bool],
     scale: float,
     snapshot: Tensor,
     sigma: Tensor,
     grad_weights: list[Tensor],
 ) -> None:
-    shapes, strides = tuple([w.shape for w in weights]), tuple([w.stride() for w in weights])
-    table = _table(shapes, strides, tuple(dims), tuple(two_sided), _converts(weights, grads), tuple(layers))
+    table = _table(batch, tuple(layers), _converts(weights, grads))
     pointers = array("q", [weights[j].data_ptr() for j in layers])
     pointers.extend([x.data_ptr() for x in (*grads, *grad_weights)])
     first, size = sigma.data_ptr(), sigma.element_size()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from bssn_fast import backends
 from bssn_fast.backends import extension
-from bssn_fast.layout import channels, snapshot_offsets
+from bssn_fast.layout import Batch, channels
 
 DEVICES = ("cuda",)
 
@@ -58,24 +59,17 @@ def _check(error: int, what: str, device: torch.device) -> None:
 class _Table:
     """The geometries of some layers as `struct Geometry` of csrc/cuda/layer.h, while this object lives."""
 
-    def __init__(
-        self,
-        shapes: tuple[tuple[int, ...], ...],
-        strides: tuple[tuple[int, ...], ...],
-        dims: tuple[int, ...],
-        two_sided: tuple[bool, ...],
-        layers: tuple[int, ...],
-    ) -> None:
-        starts, _ = snapshot_offsets(shapes, dims, two_sided)
+    def __init__(self, batch: Batch, layers: Sequence[int]) -> None:
         fields: list[int] = []
         self.addressable = True
         self._workspace: dict[tuple[bool, torch.dtype, torch.device], int] = {}
         for j in layers:
-            step = _kernel_stride(shapes[j], strides[j])
-            self.addressable &= step is not None and 0 < prod(shapes[j]) < 2**31
-            fields += (*channels(shapes[j], dims[j]), two_sided[j])
-            fields += (strides[j][dims[j]], strides[j][1 - dims[j]], step or 0)
-            fields += starts[j] if two_sided[j] else (*starts[j], 0, 0)
+            shape, stride, dim = batch.shapes[j], batch.strides[j], batch.dims[j]
+            both, begin = batch.two_sided[j], batch.snapshot_offsets[j]
+            step = _kernel_stride(shape, stride)
+            self.addressable &= step is not None and 0 < prod(shape) < 2**31
+            fields += (*channels(shape, dim), both, stride[dim], stride[1 - dim], step or 0)
+            fields += begin if both else (*begin, 0, 0)
         self._fields = array("q", fields)
         self._n = len(layers)
         self.address = self._fields.buffer_info()[0]
@@ -110,17 +104,14 @@ def _kernel_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | No
 _table = lru_cache(maxsize=256)(_Table)
 
 
-_without_triton: set[torch.device] = set()
-
-
 def _instead(operation: str, device: torch.device, *args: Any) -> None:
     """Have Triton, where it works, or the reference compute what these kernels do not address."""
-    if device not in _without_triton and backends.why_unavailable("triton", device) is None:
+    if ("triton", device) not in backends.given_up and backends.why_unavailable("triton", device) is None:
         try:
             getattr(backends.get("triton", device), operation)(*args)
             return
-        except backends.BackendUnavailableError:  # before anything was written; these kernels serve other layers
-            _without_triton.add(device)
+        except backends.BackendUnavailableError as error:  # before anything was written
+            backends.given_up["triton", device] = str(error)
     getattr(backends.get("reference", device), operation)(*args)
 
 
@@ -136,10 +127,9 @@ def _stream(device: torch.device) -> int:
 
 
 def forward(
+    batch: Batch,
     weights: list[Tensor],
     vectors: list[Tensor],
-    dims: list[int],
-    two_sided: list[bool],
     scale: float,
     eps: float,
     n_power_iterations: int,
@@ -147,12 +137,11 @@ def forward(
     snapshot: Tensor,
     sigma: Tensor,
 ) -> None:
-    shapes, strides = tuple([w.shape for w in weights]), tuple([w.stride() for w in weights])
     n, device, dtype = len(weights), sigma.device, weights[0].dtype
-    table = _table(shapes, strides, tuple(dims), tuple(two_sided), tuple(range(n)))
+    table = _table(batch, range(n))
     if not table.addressable or not {dtype, normalized[0].dtype} <= _DTYPES.keys():
-        what = (weights, vectors, dims, two_sided, scale, eps, n_power_iterations, normalized, snapshot, sigma)
-        _instead("forward", device, *what)
+        outputs = (normalized, snapshot, sigma)
+        _instead("forward", device, batch, weights, vectors, scale, eps, n_power_iterations, *outputs)
         return
     pointers = array("q", [x.data_ptr() for x in (*weights, *normalized, *vectors)])
     workspace = table.workspace(True, dtype, device)
@@ -176,21 +165,19 @@ def forward(
 
 
 def backward(
+    batch: Batch,
     grads: list[Tensor],
     weights: list[Tensor],
     layers: list[int],
-    dims: list[int],
-    two_sided: list[bool],
     scale: float,
     snapshot: Tensor,
     sigma: Tensor,
     grad_weights: list[Tensor],
 ) -> None:
-    shapes, strides = tuple([w.shape for w in weights]), tuple([w.stride() for w in weights])
     n, device, dtype = len(layers), sigma.device, weights[0].dtype
-    table = _table(shapes, strides, tuple(dims), tuple(two_sided), tuple(layers))
+    table = _table(batch, tuple(layers))
     if not table.addressable or not {dtype, grads[0].dtype} <= _DTYPES.keys():
-        _instead("backward", device, grads, weights, layers, dims, two_sided, scale, snapshot, sigma, grad_weights)
+        _instead("backward", device, batch, grads, weights, layers, scale, snapshot, sigma, grad_weights)
         return
     pointers = array("q", [weights[j].data_ptr() for j in layers])
     pointers.extend([x.data_ptr() for x in (*grads, *grad_weights)])

@@ -17,10 +17,9 @@ def why_unavailable(device: torch.device) -> str | None:
 
 @torch.no_grad()
 def forward(
+    batch: Batch,
     weights: list[Tensor],
     vectors: list[Tensor],
-    dims: list[int],
-    two_sided: list[bool],
     scale: float,
     eps: float,
     n_power_iterations: int,
@@ -29,8 +28,8 @@ def forward(
     sigma: Tensor,
 ) -> None:
     rest = iter(vectors)
-    snapshots = Batch(weights, dims, two_sided).snapshot_views(snapshot)
-    for j, (weight, dim, both) in enumerate(zip(weights, dims, two_sided, strict=True)):
+    snapshots = batch.snapshot_views(snapshot)
+    for j, (weight, dim, both) in enumerate(zip(weights, batch.dims, batch.two_sided, strict=True)):
         stored = tuple(next(rest) for _ in range(4 if both else 2))
         result, new, sigma_j = reference.normalize(
             weight, stored, dim, scale=scale, eps=eps, n_power_iterations=n_power_iterations
@@ -44,16 +43,15 @@ def forward(
 
 @torch.no_grad()
 def backward(
+    batch: Batch,
     grads: list[Tensor],
     weights: list[Tensor],
     layers: list[int],
-    dims: list[int],
-    two_sided: list[bool],
     scale: float,
     snapshot: Tensor,
     sigma: Tensor,
     grad_weights: list[Tensor],
 ) -> None:
-    snapshots = Batch(weights, dims, two_sided).snapshot_views(snapshot)
+    snapshots = batch.snapshot_views(snapshot)
     for grad, grad_weight, j in zip(grads, grad_weights, layers, strict=True):
-        grad_weight.copy_(reference.normalize_backward(grad, weights[j], snapshots[j], sigma[j], dims[j], scale))
+        grad_weight.copy_(reference.normalize_backward(grad, weights[j], snapshots[j], sigma[j], batch.dims[j], scale))

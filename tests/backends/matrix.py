@@ -188,20 +188,18 @@ def run(backend: str, case: Case, x: Inputs, result_dtype: torch.dtype | None = 
     result_dtype = result_dtype or case.result_dtype
     working, device = x.vectors[0].dtype, x.weights[0].device
     dims, both, layers = case.dim_list, case.two_sided, case.layer_list
-    batch = Batch(x.weights, dims, both)
+    batch = Batch.of(x.weights, dims, both)
     before = [t.clone() for t in (*x.weights, *x.grads)]
     vectors = [v.clone() for v in x.vectors]
     out = Poisoned(x.weights, result_dtype)
     memory = Poisoned([torch.empty(batch.snapshot_size, device=device), torch.empty(len(dims), device=device)], working)
     snapshot, sigma = memory.tensors
     ops.normalize(
-        x.weights, vectors, dims, both, case.scale, case.eps, case.n_power_iterations, out.tensors, snapshot, sigma,
+        batch, x.weights, vectors, case.scale, case.eps, case.n_power_iterations, out.tensors, snapshot, sigma,
         backend,
     )  # fmt: skip
     grad_out = Poisoned([x.weights[j] for j in layers], x.weights[0].dtype)
-    ops.normalize_backward(
-        x.grads, x.weights, layers, dims, both, case.scale, snapshot, sigma, grad_out.tensors, backend
-    )
+    ops.normalize_backward(batch, x.grads, x.weights, layers, case.scale, snapshot, sigma, grad_out.tensors, backend)
     for poisoned in (out, memory, grad_out):
         poisoned.check()
     for old, new in zip(before, (*x.weights, *x.grads), strict=True):

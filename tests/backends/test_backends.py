@@ -167,13 +167,17 @@ def test_triton_that_was_asked_for_does_not_give_way(computed, monkeypatch):
     assert backends.default(gpu(3)) == "triton"  # nobody was told otherwise
 
 
-def test_triton_that_fails_for_what_cuda_leaves_to_it_does_not_take_cuda_away(gpus, computed, monkeypatch):
-    monkeypatch.setattr(cuda, "_without_triton", set())
+def test_triton_that_fails_for_what_cuda_leaves_to_it_does_not_take_cuda_away(gpus, computed):
     for operation in ("forward", "backward"):
         for _ in range(2):
             cuda._instead(operation, gpu(0))
     assert computed == ["reference"] * 4
-    assert backends.default(gpu(0)) == "cuda"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.default(gpu(0)) == "cuda"
+    assert backends.given_up
+    backends.forget()
+    assert not backends.given_up
 
 
 def test_gpus_too_old_for_triton_are_not_tried(gpus):

@@ -17,6 +17,7 @@ from matrix import CASES, Case
 
 from bssn_fast import ops
 from bssn_fast.backends import cpu, extension
+from bssn_fast.layout import Batch
 
 if extension.module is None:
     pytest.skip(str(extension.why_missing()), allow_module_level=True)
@@ -167,11 +168,12 @@ def test_results_larger_than_the_caches(threads):
     weight, grad, out = (torch.randn(shape) for _ in range(3))
     vectors = [torch.nn.functional.normalize(torch.randn(n), dim=0) for n in (512, columns * 9, columns, 512 * 9)]
     snapshot, sigma = torch.empty(512 * 10 + columns * 10 + 16), torch.empty(1)
-    ops.normalize([weight], vectors, [0], [True], 1.3, 1e-12, 1, [out], snapshot, sigma, "cpu")
+    batch = Batch.of([weight], [0], [True])
+    ops.normalize(batch, [weight], vectors, 1.3, 1e-12, 1, [out], snapshot, sigma, "cpu")
     torch.testing.assert_close(out, weight * (1.3 / sigma), rtol=3e-7, atol=0)
     room = torch.empty(grad.numel() + 3)
     result = room[3:].view(shape)
-    ops.normalize_backward([grad], [weight], [0], [0], [True], 1.3, snapshot, sigma, [result], "cpu")
+    ops.normalize_backward(batch, [grad], [weight], [0], 1.3, snapshot, sigma, [result], "cpu")
     ratio = (grad.flatten().double() @ weight.flatten().double() / sigma.double()).float()
     u_out, v_out, u_in, v_in = vectors
     direction = (
@@ -206,12 +208,12 @@ def test_forked_child_works_alone(threads):
     weight, out = torch.randn(300, 150, 3, 3), torch.empty(300, 150, 3, 3)
     first = [torch.nn.functional.normalize(torch.randn(n), dim=0) for n in (300, 1350, 150, 2700)]
     vectors = [v.clone() for v in first]
-    snapshot, sigma = torch.empty(4504), torch.empty(1)
+    batch, snapshot, sigma = Batch.of([weight], [0], [True]), torch.empty(4504), torch.empty(1)
 
     def normalize():
         for v, old in zip(vectors, first, strict=True):
             v.copy_(old)
-        ops.normalize([weight], vectors, [0], [True], 1.3, 1e-12, 1, [out], snapshot, sigma, "cpu")
+        ops.normalize(batch, [weight], vectors, 1.3, 1e-12, 1, [out], snapshot, sigma, "cpu")
 
     normalize()  # the parent's threads exist now
     expected = out.clone()
@@ -252,10 +254,9 @@ def test_conversion_of_every_16_bit_number(instruction_set, bits):
     scale = abs(float(values[0]))  # sigma = u W v is then this very number, and the factor 1
     out, snapshot, sigma = torch.empty(1, len(values), dtype=bits), torch.empty(4 + len(values) + 3), torch.empty(1)
     ops.normalize(
+        Batch.of([values[None]], [0], [False]),
         [values[None]],
         [u, v],
-        [0],
-        [False],
         -scale * (values[0].sign().item() or 1) * -1,
         1e-12,
         0,
@@ -269,10 +270,9 @@ def test_conversion_of_every_16_bit_number(instruction_set, bits):
 
     back = torch.empty(1, len(finite))
     ops.normalize(
+        Batch.of([finite[None]], [0], [False]),
         [finite[None].to(bits)],
         [u, v[: len(finite)].clone()],
-        [0],
-        [False],
         float(values[0]),
         1e-12,
         0,

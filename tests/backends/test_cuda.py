@@ -13,6 +13,7 @@ from matrix import CASES, Case
 
 from bssn_fast import backends, normalize
 from bssn_fast.backends import cuda, extension
+from bssn_fast.layout import Batch
 
 if cuda_emulated.compiler() is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -231,7 +232,7 @@ def test_which_rows_are_staged(shape, dtype, staged):
     """On an H200; in the order of memory that convolutions have by default and in channels_last."""
     weight = torch.empty(shape, device="meta")
     for strides in (weight.stride(), place_strides(weight)):
-        table = cuda._Table((shape,), (strides,), (0,), (weight.ndim > 2,), (0,))
+        table = cuda._Table(Batch((shape,), (strides,), (0,), (weight.ndim > 2,)), [0])
         plan = (ctypes.c_int64 * 5)()
         cuda_emulated.library().plan_of(table.address, 1, cuda._DTYPES[dtype], *H200.limits, ctypes.addressof(plan))
         assert (plan[2] > 0) == staged

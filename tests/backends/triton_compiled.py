@@ -109,10 +109,10 @@ def _call(layers, dtype, out_dtype, memory_format, offset):
     grads = [tensor(shape, out_dtype) for shape in shapes]
     grad_weights = [tensor(shape, dtype) for shape in shapes]
     vectors = [torch.empty(size, dtype=compute_dtype) for layer in layers for size in layout.vector_sizes(*layer)]
-    _, size = layout.snapshot_offsets(tuple(shapes), tuple(dims), tuple(two_sided))
-    snapshot, sigma = torch.empty(size, dtype=compute_dtype), torch.empty(len(layers), dtype=compute_dtype)
-    backend.forward(weights, vectors, dims, two_sided, 1.0, 1e-12, 1, outs, snapshot, sigma)
-    backend.backward(grads, weights, list(range(len(layers))), dims, two_sided, 1.0, snapshot, sigma, grad_weights)
+    batch = layout.Batch.of(weights, dims, two_sided)
+    snapshot, sigma = (torch.empty(size, dtype=compute_dtype) for size in (batch.snapshot_size, len(layers)))
+    backend.forward(batch, weights, vectors, 1.0, 1e-12, 1, outs, snapshot, sigma)
+    backend.backward(batch, grads, weights, list(range(len(layers))), 1.0, snapshot, sigma, grad_weights)
 
 
 def resources(kernel, tmp_path):

@@ -62,8 +62,6 @@ class Problem:
         generator = torch.Generator().manual_seed(self.seed)
         self.out_dtype = self.out_dtype or self.dtype
         self.compute_dtype = layout.compute_dtype(self.dtype)
-        self.dims = [dim for _, dim, _, _ in self.layers]
-        self.two_sided = [two for _, _, two, _ in self.layers]
         self.buffers = []
         self.weights, self.vectors = [], []
         for shape, dim, two, memory in self.layers:
@@ -72,8 +70,8 @@ class Problem:
             for size in layout.vector_sizes(shape, dim, two):
                 v = torch.randn(size, generator=generator, dtype=torch.float64)
                 self.vectors.append(self.empty(size, self.compute_dtype).copy_(v / v.norm()))
-        shapes = tuple(shape for shape, _, _, _ in self.layers)
-        self.starts, self.snapshot_size = layout.snapshot_offsets(shapes, tuple(self.dims), tuple(self.two_sided))
+        _, dims, two_sided, _ = zip(*self.layers, strict=True)
+        self.batch = layout.Batch.of(self.weights, dims, two_sided)
         self.poison_outputs()
         self.grads = []
         for (shape, _, _, memory), weight in zip(self.layers, self.weights, strict=True):
@@ -105,23 +103,22 @@ class Problem:
         memories = [memory for _, _, _, memory in self.layers]
         self.normalized = [self.like(w, m, self.out_dtype) for w, m in zip(self.weights, memories, strict=True)]
         self.grad_weights = [self.like(w, m, self.dtype) for w, m in zip(self.weights, memories, strict=True)]
-        self.snapshot = self.empty(self.snapshot_size, self.compute_dtype)
+        self.snapshot = self.empty(self.batch.snapshot_size, self.compute_dtype)
         self.sigma = self.empty(len(self.layers), self.compute_dtype)
 
     def snapshots(self):
         sizes = [layout.vector_sizes(s, d, t) for s, d, t, _ in self.layers]
         return [
             self.snapshot[start : start + size]
-            for starts, layer_sizes in zip(self.starts, sizes, strict=True)
+            for starts, layer_sizes in zip(self.batch.snapshot_offsets, sizes, strict=True)
             for start, size in zip(starts, layer_sizes, strict=True)
         ]
 
     def forward(self, backend=triton):
         backend.forward(
+            self.batch,
             self.weights,
             self.vectors,
-            self.dims,
-            self.two_sided,
             SCALE,
             EPS,
             self.n_power_iterations,
@@ -134,11 +131,10 @@ class Problem:
     def backward(self, backend=triton, layers=None):
         layers = list(range(len(self.layers))) if layers is None else layers
         backend.backward(
+            self.batch,
             [self.grads[j] for j in layers],
             self.weights,
             layers,
-            self.dims,
-            self.two_sided,
             SCALE,
             self.snapshot,
             self.sigma,

@@ -19,24 +19,24 @@ class Call:
     def __init__(self, backend, seed=0, device="cuda", repeat=1):
         case = Case(shapes=CASE.shapes * repeat, dims=CASE.dims * repeat, seed=seed)
         self.backend, self.case, self.x = backend, case, matrix.inputs(case, device)
-        batch = Batch(self.x.weights, case.dim_list, case.two_sided)
+        self.batch = Batch.of(self.x.weights, case.dim_list, case.two_sided)
         self.normalized = [torch.empty_like(w) for w in self.x.weights]
         self.grad_weights = [torch.empty_like(w) for w in self.x.weights]
-        self.snapshot = torch.empty(batch.snapshot_size, device=device)
+        self.snapshot = torch.empty(self.batch.snapshot_size, device=device)
         self.sigma = torch.empty(len(case.shapes), device=device)
 
     def forward(self):
         c, x = self.case, self.x
         ops.normalize(
-            x.weights, x.vectors, c.dim_list, c.two_sided, c.scale, c.eps, 1, self.normalized, self.snapshot,
-            self.sigma, self.backend,
+            self.batch, x.weights, x.vectors, c.scale, c.eps, 1, self.normalized, self.snapshot, self.sigma,
+            self.backend,
         )  # fmt: skip
 
     def backward(self):
         c, x = self.case, self.x
         ops.normalize_backward(
-            x.grads, x.weights, c.layer_list, c.dim_list, c.two_sided, c.scale, self.snapshot, self.sigma,
-            self.grad_weights, self.backend,
+            self.batch, x.grads, x.weights, c.layer_list, c.scale, self.snapshot, self.sigma, self.grad_weights,
+            self.backend,
         )  # fmt: skip
 
     def both(self):

@@ -16,6 +16,8 @@ import os
 import torch
 from torch import Tensor
 
+from bssn_fast.layout import Batch
+
 DEVICES: tuple[str, ...] = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 
 
@@ -50,10 +52,9 @@ def why_unavailable(device: torch.device) -> str | None:
 
 
 def forward(
+    batch: Batch,
     weights: list[Tensor],
     vectors: list[Tensor],
-    dims: list[int],
-    two_sided: list[bool],
     scale: float,
     eps: float,
     n_power_iterations: int,
@@ -63,15 +64,14 @@ def forward(
 ) -> None:
     from bssn_fast.backends.triton import launch
 
-    launch.forward(weights, vectors, dims, two_sided, scale, eps, n_power_iterations, normalized, snapshot, sigma)
+    launch.forward(batch, weights, vectors, scale, eps, n_power_iterations, normalized, snapshot, sigma)
 
 
 def backward(
+    batch: Batch,
     grads: list[Tensor],
     weights: list[Tensor],
     layers: list[int],
-    dims: list[int],
-    two_sided: list[bool],
     scale: float,
     snapshot: Tensor,
     sigma: Tensor,
@@ -79,4 +79,4 @@ def backward(
 ) -> None:
     from bssn_fast.backends.triton import launch
 
-    launch.backward(grads, weights, layers, dims, two_sided, scale, snapshot, sigma, grad_weights)
+    launch.backward(batch, grads, weights, layers, scale, snapshot, sigma, grad_weights)

@@ -14,13 +14,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from bssn_fast import layout
 from bssn_fast.backends import reference
 from bssn_fast.backends.triton import kernels
 from bssn_fast.backends.triton.fields import encode
 from bssn_fast.backends.triton.geometry import NUM_WARPS, geometry, power_of_two
 from bssn_fast.backends.triton.prepared import MAX_ARGUMENTS, Buffers, Cache, Made, Prepared, loading, write_table
 from bssn_fast.backends.triton.program import Layer, backward_stages, build, stages
+from bssn_fast.layout import Batch
 
 TYPES = {
     torch.float64: tl.float64,
@@ -76,26 +76,27 @@ def _per_layer(vectors: Sequence[Any], two_sided: Sequence[bool]) -> list[tuple[
 
 
 def _layers(
+    batch: Batch,
     weights: Sequence[Tensor],
     outputs: dict[int, int],
     vectors: Sequence[tuple[int, ...]],
-    dims: Sequence[int],
-    two_sided: Sequence[bool],
     aligned: bool,
 ) -> tuple[list[Layer], list[int]]:
     """Return the layers that `outputs` names, with the distances of theirs, and the indices of those not addressable.
 
     Large layers come first, so that the waits at the end of a launch are for small ones.
     """
-    snapshot, _ = layout.snapshot_offsets(tuple(tuple(w.shape) for w in weights), tuple(dims), tuple(two_sided))
     layers, others = [], []
     for j in sorted(outputs, key=lambda j: -weights[j].numel()):
         w = weights[j]
-        place = geometry(w.shape, w.stride(), dims[j], two_sided[j], w.element_size(), aligned)
+        place = geometry(
+            batch.shapes[j], batch.strides[j], batch.dims[j], batch.two_sided[j], w.element_size(), aligned
+        )
         if place is None:
             others.append(j)
         else:
-            layers.append(Layer(j, place, w.data_ptr(), outputs[j], vectors[j] if vectors else (), snapshot[j]))
+            start = batch.snapshot_offsets[j]
+            layers.append(Layer(j, place, w.data_ptr(), outputs[j], vectors[j] if vectors else (), start))
     return layers, others
 
 
@@ -150,10 +151,9 @@ def _on(device: torch.device) -> Any:
 
 
 def forward(
+    batch: Batch,
     weights: Sequence[Tensor],
     vectors: Sequence[Tensor],
-    dims: Sequence[int],
-    two_sided: Sequence[bool],
     scale: float,
     eps: float,
     n_power_iterations: int,
@@ -174,14 +174,8 @@ def forward(
     def make(write: bool) -> Callable[[], Made]:
         def program() -> Made:
             aligned = _aligned(offset, *inputs, distances)
-            layers, others = _layers(
-                weights,
-                dict(enumerate(distances)),
-                _per_layer(inputs[1], two_sided),
-                dims,
-                two_sided,
-                aligned,
-            )
+            stored = _per_layer(inputs[1], batch.two_sided)
+            layers, others = _layers(batch, weights, dict(enumerate(distances)), stored, aligned)
             if not layers:
                 return None, others
             tiles = [stages(x.geometry, iterate=iterate, write=write) for x in layers]
@@ -190,16 +184,13 @@ def forward(
 
         return program
 
-    shapes = tuple((w.shape, w.stride()) for w in weights)
     key = (
         "forward",
         sigma.device,
         weights[0].dtype,
         inputs,
         distances,
-        shapes,
-        tuple(dims),
-        tuple(two_sided),
+        batch,
         offset,
         sigma.data_ptr() % 16,
         normalized[0].dtype,
@@ -222,33 +213,26 @@ def forward(
                 )
                 starts.append(start)
         _run(starts)  # not before all kernels are loaded: where that fails, no vector has changed
-    stored = _per_layer(vectors, two_sided) if others else []
+    stored = _per_layer(vectors, batch.two_sided) if others else []
     for j in others:
         reference.forward(
+            Batch.of([weights[j]], [batch.dims[j]], [batch.two_sided[j]]),
             [weights[j]],
             list(stored[j]),
-            [dims[j]],
-            [two_sided[j]],
             scale,
             eps,
             n_power_iterations,
             [normalized[j]],
-            snapshot[_snapshot_start(weights, dims, two_sided, j) :],
+            snapshot[batch.snapshot_offsets[j][0] :],
             sigma[j : j + 1],
         )
 
 
-def _snapshot_start(weights: Sequence[Tensor], dims: Sequence[int], two_sided: Sequence[bool], j: int) -> int:
-    shapes = tuple(tuple(w.shape) for w in weights)
-    return layout.snapshot_offsets(shapes, tuple(dims), tuple(two_sided))[0][j][0]
-
-
 def backward(
+    batch: Batch,
     grads: Sequence[Tensor],
     weights: Sequence[Tensor],
     layers: Sequence[int],
-    dims: Sequence[int],
-    two_sided: Sequence[bool],
     scale: float,
     snapshot: Tensor,
     sigma: Tensor,
@@ -267,23 +251,20 @@ def backward(
     def program() -> Made:
         aligned = _aligned(offset, inputs, distances)
         outputs = dict(zip(layers, distances, strict=True))
-        placed, others = _layers(weights, outputs, [], dims, two_sided, aligned)
+        placed, others = _layers(batch, weights, outputs, [], aligned)
         if not placed:
             return None, others
         built = build(placed, [backward_stages(x.geometry) for x in placed], single=single, backward=True)
         return Prepared(built, [x.position for x in placed], single, aligned, sigma.device), others
 
-    shapes = tuple((w.shape, w.stride()) for w in weights)
     key = (
         "backward",
         sigma.device,
         weights[0].dtype,
         inputs,
         distances,
-        shapes,
+        batch,
         tuple(layers),
-        tuple(dims),
-        tuple(two_sided),
         offset,
         sigma.data_ptr() % 16,
         grads[0].dtype,
@@ -306,16 +287,6 @@ def backward(
                 G_TYPE=TYPES[grads[0].dtype],
             )
             _run([start])
-    for j in others:
-        n = list(layers).index(j)
-        reference.backward(
-            [grads[n]],
-            [weights[j]],
-            [0],
-            [dims[j]],
-            [two_sided[j]],
-            scale,
-            snapshot[_snapshot_start(weights, dims, two_sided, j) :],
-            sigma[j : j + 1],
-            [grad_weights[n]],
-        )
+    places = [list(layers).index(j) for j in others]
+    left, results = [grads[n] for n in places], [grad_weights[n] for n in places]
+    reference.backward(batch, left, list(weights), others, scale, snapshot, sigma, results)
