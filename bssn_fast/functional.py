@@ -123,7 +123,11 @@ class Normalizer:
                 "bssn_fast: between the forward and the backward pass a weight was given another shape or memory "
                 "format, through `.data`; run the forward pass after such changes"
             )
-        given = [_with_strides(g, w) for g, w in zip(grads, weights, strict=True) if g is not None]
+        given = [
+            g if g.stride() == strides else _with_strides(g, w)
+            for g, w, strides in zip(grads, weights, batch.strides, strict=True)
+            if g is not None
+        ]
         layers = [j for j, g in enumerate(grads) if g is not None]
         if not layers:
             return [None] * len(weights)

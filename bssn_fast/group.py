@@ -92,40 +92,48 @@ class Group:
         settle(forget=True)
         self._usage.model_called = True
         try:
-            members, weights = self._members, [original_of(layer) for layer in self._layers]
+            weights = cast("list[Tensor]", [layer._parameters["original"] for layer in self._layers])
         except KeyError:
             refuse_flattened(None, self._members[0])
             raise
-        if any(m.state.ready is not None or m.settings.update != "forward" for m in members):
-            # Layers may have been normalised already, or taken out of the group by a later `apply` or `remove`.
-            wanted = [
-                m.settings.update == "forward" and m.state.usable(w) is None
-                for m, w in zip(members, weights, strict=True)
-            ]
-            members, weights = list(compress(members, wanted)), list(compress(weights, wanted))
+        members, iterating = self._members, [m.training for m in self._members]
+        for m in members:
+            if m.state.ready is not None or m.settings.update != "forward":
+                members, weights, iterating = self._left_to_do(weights)
+                break
         if members:
             self._offered = members
             try:
-                self._normalize(members, weights)
+                self._normalize(members, weights, iterating)
             except ShardedWeightError:
                 self._hand_over(model)
                 return self.begin(model, args)
 
-    def _normalize(self, members: list[SpectralNormalization], weights: list[Tensor]) -> None:
-        self._recomputing = in_backward()
-        iterating = [
-            m.training and not self._recomputing and (m.state.ready is None or not m.state.holds(w))
-            for m, w in zip(members, weights, strict=True)
+    def _left_to_do(self, weights: list[Tensor]) -> tuple[list[SpectralNormalization], list[Tensor], list[bool]]:
+        """Leave out layers that are normalised already, or taken out of the group by a later `apply` or `remove`.
+
+        Returns the layers, their weights, and which of them need power iterations.
+        """
+        wanted = [
+            m.settings.update == "forward" and m.state.usable(w) is None
+            for m, w in zip(self._members, weights, strict=True)
         ]
-        flags = iterating if len(set(iterating)) > 1 else [True] * len(members)
-        key = (list(map(id, members)), signature(weights), flags, [m.settings for m in members])
+        members, weights = list(compress(self._members, wanted)), list(compress(weights, wanted))
+        return members, weights, [m.training and not m.state.holds(w) for m, w in zip(members, weights, strict=True)]
+
+    def _normalize(self, members: list[SpectralNormalization], weights: list[Tensor], iterating: list[bool]) -> None:
+        self._recomputing = in_backward()
+        if self._recomputing:
+            iterating = [False] * len(members)
+        flags = iterating if len(set(iterating)) > 1 else None
+        key = (members, signature(weights), flags, [m.settings for m in members])
         planned = self._planned
         if key != planned.key:
             planned = self._planned = _Planned(key, parted_by_autocast(members, weights))
         casts = tuple([result_dtype(weights[j], True) != weights[j].dtype for j in planned.parted])
         plans = planned.plans.get(casts)
         if plans is None:
-            parts = partition(members, weights, flags)
+            parts = partition(members, weights, iterating)
             plans = [(Plan([members[j] for j in part], [weights[j] for j in part]), part) for part in parts]
             planned.plans[casts] = plans
         if self._recomputing and any(m.training for m in members):

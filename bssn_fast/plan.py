@@ -110,13 +110,7 @@ class LayerState:
         if (
             ready is None
             # A compiler must not look at versions; to it, what is here holds until the end of the call.
-            or (
-                ready is weight
-                if is_dynamo_compiling()
-                else self.weight is not weight
-                or self.version != version(weight)
-                or self.ready_version != version(ready)
-            )
+            or (ready is weight if is_dynamo_compiling() else not self._made_of(weight, ready))
             or not (ready.requires_grad or not weight.requires_grad or not torch.is_grad_enabled())
             # What was made for autocast is of no use where a model switches autocast off.
             or not (ready.dtype == weight.dtype or ready.dtype == result_dtype(weight, True))
@@ -126,6 +120,15 @@ class LayerState:
             return None
         return ready
 
+    def _made_of(self, weight: Tensor, ready: Tensor) -> bool:
+        """Whether both are what they were when the result was offered."""
+        if self.weight is not weight:
+            return False
+        try:
+            return self.version == weight._version and self.ready_version == ready._version
+        except RuntimeError:  # one of them keeps no version
+            return self.version == version(weight) and self.ready_version == version(ready)
+
     def holds(self, weight: Tensor) -> bool:
         """Whether `ready` was made of this weight as it is now: it needs no other power iteration."""
         if self.ready is None or self.weight is not weight:
@@ -134,7 +137,11 @@ class LayerState:
 
     def offer(self, weight: Tensor, normalized: Tensor, *, recomputed: bool = False) -> None:
         """Make a result available to whoever reads the layer's weight."""
-        self.weight, self.version, self.ready_version = weight, version(weight), version(normalized)
+        try:
+            self.version, self.ready_version = weight._version, normalized._version
+        except RuntimeError:
+            self.version, self.ready_version = version(weight), version(normalized)
+        self.weight = weight
         self.ready = normalized
         self.recomputed = recomputed
 

@@ -136,8 +136,7 @@ def backward(
     grad_weights: list[Tensor],
 ) -> None:
     table = _table(batch, tuple(layers), _converts(weights, grads))
-    pointers = array("q", [weights[j].data_ptr() for j in layers])
-    pointers.extend([x.data_ptr() for x in (*grads, *grad_weights)])
+    pointers = array("q", list(map(Tensor.data_ptr, (*[weights[j] for j in layers], *grads, *grad_weights))))
     first, size = sigma.data_ptr(), sigma.element_size()
     pointers.extend([first + size * j for j in layers])
     error = extension.module.cpu_backward(

@@ -143,7 +143,7 @@ def forward(
         outputs = (normalized, snapshot, sigma)
         _instead("forward", device, batch, weights, vectors, scale, eps, n_power_iterations, *outputs)
         return
-    pointers = array("q", [x.data_ptr() for x in (*weights, *normalized, *vectors)])
+    pointers = array("q", list(map(Tensor.data_ptr, (*weights, *normalized, *vectors))))
     workspace = table.workspace(True, dtype, device)
     error = extension.module.cuda_forward(
         table.address,
@@ -179,8 +179,7 @@ def backward(
     if not table.addressable or not {dtype, grads[0].dtype} <= _DTYPES.keys():
         _instead("backward", device, batch, grads, weights, layers, scale, snapshot, sigma, grad_weights)
         return
-    pointers = array("q", [weights[j].data_ptr() for j in layers])
-    pointers.extend([x.data_ptr() for x in (*grads, *grad_weights)])
+    pointers = array("q", list(map(Tensor.data_ptr, (*[weights[j] for j in layers], *grads, *grad_weights))))
     first, element = sigma.data_ptr(), sigma.element_size()
     pointers.extend([first + element * j for j in layers])
     workspace = table.workspace(False, dtype, device)
