@@ -104,3 +104,11 @@ def test_versions_of_a_later_use_are_its_own(take):
     before = second._version
     first.add_(1)
     assert second._version == before
+
+
+def test_results_of_one_use_have_versions_of_their_own(take):
+    first, second = take()
+    before = second._version
+    first.add_(1)
+    assert second._version == before
+    assert not first._is_view()

@@ -250,3 +250,34 @@ def test_autocast(dtype, backend):
         assert (found - truth).norm() <= 1.5 * (plain - truth).norm() + 1e-6 * truth.norm(), name
         ours, expected = norm_of(model.get_submodule(name)), norm_of(twin.get_submodule(name))
         torch.testing.assert_close(tuple(ours.buffers()), expected.vectors)  # also: one iteration, not two
+
+
+class Writing(Net):
+    """Writes into the weights that it computes with."""
+
+    def forward(self, x):
+        written = self.head.weight.mul_(2).sum() * self.first.weight.mul_(3).sum()
+        return super().forward(x) + written
+
+
+def test_weights_written_to_in_the_models_forward():
+    """An operation like any other, which nobody else sees, as in torch."""
+    model = bssn_fast.apply(Writing().double()).eval()  # in training, a second look at a weight would iterate in torch
+    plain = plain_copy(model)
+    x = images(2, torch.float64)
+    for _ in range(2):
+        found, expected = model(x), plain(x)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        found.sum().backward(), expected.sum().backward()
+        assert_same_gradients(model, plain, 1e-9)
+
+
+@pytest.mark.parametrize("change", [lambda w: w.contiguous(memory_format=torch.channels_last), lambda w: w[:1]])
+def test_weights_laid_out_anew_before_the_backward_pass_are_refused(change):
+    """Through `.data`, of which torch takes no notice."""
+    model = bssn_fast.apply(Net())
+    loss = model(images()).sum()
+    weight = original(model.body[1])
+    weight.data = change(weight.data)
+    with pytest.raises(RuntimeError, match="another shape or memory format"):
+        loss.backward()
