@@ -64,9 +64,11 @@ class Pool:
     def take(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """Return `views` of a buffer of arbitrary contents that no one else uses.
 
-        To torch they are no views: what is written into one of them does not count as a change of the others.
+        To torch they are no views of it: what is written into one of them does not count as a change of the others.
         """
-        if device.type != "cpu" or not _COUNTS or torch._C._len_torch_dispatch_stack() > 0:
+        if torch._C._len_torch_dispatch_stack() > 0:  # a compiler follows: to it they are views
+            return self._views(torch.empty(self._size, dtype=dtype, device=device))
+        if device.type != "cpu" or not _COUNTS:
             return [view.data for view in self._views(torch.empty(self._size, dtype=dtype, device=device))]
         with self._lock:  # the results must exist before another thread looks for a free buffer
             self._buffers = [b for b in self._buffers if b.dtype == dtype or not b.free()]

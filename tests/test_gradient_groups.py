@@ -20,9 +20,9 @@ def backward_calls(monkeypatch):
     backward = backend.backward
     seen: list[list[int]] = []
 
-    def counting(grads, weights, layers, *rest):
+    def counting(batch, grads, weights, layers, *rest):
         seen.append([weights[j].numel() for j in layers])
-        backward(grads, weights, layers, *rest)
+        backward(batch, grads, weights, layers, *rest)
 
     monkeypatch.setattr(backend, "backward", counting)
     return seen
