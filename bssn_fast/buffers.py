@@ -40,17 +40,22 @@ class _Buffer(NamedTuple):
 
     dtype: torch.dtype
     views: list[Tensor]
-    storage: int  # its address
+    address: int
+    storage: int  # the address of torch's object for the memory
     users: int  # of the storage, when nobody else refers to it
 
     def free(self) -> bool:
         """Whether no tensor, saved variable or other owner shares the memory."""
         return torch._C._storage_Use_Count(self.storage) == self.users
 
+    def moved(self) -> bool:
+        """Whether the memory has been replaced, as by shared memory that another process may be reading."""
+        return self.views[0].data_ptr() != self.address
+
 
 def _new_buffer(views: list[Tensor]) -> _Buffer:
     storage = views[0].untyped_storage()._cdata
-    return _Buffer(views[0].dtype, views, storage, torch._C._storage_Use_Count(storage))
+    return _Buffer(views[0].dtype, views, views[0].data_ptr(), storage, torch._C._storage_Use_Count(storage))
 
 
 class Pool:
@@ -71,7 +76,7 @@ class Pool:
         if device.type != "cpu" or not _COUNTS:
             return [view.data for view in self._views(torch.empty(self._size, dtype=dtype, device=device))]
         with self._lock:  # the results must exist before another thread looks for a free buffer
-            self._buffers = [b for b in self._buffers if b.dtype == dtype or not b.free()]
+            self._buffers = [b for b in self._buffers if not b.moved() and (b.dtype == dtype or not b.free())]
             for buffer in self._buffers:
                 if buffer.dtype == dtype and buffer.free():
                     return [view.data for view in buffer.views]

@@ -87,25 +87,28 @@ class Normalizer:
         )
         return Values(normalized, snapshot, sigma)
 
-    def attach(self, values: Values, weights: Sequence[Tensor]) -> list[Tensor]:
+    def attach(self, values: Values, weights: Sequence[Tensor], *, protect: bool = False) -> list[Tensor]:
         """Return the normalised weights with a graph that leads to the weights, if one is wanted.
 
         They then belong to that graph: attach copies made by `Values.aliases` to use the values again.
+
+        protect: as views, into which torch refuses to write differentiably.
         """
         if not torch.is_grad_enabled() or not any(w.requires_grad for w in weights):
             return values.normalized
         if self.parts:
-            return [w for k in range(len(self.parts)) for w in self._attach_part(k, values, weights)]
-        if len(weights) == 1:  # It may be one that is handed out by itself: into a view, torch refuses to write.
+            return [w for k in range(len(self.parts)) for w in self._attach_part(k, values, weights, protect)]
+        if protect:
             values = values._replace(normalized=[w.view_as(w) for w in values.normalized])
         with _past_saved_tensor_hooks():
             return _attached(self, values, weights)
 
-    def _attach_part(self, k: int, values: Values, weights: Sequence[Tensor]) -> list[Tensor]:
+    def _attach_part(self, k: int, values: Values, weights: Sequence[Tensor], protect: bool) -> list[Tensor]:
         part, normalizer = self.parts[k]
         offsets = [*(starts[0] for starts in self.batch.snapshot_offsets), self.batch.snapshot_size]
         snapshot = values.snapshot[offsets[part.start] : offsets[part.stop]]
-        results = normalizer.attach(Values(values.normalized[part], snapshot, values.sigma[part]), weights[part])
+        own = Values(values.normalized[part], snapshot, values.sigma[part])
+        results = normalizer.attach(own, weights[part], protect=protect)
         for graph in [w.grad_fn for w in results if w.grad_fn is not None][:1]:
             # Autograd runs what was recorded last first, and this was recorded before all layers' own operations.
             cast(Any, graph)._set_sequence_nr(_AS_SOON_AS_POSSIBLE)
@@ -118,10 +121,16 @@ class Normalizer:
         batch = self.batch
         if not self.dense:
             weights = [w if is_dense(w) else w.contiguous() for w in weights]
-        if not batch.fits(weights):
+        sigma, dtype = values.sigma, weights[0].dtype
+        if (
+            not batch.fits(weights)
+            or compute_dtype(dtype) != sigma.dtype
+            or weights[0].device != sigma.device
+            or any(w.dtype != dtype for w in weights)
+        ):
             raise RuntimeError(
-                "bssn_fast: between the forward and the backward pass a weight was given another shape or memory "
-                "format, through `.data`; run the forward pass after such changes"
+                "bssn_fast: between the forward and the backward pass a weight was given another shape, precision, "
+                "device or memory format; run the forward pass after such changes"
             )
         given = [
             g if g.stride() == strides else _with_strides(g, w)

@@ -141,9 +141,9 @@ class Group:
         results: list[list[Tensor]] = []
         for plan, part in plans:
             iterate = iterating[part[0]]
-            keep = not iterate or all(members[j].state.cached for j in part)
-            chosen = [weights[j] for j in part]
-            found = plan.normalize(chosen, iterate=iterate, keep=keep)
+            cached = [members[j].state.cached > 0 for j in part]
+            chosen, keep = [weights[j] for j in part], not iterate or all(cached)
+            found = plan.normalize(chosen, iterate=iterate, keep=keep, protect=any(cached))
             for j, normalized in zip(part, found, strict=True):
                 members[j].state.offer(weights[j], normalized, recomputed=self._recomputing)
             results += [found[s] for s in plan.parts]

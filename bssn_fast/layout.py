@@ -83,8 +83,11 @@ class Batch:
         return _batch(shapes, strides, tuple(dims), tuple(two_sided))
 
     def fits(self, weights: Sequence[Tensor]) -> bool:
-        """Whether weights have these shapes and strides."""
-        return self.shapes == tuple([w.shape for w in weights]) and self.strides == tuple([w.stride() for w in weights])
+        """Whether weights lie in memory like this."""
+        if self.shapes != tuple([w.shape for w in weights]):
+            return False
+        strides = tuple([w.stride() for w in weights])
+        return self.strides == strides or all(map(_equal_strides, self.shapes, self.strides, strides))
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Return one view of a flat buffer [size] for each weight, with its shape and strides."""
@@ -111,9 +114,11 @@ _batch = lru_cache(maxsize=256)(Batch)
 
 def same_strides(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape have equal strides wherever a stride matters."""
-    if a.stride() == b.stride():
-        return True
-    return all(size == 1 or s == t for size, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+    return a.stride() == b.stride() or _equal_strides(a.shape, a.stride(), b.stride())
+
+
+def _equal_strides(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
+    return all(size == 1 or s == t for size, s, t in zip(shape, a, b, strict=True))
 
 
 def is_dense(tensor: Tensor) -> bool:

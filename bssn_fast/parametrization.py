@@ -246,7 +246,8 @@ class SpectralNormalization(nn.Module):
         ):
             state.plan = Plan([self], [weight])
         keep = not iterate or state.cached > 0
-        (normalized,) = state.plan.normalize([weight], iterate=iterate, keep=keep)
+        # It may be written to, which `remember` sees, or be shared: neither goes together with autograd.
+        (normalized,) = state.plan.normalize([weight], iterate=iterate, keep=keep, protect=True)
         if iterate:
             self.usage.count([[normalized]])
         if state.cached and not recomputation:

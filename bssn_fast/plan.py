@@ -236,18 +236,19 @@ class Plan:
         self._written: list[int] = []  # the vectors' versions in the last evaluation
         self._kept: _Kept | None = None
 
-    def normalize(self, weights: Sequence[Tensor], *, iterate: bool, keep: bool) -> list[Tensor]:
+    def normalize(self, weights: Sequence[Tensor], *, iterate: bool, keep: bool, protect: bool = False) -> list[Tensor]:
         """Return the normalised weights, with a graph if one is wanted.
 
         iterate: run the members' power iterations first, which changes their vectors.
         keep: hold on to the values, and use those of the last such call again while nothing has changed.
+        protect: let torch refuse to write into the results differentiably.
         """
         if in_transform():
             return [normalize_plainly(m, w, iterate=iterate) for m, w in zip(self.members, weights, strict=True)]
         dtype = result_dtype(weights[0], self.members[0].autocast)
         vectors = self._current_vectors(weights)
         if keep and self._kept is not None and self._kept.current(self._states, weights, vectors, dtype):
-            return self._normalizer.attach(self._kept.values.aliases(), weights)
+            return self._normalizer.attach(self._kept.values.aliases(), weights, protect=protect)
         if self._unchecked or (not iterate and self._rewritten(vectors)):
             self._mend(weights)
         n_power_iterations = self.settings.n_power_iterations if iterate else 0
@@ -258,7 +259,7 @@ class Plan:
         if keep and any(is_managed(m) for m in self.members):
             keep = False  # FSDP puts other values at other addresses into the same parameters, of the same version
         self._kept = _Kept(self._states, weights, vectors, dtype, values) if keep else None
-        return self._normalizer.attach(values, weights)
+        return self._normalizer.attach(values, weights, protect=protect)
 
     def _current_vectors(self, weights: Sequence[Tensor]) -> list[Tensor]:
         found = [m._buffers[name] for m in self.members for name in m.vector_names]

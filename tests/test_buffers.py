@@ -112,3 +112,14 @@ def test_results_of_one_use_have_versions_of_their_own(take):
     first.add_(1)
     assert second._version == before
     assert not first._is_view()
+
+
+def test_memory_that_another_process_may_read_is_not_used_again(take):
+    first = take()[0]
+    handle = first.untyped_storage()._share_fd_cpu_()
+    received = torch.empty(0).set_(torch.UntypedStorage._new_shared_fd_cpu(*handle))
+    received.zero_()
+    del first
+    for _ in range(3):
+        take()[0].fill_(1)
+    assert not received.any()

@@ -18,6 +18,7 @@ from support import (
     same,
     vectors_of,
 )
+from torch import nn
 from torch.nn.utils import parametrize
 
 import bssn_fast
@@ -256,13 +257,16 @@ class Writing(Net):
     """Writes into the weights that it computes with."""
 
     def forward(self, x):
-        written = self.head.weight.mul_(2).sum() * self.first.weight.mul_(3).sum()
+        written = self.first.weight.mul_(3).square().sum()
         return super().forward(x) + written
 
 
-def test_weights_written_to_in_the_models_forward():
-    """An operation like any other, which nobody else sees, as in torch."""
-    model = bssn_fast.apply(Writing().double()).eval()  # in training, a second look at a weight would iterate in torch
+@pytest.mark.parametrize("gradient_groups", [1, 99])
+@pytest.mark.parametrize("names", [None, ["first"]])
+def test_weights_written_to_in_the_models_forward(gradient_groups, names):
+    """An operation like any other, which nobody else sees, as in torch; also of a layer that is alone in its call."""
+    model = bssn_fast.apply(Writing().double(), names=names, gradient_groups=gradient_groups)
+    model.eval()  # in training, a second look at a weight would iterate in torch
     plain = plain_copy(model)
     x = images(2, torch.float64)
     for _ in range(2):
@@ -272,6 +276,14 @@ def test_weights_written_to_in_the_models_forward():
         assert_same_gradients(model, plain, 1e-9)
 
 
+def test_shared_weights_cannot_be_written_to_differentiably():
+    model = bssn_fast.apply(Net())
+    with bssn_fast.cached(model):
+        model(images())
+        with pytest.raises(RuntimeError, match="modified inplace"):
+            model.head.weight.mul_(2)
+
+
 @pytest.mark.parametrize("change", [lambda w: w.contiguous(memory_format=torch.channels_last), lambda w: w[:1]])
 def test_weights_laid_out_anew_before_the_backward_pass_are_refused(change):
     """Through `.data`, of which torch takes no notice."""
@@ -279,5 +291,26 @@ def test_weights_laid_out_anew_before_the_backward_pass_are_refused(change):
     loss = model(images()).sum()
     weight = original(model.body[1])
     weight.data = change(weight.data)
-    with pytest.raises(RuntimeError, match="another shape or memory format"):
+    with pytest.raises(RuntimeError, match="another shape, precision"):
         loss.backward()
+
+
+@pytest.mark.parametrize("layers", [["body.1"], [""]])
+def test_another_precision_before_the_backward_pass_is_refused(layers):
+    model = bssn_fast.apply(Net())
+    loss = model(images()).sum()
+    for name in layers:
+        model.get_submodule(name).double()
+    with pytest.raises(RuntimeError, match="another shape, precision"):
+        loss.backward()
+
+
+def test_strides_that_mean_nothing_may_change_before_the_backward_pass():
+    model = bssn_fast.apply(nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 3, 1)).double())
+    twin, x = copy.deepcopy(model), torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    loss, expected = model(x).square().sum(), twin(x).square().sum()
+    before = original(model[0]).stride()
+    model.to(memory_format=torch.channels_last)
+    assert original(model[0]).stride() != before
+    loss.backward(), expected.backward()
+    assert_same_gradients(model, twin, 1e-12)

@@ -159,6 +159,5 @@ def run(operation: str, name: str, device: torch.device, *args: Any) -> None:
         except BackendUnavailableError as error:
             if name or os.environ.get("BSSN_FAST_BACKEND"):
                 raise
-            if (chosen, device) not in given_up:
-                given_up[chosen, device] = str(error)
-                _first_available.cache_clear()
+            given_up.setdefault((chosen, device), str(error))
+            _first_available.cache_clear()

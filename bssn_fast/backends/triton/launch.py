@@ -287,6 +287,7 @@ def backward(
                 G_TYPE=TYPES[grads[0].dtype],
             )
             _run([start])
-    places = [list(layers).index(j) for j in others]
-    left, results = [grads[n] for n in places], [grad_weights[n] for n in places]
-    reference.backward(batch, left, list(weights), others, scale, snapshot, sigma, results)
+    if others:
+        places = [list(layers).index(j) for j in others]
+        left, results = [grads[n] for n in places], [grad_weights[n] for n in places]
+        reference.backward(batch, left, list(weights), others, scale, snapshot, sigma, results)
