@@ -40,7 +40,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def snapshot_offsets(
+def _snapshot_offsets(
     shapes: tuple[tuple[int, ...], ...], dims: tuple[int, ...], two_sided: tuple[bool, ...]
 ) -> tuple[tuple[tuple[int, ...], ...], int]:
     """Return where each layer's vectors start in a snapshot (in elements), and the snapshot's length."""
@@ -70,7 +70,7 @@ class Batch:
 
     def __init__(self, shapes: Shapes, strides: Shapes, dims: tuple[int, ...], two_sided: tuple[bool, ...]) -> None:
         self.shapes, self.strides, self.dims, self.two_sided = shapes, strides, dims, two_sided
-        self.snapshot_offsets, self.snapshot_size = snapshot_offsets(shapes, dims, two_sided)
+        self.snapshot_offsets, self.snapshot_size = _snapshot_offsets(shapes, dims, two_sided)
         self.starts, self.size = [], 0
         for shape in self.shapes:
             self.starts.append(self.size)

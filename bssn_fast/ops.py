@@ -7,6 +7,7 @@ a call share device and dtype. Autograd lies outside, in `functional`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,43 +84,27 @@ def _watched(weights: Sequence[Tensor]) -> bool:
     )
 
 
-def normalize(
-    batch: Batch,
-    weights: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    scale: float,
-    eps: float,
-    n_power_iterations: int,
-    normalized: list[Tensor],
-    snapshot: Tensor,
-    sigma: Tensor,
-    backend: str,
-) -> None:
-    """Run the op `bssn_fast::normalize`, or the backend alone: torch's dispatcher is slow on long lists."""
-    settings, outputs = (scale, eps, n_power_iterations), (normalized, snapshot, sigma)
+def normalize(batch: Batch, weights: Sequence[Tensor], vectors: Sequence[Tensor], *args: Any) -> None:
+    """Run the op `bssn_fast::normalize`, or the backend alone: torch's dispatcher is slow on long lists.
+
+    The arguments are the op's, but for the geometry, which is one object.
+    """
     if not _watched(weights):
-        backends.run("forward", backend, sigma.device, batch, weights, vectors, *settings, *outputs)
+        *rest, backend = args
+        backends.run("forward", backend, weights[0].device, batch, weights, vectors, *rest)
         return
     for weight in weights:
         refuse_sharded(weight, "bssn_fast")
     with torch.no_grad():  # the weights require gradients, and what the op writes to must not
-        normalize_op(weights, vectors, batch.dims, batch.two_sided, *settings, *outputs, backend)
+        normalize_op(weights, vectors, batch.dims, batch.two_sided, *args)
 
 
 def normalize_backward(
-    batch: Batch,
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    layers: list[int],
-    scale: float,
-    snapshot: Tensor,
-    sigma: Tensor,
-    grad_weights: list[Tensor],
-    backend: str,
+    batch: Batch, grads: Sequence[Tensor], weights: Sequence[Tensor], layers: list[int], *args: Any
 ) -> None:
     """The same for `bssn_fast::normalize_backward`."""
-    rest = (scale, snapshot, sigma, grad_weights)
     if not _watched(weights):
-        backends.run("backward", backend, sigma.device, batch, grads, weights, layers, *rest)
+        *rest, backend = args
+        backends.run("backward", backend, weights[0].device, batch, grads, weights, layers, *rest)
         return
-    normalize_backward_op(grads, weights, layers, batch.dims, batch.two_sided, *rest, backend)
+    normalize_backward_op(grads, weights, layers, batch.dims, batch.two_sided, *args)

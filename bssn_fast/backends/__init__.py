@@ -17,7 +17,7 @@ layers of one device and dtype:
 - `normalized`: n tensors to write, each with the shape and strides of its weight; their common dtype is the weights'
   or another floating dtype (autocast). Calls go fastest if they, and `grad_weights` below, lie in one buffer each: what
   is prepared for one call then serves the next.
-- `snapshot`: to write, flat, compute dtype: the vectors that sigma was computed with, at `layout.snapshot_offsets`.
+- `snapshot`: to write, flat, compute dtype: the vectors that sigma was computed with, at `batch.snapshot_offsets`.
 - `sigma`: to write, [n], compute dtype.
 
 `backward(batch, grads, weights, layers, scale, snapshot, sigma, grad_weights) -> None` does so for the m <= n layers
