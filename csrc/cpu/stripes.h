@@ -14,7 +14,7 @@ namespace {
 typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t WordsInMemory __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
 
-// x * kHashMultiplier, which has 32 bits: two products of 32 bits are faster than one of 64, where there is that at all.
+// x * kHashMultiplier, which has 32 bits: two products of 32 bits are faster than one of 64.
 inline Words times_multiplier(Words x) {
 #if defined(__AVX512F__)
   const __m512i m = _mm512_set1_epi64(kHashMultiplier);
