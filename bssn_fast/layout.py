@@ -154,7 +154,7 @@ def is_plain(tensor: Tensor) -> bool:
     That is what its dispatch keys say: everything that wraps a tensor, that reads its memory in another way, or that
     has none has a key of its own. So this is false for tensors inside a `torch.func` transform or `vmap`, fake,
     functional, meta, sparse, quantized, mkldnn and nested ones, those with a negative or conjugate bit, and subclasses
-    with `__torch_dispatch__`. It is true for parameters and for tensors made in inference mode, and for the dual tensors
+    with `__torch_dispatch__`. It is true for parameters, for tensors made in inference mode, and for the dual tensors
     of forward-mode AD, which have no key: see `has_tangent`.
     """
     return _dispatch_keys(tensor).raw_repr() & _MATTER in _PLAIN
