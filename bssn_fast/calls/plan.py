@@ -14,7 +14,7 @@ from bssn_fast.calls.arguments import check_weight
 from bssn_fast.calls.contents import contents_of, version
 from bssn_fast.calls.estimation import are_units, belong, estimate_vectors, write
 from bssn_fast.calls.normalizer import Normalizer, Values
-from bssn_fast.distributed.sharded import is_managed, refuse_flattened
+from bssn_fast.distributed.sharded import is_managed, refuse_flattened, refuse_sharded
 from bssn_fast.layout import compute_dtype, is_dense, result_dtype
 
 _dtype = attrgetter("dtype")
@@ -161,9 +161,12 @@ class Plan:
     def _in_plain_operations(
         self, weights: Sequence[Tensor], iterate: bool, vectors: Sequence[Sequence[Tensor]] | None
     ) -> Results:
+        for m, w in zip(self.members, weights, strict=True):
+            refuse_sharded(w, f"bssn_fast: {m.name}")
+        given: list[Any] = [None] * len(weights) if vectors is None else list(vectors)
         found = [
             composite.normalize(m, w, iterate=iterate, vectors=v)
-            for m, w, v in zip(self.members, weights, vectors or [None] * len(weights), strict=True)
+            for m, w, v in zip(self.members, weights, given, strict=True)
         ]
         return Results([w for w, _ in found], self._normalizer, None, [v for _, v in found])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -63,10 +63,10 @@ class Block:
             return None
         return None if entry.result.requires_grad and in_backward() else entry
 
-    def iterated(self, norm: object, weight: Tensor) -> bool:
+    def iterated(self, norm: Any, weight: Tensor) -> bool:
         """Whether the vectors have had their iteration for this weight."""
         entry = self._entries.get(id(norm))
-        return entry is not None and entry.holds(weight)
+        return bool(norm.traced.iterated) if entry is None else entry.holds(weight)
 
     def keep(self, norm: object, weight: Tensor, result: Tensor, source: Source | None) -> None:
         """Keep a layer's result for later calls."""
@@ -104,7 +104,7 @@ def any_block() -> bool:
     return bool(_blocks) or parametrize._cache_enabled > 0
 
 
-class _Manager(contextlib._GeneratorContextManager):  # type: ignore[type-arg]
+class _Manager(contextlib._GeneratorContextManager[None, Any, None]):
     """A context manager that gives its generator, which has a frame as long as the `with` statement runs."""
 
     def __enter__(self) -> None:
@@ -125,9 +125,9 @@ def share(norms: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
     return _Manager(_run, (list(norms),), {})
 
 
-def _run(norms: list[Any]) -> Iterator[None]:
+def _run(norms: list[Any]) -> Generator[None, Any, None]:
     global _blocks
-    block: Any = yield
+    block = yield
     try:
         _blocks = (*[b for b in _blocks if b.running()], block)
         _tell_compiled_code(norms)

@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import get_ident
+from types import FrameType
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from bssn_fast.distributed.sharded import (
 from bssn_fast.layout import result_dtype
 from bssn_fast.modules import blocks, recomputation, writes
 from bssn_fast.modules.call import Call, Source, frame_of_call
-from bssn_fast.modules.parametrization import SpectralNormalization, original_of
+from bssn_fast.modules.parametrization import SpectralNormalization, original_of, parametrizations_of
 from bssn_fast.tracing.recording import is_exporting
 
 
@@ -73,7 +74,8 @@ class Group:
         self.published: list[Tensor | None] | None = None
 
     def _set_layers(self, layers: Iterable[ParametrizationList]) -> None:
-        layers, self._copied = list(layers), []
+        layers = list(layers)
+        self._copied: list[ParametrizationList] = []
         # Weak: what torch's own remove_parametrizations has taken off is gone.
         self._layers = [weakref.ref(layer) for layer in layers]
         self.members: list[SpectralNormalization] = [cast(SpectralNormalization, layer[0]) for layer in layers]
@@ -92,16 +94,15 @@ class Group:
         return [layer for layer in found if layer is not None]
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its plans anew, for its own layers
-        state = {**self.__dict__, "_layers": self.layers()}
-        for name in ("_planned", "_copied", "calls", "published", "members", "indices"):
+        state = {**self.__dict__, "_copied": self.layers()}
+        for name in ("_planned", "_layers", "calls", "published", "members", "indices"):
             del state[name]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
-        self._copied = self._layers  # whose parts may not all have been copied yet
-        self._layers, self.members, self.indices, self._planned = [], [], {}, _Planned()
+        self._layers, self.members, self.indices, self._planned = [], [], {}, _Planned()  # parts may be missing yet
 
     def hook(self, model: nn.Module, *, first: bool = True) -> None:
         """Take part in the model's calls, before or after other pre-hooks that are there."""
@@ -132,23 +133,30 @@ class Group:
             before = None
         if before is not None and not before.inherited:
             return  # a call inside a call
-        writes.settle(forget=True)
+        writes.settle(self.indices, forget=True)
         self._model_called = True
-        if self._copied:
-            self._set_layers(self._copied)
-        call = Call(frame, len(self._layers))
         try:
-            chosen = self._choose(call, before)
-            if chosen.members:
-                self._normalize(call, chosen)
+            call = self._called(frame, before)
         except ShardedWeightError:
             self._hand_over(model)
-            return self.begin(model, args)
+            call = self._called(frame, before)
         if self._calls_to_watch > 0 and any(m.training for m in self.members):
             self._calls_to_watch -= 1
             call.reads = set()
         self.calls[get_ident()] = call
         self.published = call.results
+
+    def _called(self, frame: FrameType, before: Call | None) -> Call:
+        """Return a call of the model with all its layers normalised."""
+        if self._copied:
+            self._set_layers(self._copied)
+        if any(ref() is None for ref in self._layers):
+            self.discard([])
+        call = Call(frame, len(self._layers))
+        chosen = self._choose(call, before)
+        if chosen.members:
+            self._normalize(call, chosen)
+        return call
 
     def _choose(self, call: Call, before: Call | None) -> _Chosen:
         """Return the layers that are to be normalised, and put what others have left into the call.
@@ -156,10 +164,6 @@ class Group:
         before: the call of a part of a model that has ended while the whole model's call goes on.
         """
         layers = [ref() for ref in self._layers]
-        if None in layers:
-            self.discard([])
-            call.__init__(call.frame, len(self._layers))  # type: ignore[misc]
-            layers = [ref() for ref in self._layers]
         try:
             weights = cast("list[Tensor]", [layer._parameters["original"] for layer in layers if layer is not None])
         except KeyError:
@@ -201,7 +205,7 @@ class Group:
                 entry = block.find(norm, weight)
                 if entry is not None:
                     ready, call.sources[j] = entry.result, entry.source
-                elif block.iterated(norm, weight) or norm.traced.iterated:
+                elif block.iterated(norm, weight):
                     held.add(j)
             if ready is not None:
                 call.put(j, weight, ready)
@@ -268,9 +272,8 @@ class Group:
         weight, result = call.weights[j], call.results[j]
         if block is None or weight is None or result is None or recomputation.in_backward():
             return
-        if composite.in_transform():
-            self.members[j].traced.iterated = True  # the result belongs to the transform
-        else:
+        self.members[j].traced.iterated = True
+        if not composite.in_transform():  # to which the result would belong
             block.keep(self.members[j], weight, result, call.sources[j])
 
     def _note(self, call: Call, chosen: _Chosen) -> None:
@@ -337,7 +340,7 @@ class Group:
         if call.reads is None or key not in call.reads:
             call.reads = {key} if call.reads is None else call.reads | {key}
             return
-        norm = module.parametrizations[tensor_name][0]  # type: ignore[index, union-attr]
+        norm = cast(SpectralNormalization, parametrizations_of(module, tensor_name)[0])
         if norm.training and norm.settings.variant == "sn":
             self._calls_to_watch, call.reads = 0, None
             warnings.warn(

@@ -209,7 +209,7 @@ class SpectralNormalization(nn.Module):
             from bssn_fast.tracing import hooks  # with it comes torch's compiler, which takes long to import
 
             return hooks.normalize_alone(self, weight)
-        writes.settle()
+        writes.settle((id(self),))
         ready = self.find(weight)
         if ready is not None:
             return ready
@@ -223,9 +223,8 @@ class SpectralNormalization(nn.Module):
         results = self._normalize_alone(weight, block, backward, inside)
         (normalized,) = results.normalized
         if block is not None and not backward:
-            if composite.in_transform():
-                self.traced.iterated = True  # the result belongs to the transform
-            else:
+            self.traced.iterated = True
+            if not composite.in_transform():  # to which the result would belong
                 block.keep(self, weight, normalized, Source(results, 0))
         elif not backward:
             if inside:
@@ -238,7 +237,7 @@ class SpectralNormalization(nn.Module):
         """Normalise this layer by itself, and let checkpoints know its vectors."""
         iterate = self.training and not backward and not self.iterated_in_call(weight)
         if block is not None:
-            iterate = iterate and not block.iterated(self, weight) and not self.traced.iterated
+            iterate = iterate and not block.iterated(self, weight)
         known = recomputation.recall(self, in_call=False) if backward and self.training else None
         for group in self.groups:
             if iterate and inside:

@@ -120,9 +120,10 @@ def _of_hooks() -> Iterator[Any]:
     `torch.distributed._composable.checkpoint` works by hooks of modules.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    code = getattr(hooks[0], "__code__", None) if hooks else None
+    pack: Any = hooks[0] if hooks else None
+    code = getattr(pack, "__code__", None)
     if code is not None and code.co_filename == _CHECKPOINT.co_filename and "frame" in code.co_freevars:
-        yield hooks[0].__closure__[code.co_freevars.index("frame")].cell_contents
+        yield pack.__closure__[code.co_freevars.index("frame")].cell_contents
 
 
 def _frames() -> Iterator[FrameType]:

@@ -11,7 +11,7 @@ import functools
 import itertools
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -46,6 +46,12 @@ class _Result(NamedTuple):
     def held(self) -> bool:
         """Whether somebody else still has the result, or a tensor or array that shares its memory."""
         return sys.getrefcount(self.result) > 2 or _sharers(self.result) > self.sharers
+
+    def may_be_adopted(self) -> bool:
+        """Whether what is written into the result can only be meant to be the weight."""
+        return (
+            self.initialising and version(self.weight) == self.weight_version and self.result.shape == self.weight.shape
+        )
 
     def written(self) -> bool:
         """Whether someone has written into the result. With gradients torch refuses to, as the result is a view."""
@@ -98,22 +104,25 @@ def _resetting() -> bool:
     return False
 
 
-def settle(*, forget: bool = False) -> None:
+def settle(norms: Container[int] = (), *, forget: bool = False) -> None:
     """Make what was written into results, before their layers were used, the weights of these layers.
 
-    forget: the results are not looked after any longer.
+    norms: ids of the parametrizations of the layers that are looked at or about to be used.
+    forget: their results are not looked after any longer.
 
-    Raises RuntimeError for what was written into the result of a layer that is in use, and where the weight before
-    normalisation has been written to as well. The write counts for nothing then.
+    Raises RuntimeError for what was written into the result of one of these layers if it is in use, and where the
+    weight before normalisation has been written to as well. The write counts for nothing then.
     """
     if not _watched or torch.compiler.is_compiling():
         return
     latest: dict[int, _Result] = {}  # the last one, of those that share memory
     for number, result in list(_watched.items()):
-        gone = result.layer() is None
-        if not gone and result.written():
+        concerned = id(result.member()) in norms
+        if result.layer() is not None and result.written():
+            if not concerned and not result.may_be_adopted():
+                continue  # its own layer will say so
             latest[id(result.weight)] = result
-        elif not gone and not forget and result.held():
+        elif result.layer() is not None and not (forget and concerned) and result.held():
             continue
         _watched.pop(number, None)
     for result in latest.values():
@@ -150,7 +159,7 @@ def settle_before_looks(kind: Any) -> None:
         return
 
     def parametrizations(self: nn.Module) -> Any:
-        settle()
+        settle(_norms(self))
         return self._modules["parametrizations"]
 
     for name in ("named_modules", "state_dict", "_apply", "__deepcopy__"):
@@ -160,8 +169,14 @@ def settle_before_looks(kind: Any) -> None:
 
 def _settling(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def settled(*args: Any, **kwargs: Any) -> Any:
-        settle()
-        return method(*args, **kwargs)
+    def settled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        settle(_norms(self))
+        return method(self, *args, **kwargs)
 
     return settled
+
+
+def _norms(module: nn.Module) -> Container[int]:
+    """Return the ids of the parametrizations of a module's weights."""
+    layers: Any = module._modules["parametrizations"]
+    return {id(norm) for layer in layers.values() for norm in layer} if _watched else ()
