@@ -210,7 +210,6 @@ LAYERS = {
     "float8": (lambda: bad_weight(torch.ones(4, 3).to(torch.float8_e4m3fn)), TypeError, "float8"),
     "empty": (lambda: bad_weight(torch.ones(0, 3)), ValueError, "empty"),
     "one_dimension": (lambda: bad_weight(torch.ones(3)), ValueError, "1 dimension"),
-    "meta": (lambda: nn.Linear(3, 4, device="meta"), ValueError, "to_empty"),
     "lazy": (lambda: nn.LazyConv2d(4, 3), ValueError, "lazy"),
     "expanded": (lambda: bad_weight(torch.ones(1, 1).expand(4, 3)), ValueError, "clone()"),
     "sparse": (lambda: bad_weight(torch.ones(4, 3).to_sparse()), TypeError, "to_dense()"),

@@ -101,7 +101,7 @@ def test_refusals_name_the_layer_and_what_to_do(ranks):
     for said in ranks.run(runs.refusals):
         for what, layer in (
             ("apply after fully_shard", "first"),
-            ("read before the first call", "bssn_fast: blocks.1.0"),
+            ("read before the first call", "bssn_fast: first"),
             ("read after a call", "bssn_fast: blocks.1.0"),
             ("tensor parallel", "0"),
         ):

@@ -141,7 +141,7 @@ BAD_CALLS = {
     "mixed dtypes": (([W, W.double()], [V, tuple(v.double() for v in V)]), {}, TypeError, r"weights\[1\]"),
     "integer": (([W.int()], [V]), {}, TypeError, "int32"),
     "one dimension": (([W[0]], [V]), {}, ValueError, r"weights\[0\]"),
-    "meta": (([W.to("meta")], [V]), {}, ValueError, "meta"),
+    "meta": (([W.to("meta")], [V]), {}, TypeError, "meta"),
     "scale": (([W], [V]), {"scale": -1}, ValueError, "scale"),
     "eps": (([W], [V]), {"eps": 0}, ValueError, "eps"),
     "iterations": (([W], [V]), {"n_power_iterations": -1}, ValueError, "n_power_iterations"),

@@ -229,14 +229,15 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)]
         differentiate = ctx.normalizer.gradients
-        if torch.is_grad_enabled() or not all(map(_has_memory, grads)):
+        if torch.is_grad_enabled() or not _have_memory(grads):
             differentiate = ctx.normalizer.differentiable_gradients
         return None, None, *differentiate(ctx.values, ctx.saved_tensors, wanted)
 
 
-def _has_memory(grad: Tensor | None) -> bool:
-    """Whether kernels can read a gradient: not where vmap runs a backward pass for many of them at a time."""
-    return grad is None or (torch._C._has_storage(grad) and not has_tangents([grad]))
+def _have_memory(grads: Sequence[Tensor | None]) -> bool:
+    """Whether kernels can read the gradients: not where vmap runs a backward pass for many of them at a time."""
+    given = [g for g in grads if g is not None]
+    return all(map(torch._C._has_storage, given)) and not has_tangents(given)
 
 
 def _attached(normalizer: Normalizer, values: Values, weights: Sequence[Tensor]) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -57,6 +58,7 @@ class Call:
         "frame",
         "grad_enabled",
         "inherited",
+        "others",
         "reads",
         "results",
         "sources",
@@ -70,7 +72,8 @@ class Call:
         self.weights: list[Tensor | None] = [None] * layers
         self.results: list[Tensor | None] = [None] * layers
         self.versions = [(0, 0)] * layers  # of weights and results
-        self.sources: list[Source | None] = [None] * layers
+        self.sources: list[tuple[list[int], Results]] = []  # of the layers with these indices
+        self.others: dict[int, Source | None] = {}  # of single layers
         self.inherited = False  # the frame is that of another call, which goes on
         self.children: list[Any] = []  # groups whose calls end with this one
         self.reads: set[tuple[int, str]] | None = None  # counted in a model's first calls
@@ -83,13 +86,14 @@ class Call:
             return True
         return False
 
-    def put(self, j: int, weight: Tensor, result: Tensor) -> None:
-        """Make a result the j-th layer's."""
-        self.weights[j], self.results[j] = weight, result
+    def put(self, indices: Sequence[int], weights: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """Make results those of the layers with these indices."""
         try:
-            self.versions[j] = weight._version, result._version
-        except RuntimeError:
-            self.versions[j] = version(weight), version(result)
+            versions = [(w._version, r._version) for w, r in zip(weights, results, strict=True)]
+        except RuntimeError:  # one of them keeps no version
+            versions = [(version(w), version(r)) for w, r in zip(weights, results, strict=True)]
+        for j, weight, result, both in zip(indices, weights, results, versions, strict=True):
+            self.weights[j], self.results[j], self.versions[j] = weight, result, both
 
     def find(self, j: int, weight: Tensor) -> Tensor | None:
         """Return the j-th layer's result if it is that of this weight as it is now, with a graph if one is wanted."""
@@ -97,14 +101,17 @@ class Call:
         if ready is None or self.weights[j] is not weight:
             return None
         try:
-            if self.versions[j] != (weight._version, ready._version):
-                return None
+            same = self.versions[j] == (weight._version, ready._version)
         except RuntimeError:  # one of them keeps no version
-            if self.versions[j] != (version(weight), version(ready)):
-                return None
-        if not serves(ready, weight):
-            return None
-        return ready if self.running() else None
+            same = self.versions[j] == (version(weight), version(ready))
+        return ready if same and serves(ready, weight) and self.running() else None
+
+    def source(self, j: int) -> Source | None:
+        """Return where the j-th layer's result comes from, if that is known."""
+        for indices, results in self.sources:
+            if j in indices:
+                return Source(results, indices.index(j))
+        return self.others.get(j)
 
     def iterated(self, j: int, weight: Tensor) -> bool:
         """Whether the layer's vectors have had their iteration for this weight in this call."""
@@ -112,7 +119,7 @@ class Call:
 
     def note_read(self, j: int, norm: object) -> None:
         """Let the checkpoint around the reading code, inside this call, know the layer's vectors."""
-        source = self.sources[j]
+        source = self.source(j)
         if source is not None and (self.grad_enabled or torch.is_grad_enabled()):  # else no graph will repeat it
             recomputation.note(norm, source.vectors, in_call=False)
 

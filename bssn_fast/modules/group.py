@@ -25,7 +25,7 @@ from bssn_fast.distributed.sharded import (
 )
 from bssn_fast.layout import result_dtype
 from bssn_fast.modules import blocks, recomputation, writes
-from bssn_fast.modules.call import Call, Source, frame_of_call
+from bssn_fast.modules.call import Call, frame_of_call
 from bssn_fast.modules.parametrization import SpectralNormalization, original_of, parametrizations_of
 from bssn_fast.tracing.recording import is_exporting
 
@@ -81,9 +81,10 @@ class Group:
         self.members: list[SpectralNormalization] = [cast(SpectralNormalization, layer[0]) for layer in layers]
         self.indices = {id(m): j for j, m in enumerate(self.members)}
         self._planned = _Planned()  # replaced at once, as other threads may be calling the model
-        for m in self.members:
-            if self not in m.groups:
-                m.groups = (*m.groups, self)
+        for j, m in enumerate(self.members):
+            m.groups = (*[g for g in m.groups if g is not self], self)
+            m.slots = tuple([(g, j if g is self else g.indices[id(m)]) for g in m.groups])
+        self._used = False
         self._shared = any(len(m.groups) > 1 for m in self.members)
 
     def layers(self) -> list[ParametrizationList]:
@@ -117,6 +118,7 @@ class Group:
         left = [layer for layer in self.layers() if id(layer[0]) not in gone]
         for m in self.members:
             m.groups = tuple([g for g in m.groups if g is not self])
+            m.slots = tuple([(g, j) for g, j in m.slots if g is not self])
         self._set_layers(left)
         if not left and not self._children:
             for handle in self._handles:
@@ -204,11 +206,11 @@ class Group:
             if block is not None:
                 entry = block.find(norm, weight)
                 if entry is not None:
-                    ready, call.sources[j] = entry.result, entry.source
+                    ready, call.others[j] = entry.result, entry.source
                 elif block.iterated(norm, weight):
                     held.add(j)
             if ready is not None:
-                call.put(j, weight, ready)
+                call.put([j], [weight], [ready])
                 continue
             if (before is not None and before.iterated(j, weight)) or norm.iterated_in_call(weight):
                 held.add(j)
@@ -231,21 +233,22 @@ class Group:
         for plan, part in plans:
             iterate = chosen.iterating[part[0]]
             cached = [blocks.block_of(chosen.members[p]) for p in part] if blocks.any_block() else []
+            weights = [chosen.weights[p] for p in part]
             results = plan.normalize(
-                [chosen.weights[p] for p in part],
+                weights,
                 iterate=iterate,
                 keep=chosen.vectors is None and (not iterate or (bool(cached) and None not in cached)),
                 protect=any(block is not None for block in cached),
                 vectors=None if chosen.vectors is None else [chosen.vectors[p] or () for p in part],
             )
-            for position, (p, normalized) in enumerate(zip(part, results.normalized, strict=True)):
-                j = chosen.indices[p]
-                call.put(j, chosen.weights[p], normalized)
-                call.sources[j] = Source(results, position)
-            for position, block in enumerate(cached):
-                self._keep(block, call, chosen.indices[part[position]])
-        for m in chosen.members:
-            if not m.used:
+            indices = [chosen.indices[p] for p in part]
+            call.put(indices, weights, results.normalized)
+            call.sources.append((indices, results))
+            for j, block in zip(indices, cached, strict=False):
+                self._keep(block, call, j)
+        if not self._used:
+            self._used = True
+            for m in self.members:
                 m.used = True
         if any(chosen.iterating):
             self._iterations += 1
@@ -274,12 +277,12 @@ class Group:
             return
         self.members[j].traced.iterated = True
         if not composite.in_transform():  # to which the result would belong
-            block.keep(self.members[j], weight, result, call.sources[j])
+            block.keep(self.members[j], weight, result, call.source(j))
 
     def _note(self, call: Call, chosen: _Chosen) -> None:
         """Let a checkpoint around the call know the vectors that its layers have."""
         for j, norm in zip(chosen.indices, chosen.members, strict=True):
-            source = call.sources[j]
+            source = call.source(j)
             if norm.training and source is not None:
                 recomputation.note(norm, source.vectors, in_call=True)
 

@@ -87,6 +87,7 @@ class SpectralNormalization(nn.Module):
         self.dim, self.autocast = dim, autocast
         self.layers = 1  # that share the weight
         self.groups: tuple[Group, ...] = ()  # in whose calls of a model the layer is normalised
+        self.slots: tuple[tuple[Group, int], ...] = ()  # the same, with the layer's index in each
         self.used = False  # a model or layer has computed with the weight
         self.measured, self.traced = Measured(), Traced()
         self.vector_names: tuple[str, ...] = ()
@@ -95,7 +96,7 @@ class SpectralNormalization(nn.Module):
         self.configure(weight, settings, known)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy begins with nothing at hand
-        return {**self.__dict__, "groups": (), "_plan": None, "_beginning": None, "traced": Traced()}
+        return {**self.__dict__, "groups": (), "slots": (), "_plan": None, "_beginning": None, "traced": Traced()}
 
     def configure(self, weight: Tensor, settings: Settings, known: Sequence[Tensor] = ()) -> None:
         """Change the settings, and compute the vectors that are not there yet.
@@ -180,10 +181,9 @@ class SpectralNormalization(nn.Module):
 
     def find(self, weight: Tensor) -> Tensor | None:
         """Return what a running call of a model has normalised the weight to."""
-        for group in self.groups:
+        for group, j in self.slots:
             call = group.calls.get(get_ident())
             if call is not None:
-                j = group.indices[id(self)]
                 ready = call.find(j, weight)
                 if ready is not None:
                     if recomputation.maybe_in_checkpoint():
@@ -193,9 +193,9 @@ class SpectralNormalization(nn.Module):
 
     def iterated_in_call(self, weight: Tensor) -> bool:
         """Whether a running call of a model has had an iteration for this weight."""
-        for group in self.groups:
+        for group, j in self.slots:
             call = group.calls.get(get_ident())
-            if call is not None and call.iterated(group.indices[id(self)], weight) and call.running():
+            if call is not None and call.iterated(j, weight) and call.running():
                 return True
         return False
 
@@ -326,10 +326,9 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
             ready = traced_result(norm)
             return layer() if ready is None else ready
         thread = get_ident()
-        for group in norm.groups:
+        for group, j in norm.slots:
             call = group.calls.get(thread)
             if call is not None:
-                j = group.indices[id(norm)]
                 ready = call.find(j, weight)
                 if ready is not None:
                     if call.reads is not None:

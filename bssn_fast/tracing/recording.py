@@ -42,10 +42,10 @@ class Traced:
 
 def traced_result(norm: Any) -> Tensor | None:
     """Return what the model's call, eager or compiled, has normalised a layer's weight to."""
-    for group in norm.groups:
+    for group, j in norm.slots:
         published = group.published
         if published is not None:
-            ready: Tensor | None = published[group.indices[id(norm)]]
+            ready: Tensor | None = published[j]
             if ready is not None:
                 return ready
     return None
