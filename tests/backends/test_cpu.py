@@ -155,8 +155,8 @@ def test_memory_to_work_in_is_bounded(c_out, c_in, k, order, weight_type, backwa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_number_of_threads_does_not_change_a_bit(threads, memory, dtype):
     case = Case(
-        shapes=((300, 150, 3, 3), *matrix.SHAPES, (700, 300), *LONG_ROWS), weight_dtype=dtype, result_dtype=dtype, memory=memory,
-        n_power_iterations=2,
+        shapes=((300, 150, 3, 3), *matrix.SHAPES, (700, 300), *LONG_ROWS), weight_dtype=dtype, result_dtype=dtype,
+        memory=memory, n_power_iterations=2,
     )  # fmt: skip
     x = matrix.inputs(case)
     threads(1)
