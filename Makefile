@@ -64,7 +64,8 @@ asan: build
 	rm -rf $(ASAN_DIR)
 	CXX=$(CXX) BSSN_FAST_SANITIZE=1 BSSN_FAST_STRICT=1 $(BIN)/python setup.py -q build --build-lib $(ASAN_DIR)
 	$(WITH_ASAN) $(BIN)/python -c "import bssn_fast._C as m; assert 'asan' in m.__file__, m.__file__"
-	$(WITH_ASAN) $(BIN)/pytest -p no:cacheprovider --capture=sys tests/backends/test_cpu.py $(ARGS)
+	$(WITH_ASAN) $(BIN)/pytest -p no:cacheprovider --capture=sys tests/backends/test_cpu.py tests/backends/test_cpu_fuzz.py \
+		tests/backends/test_hash.py $(ARGS)
 
 docs: build
 	$(BIN)/python -W error -m pdoc -d google -o build/docs bssn_fast

@@ -42,14 +42,30 @@ def unfold(weight: Tensor, dim: int) -> Tensor:
     return weight.transpose(0, dim).flatten(1)
 
 
+LONGEST_SUM = 2**12
+"""Longer sums are taken in parts: what one running sum in fp32 of millions of numbers gives is far off."""
+
+
+def product(matrix: Tensor, x: Tensor) -> Tensor:
+    """Return matrix @ x, of a matrix or a vector with a vector."""
+    parts = [m @ part for m, part in zip(matrix.split(LONGEST_SUM, -1), x.split(LONGEST_SUM), strict=True)]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def norm(x: Tensor) -> Tensor:
+    """Return |x|, of a vector."""
+    parts = [torch.linalg.vector_norm(part) for part in x.split(LONGEST_SUM)]
+    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
+
+
 def unit(x: Tensor, eps: float) -> Tensor:
     """Return x / max(|x|, eps)."""
-    return x / torch.linalg.vector_norm(x).clamp_min(eps)
+    return x / norm(x).clamp_min(eps)
 
 
 def usable(*vectors: Tensor) -> Tensor:
     """Whether all vectors are finite and none is zero, as a boolean scalar tensor."""
-    norms = torch.stack([torch.linalg.vector_norm(x) for x in vectors])
+    norms = torch.stack([norm(x) for x in vectors])
     return (torch.isfinite(norms) & (norms > 0)).all()
 
 
@@ -57,13 +73,13 @@ def usable(*vectors: Tensor) -> Tensor:
 def power_iteration(weight: Tensor, vectors: Vectors, dim: int, eps: float) -> Vectors:
     """Return the vectors after one power iteration; those of a zero or non-finite weight stay as they were."""
     matrix = unfold(weight, dim)
-    u_out = unit(matrix @ vectors[1], eps)
-    v_out = unit(matrix.mT @ u_out, eps)
+    u_out = unit(product(matrix, vectors[1]), eps)
+    v_out = unit(product(matrix.mT, u_out), eps)
     new = [torch.where(usable(u_out, v_out), x, old) for x, old in zip((u_out, v_out), vectors, strict=False)]
     if len(vectors) == 4:
         matrix = unfold(weight, 1 - dim)
-        v_in = unit(matrix.mT @ vectors[2], eps)
-        u_in = unit(matrix @ v_in, eps)
+        v_in = unit(product(matrix.mT, vectors[2]), eps)
+        u_in = unit(product(matrix, v_in), eps)
         new += [torch.where(usable(u_in, v_in), x, old) for x, old in zip((u_in, v_in), vectors[2:], strict=True)]
     return tuple(new)
 
@@ -71,9 +87,9 @@ def power_iteration(weight: Tensor, vectors: Vectors, dim: int, eps: float) -> V
 @without_autocast
 def spectral_norm(weight: Tensor, vectors: Vectors, dim: int) -> Tensor:
     """Return sigma = u W v of one direction, or the mean of both; NaN for a weight that is not finite."""
-    sigma = vectors[0] @ unfold(weight, dim) @ vectors[1]
+    sigma = product(product(unfold(weight, dim).mT, vectors[0]), vectors[1])
     if len(vectors) == 4:
-        sigma = (sigma + vectors[2] @ unfold(weight, 1 - dim) @ vectors[3]) / 2
+        sigma = (sigma + product(product(unfold(weight, 1 - dim).mT, vectors[2]), vectors[3])) / 2
     return torch.where(torch.isfinite(sigma), sigma, torch.nan)
 
 
@@ -87,9 +103,8 @@ def normalize(
 ) -> tuple[Tensor, Vectors, Tensor]:
     """Return (normalised weight, updated vectors, sigma); zero iterations use the given vectors (evaluation)."""
     w = weight.to(compute_dtype(weight.dtype))
-    with torch.no_grad():
-        for _ in range(n_power_iterations):
-            vectors = power_iteration(w, vectors, dim, eps)
+    for _ in range(n_power_iterations):  # u and v are constants, also in forward mode, which no_grad would let pass
+        vectors = power_iteration(w.detach(), vectors, dim, eps)
     sigma = spectral_norm(w, vectors, dim)
     return (w * multiplier(sigma, scale)).to(weight.dtype), vectors, sigma
 

@@ -42,6 +42,14 @@ PYBIND11_MODULE(_C, module) {
       },
       "Hash of n samples of tensors.");
   module.def(
+      "cpu_workspace",
+      [](uintptr_t geometry, int64_t n, int64_t weight_type, int threads, bool backward) {
+        const auto* layers = reinterpret_cast<const Geometry*>(geometry);
+        return backward ? bssn::cpu::backward_workspace(layers, n, DType(weight_type), threads)
+                        : bssn::cpu::forward_workspace(layers, n, DType(weight_type), threads);
+      },
+      "Bytes that a call works in; for the tests.");
+  module.def(
       "cpu_hash",
       [](uintptr_t addresses, uintptr_t sizes, int64_t n, int threads, uintptr_t out) {
         py::gil_scoped_release release;

@@ -1,5 +1,6 @@
 """Makes the tests' helper modules importable and pins what would make results depend on the machine."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +11,12 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "backends")]
 
-hypothesis.settings.register_profile("bssn_fast", deadline=None, derandomize=True, max_examples=40)
+FUZZ = float(os.environ.get("BSSN_FAST_FUZZ", "1"))
+"""How many times longer than usual the tests with random inputs run. The inputs of a number are always the same."""
+
+hypothesis.settings.register_profile(
+    "bssn_fast", deadline=None, derandomize=True, max_examples=max(1, round(40 * FUZZ))
+)
 hypothesis.settings.load_profile("bssn_fast")
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from bssn_fast import reference
 from bssn_fast.layout import needs_two_sides, vector_sizes
@@ -126,3 +127,60 @@ def test_halves_compute_in_float32(dtype):
     assert sigma.dtype == after[0].dtype == torch.float32
     assert torch.equal(normalized, full.to(dtype))
     assert torch.equal(sigma, sigma_full)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_power_iterations", [0, 1])
+@pytest.mark.parametrize("shape", [(2**20, 1), (1, 2**20), (2**19, 2), (2**17, 2, 3), (3, 2**17, 2)])
+def test_long_sums_keep_their_digits(shape, n_power_iterations, dtype):
+    """One running sum in fp32 over as many numbers is off by 1e-4 and more."""
+    weight = torch.randn(shape).to(dtype)
+    both = needs_two_sides(shape)
+    for dim in (0, 1):
+        vectors = start(weight.double(), dim, both)
+        if n_power_iterations == 0:
+            vectors = reference.power_iteration(weight.double(), vectors, dim, 1e-12)
+        single = tuple(v.float() for v in vectors)
+        settings = {"scale": 1, "eps": 1e-12, "n_power_iterations": n_power_iterations}
+        _, found_vectors, found = reference.normalize(weight, single, dim, **settings)
+        exact_start = tuple(v.double() for v in single)
+        _, exact_vectors, exact = reference.normalize(weight.double(), exact_start, dim, **settings)
+        assert abs(float(found) / float(exact) - 1) < 5e-6
+        for v, w in zip(found_vectors, exact_vectors, strict=True):
+            assert float((v.double() - w).norm()) < 1e-5
+
+
+@pytest.mark.parametrize("longest", [1, 5, 2**12])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_sums_in_parts_are_the_same_function(monkeypatch, both, dim, longest):
+    """Values, both derivatives, forward mode, and under vmap, however short the parts are."""
+    weight = torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    vectors = start(weight, dim, both)
+
+    def normalize(w):
+        return reference.normalize(w, vectors, dim, scale=1.3, eps=1e-12, n_power_iterations=0)[0]
+
+    expected = normalize(weight)
+    monkeypatch.setattr(reference, "LONGEST_SUM", longest)
+    torch.testing.assert_close(normalize(weight), expected, rtol=1e-13, atol=1e-14)
+    assert torch.autograd.gradcheck(normalize, weight, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(normalize, weight)
+    several = torch.randn(3, *weight.shape, dtype=torch.float64)
+    torch.testing.assert_close(torch.vmap(normalize)(several), torch.stack([normalize(w) for w in several]))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_forward_mode_holds_the_vectors_constant_as_backward_does(both):
+    weight, tangent = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
+    vectors = start(weight, 0, both)
+
+    def normalize(w):
+        return reference.normalize(w, vectors, 0, scale=1.3, eps=1e-12, n_power_iterations=2)[0]
+
+    by_rows = torch.autograd.functional.jacobian(normalize, weight).flatten(0, 3).flatten(1)
+    expected = (by_rows @ tangent.flatten()).view_as(weight)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(normalize(forward_ad.make_dual(weight, tangent))).tangent
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(torch.func.jvp(normalize, (weight,), (tangent,))[1], expected, rtol=1e-11, atol=1e-12)

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cpu.h"
-#include "rows.h"
+#include "pieces.h"
 #include "schedule.h"
 
 namespace bssn::cpu {
@@ -24,28 +24,37 @@ class Backward {
         scale_(scale),
         states_(n),
         workers_(threads) {
-    int64_t bytes = 0, columns = 0, kernel = 1, total = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      const Layer& layer = layers[j];
-      bytes += Workspace::bytes<double>(chunk_count(layer));
-      columns = std::max({columns, layer.columns(), row_size(layer)});
-      kernel = std::max(kernel, layer.kernel);
-      total += layer.size();
-    }
-    stream_ = exceeds_last_level_cache(total * (2 * element_size(weight_type) + element_size(grad_type)));
-    const int64_t buffer = std::max(columns, kConversion);
-    const int64_t worker_bytes = 2 * Workspace::bytes<T>(columns) + Workspace::bytes<T>(period_elements(kernel)) +
-                                 Workspace::bytes<T>(kernel) + 2 * RowBuffer<T>::bytes(buffer);
-    workspace.reserve(bytes + threads * worker_bytes);
+    const Room room = room_for(layers, n, threads);
+    stream_ = exceeds_last_level_cache(room.elements * (2 * element_size(weight_type) + element_size(grad_type)));
+    workspace.reserve(room.bytes);
     for (int64_t j = 0; j < n; ++j) states_[j].inner = workspace.take<double>(chunk_count(layers[j]));
     for (Worker& worker : workers_) {
-      worker.u = workspace.take<T>(columns);
-      worker.v = workspace.take<T>(columns);
-      worker.scratch = workspace.take<T>(period_elements(kernel));
-      worker.b = workspace.take<T>(kernel);
-      worker.in.take(workspace, buffer);
-      worker.out.take(workspace, buffer);
+      worker.u = workspace.take<T>(room.columns);
+      worker.v = workspace.take<T>(room.columns);
+      worker.scratch = workspace.take<T>(room.scratch);
+      worker.b = workspace.take<T>(room.columns);
+      worker.in.take(workspace, room.columns);
+      worker.out.take(workspace, room.columns);
     }
+  }
+
+  // What the layers need, and of it `columns` and `scratch` numbers for each thread.
+  struct Room {
+    int64_t columns = kConversion, scratch = 0, elements = 0, bytes = 0;
+  };
+
+  static Room room_for(const Layer* layers, int64_t n, int threads) {
+    Room room;
+    for (int64_t j = 0; j < n; ++j) {
+      const Layer& layer = layers[j];
+      room.bytes += Workspace::bytes<double>(chunk_count(layer));
+      room.columns = std::max(room.columns, std::min(row_size(layer), kPieceColumns));
+      room.scratch = std::max(room.scratch, period_elements(std::min(layer.kernel, kLongKernel)));
+      room.elements += layer.size();
+    }
+    room.bytes += threads * (3 * Workspace::bytes<T>(room.columns) + Workspace::bytes<T>(room.scratch) +
+                             2 * RowBuffer<T>::bytes(room.columns));
+    return room;
   }
 
   static constexpr int64_t kPhases = 2;
@@ -119,27 +128,40 @@ class Backward {
 
   void write_rows_of_gradient(const Layer& layer, const State& state, int64_t begin, int64_t end,
                               const Worker& worker) const {
-    const int64_t n = row_size(layer), k_size = layer.kernel;
-    const Sides sides = sides_of(layer, worker);
+    for_pieces(layer, [&](const Piece& piece) { write_pieces(layer, state, begin, end, piece, worker); });
+    if (stream_) kernels<T>().finish_streaming();
+  }
+
+  void write_pieces(const Layer& layer, const State& state, int64_t begin, int64_t end, const Piece& piece,
+                    const Worker& worker) const {
+    const int64_t n = piece.size(), k_size = piece.positions;
+    const Sides sides = sides_of(layer, piece, worker);
     const double share = state.factor * state.ratio * (layer.two_sided ? 0.5 : 1);
+    const T factor = T(state.factor);
     const bool in_place = direct<T>(layer, weight_type_);
     const int64_t block = block_rows(layer);
     for (int64_t row = begin; row < end; row += block) {
       const int64_t count = std::min(block, end - row);
       const T* grads[kMaxBlockRows];
-      read_rows(layer, layer.grad, grad_type_, row, count, worker.in, grads);
-      T* out = in_place ? static_cast<T*>(layer.output) + row * n : worker.out.numbers;
+      read_rows(layer, layer.grad, grad_type_, row, count, piece, worker.in, grads);
       for (int64_t j = 0; j < count; ++j) {
+        T* out = in_place ? static_cast<T*>(layer.output) + (row + j) * row_size(layer) + piece.first
+                          : worker.out.numbers + j * n;
         if (sides.v_other != nullptr) {
-          for (int64_t k = 0; k < k_size; ++k) worker.b[k] = T(share * double(sides.v_other[(row + j) * k_size + k]));
+          const T* v_other = sides.v_other + (row + j) * layer.kernel + piece.position;
+          for (int64_t k = 0; k < k_size; ++k) worker.b[k] = T(share * double(v_other[k]));
         }
         const T a = sides.u_row == nullptr ? T(0) : T(share * double(sides.u_row[row + j]));
-        kernels<T>().grad_row(grads[j], T(state.factor), a, sides.v, worker.b, sides.u_other, n, k_size,
-                              kernel_major(layer), stream_ && in_place, worker.scratch, out + j * n);
+        if (piece.long_kernel && sides.v_other != nullptr) {  // one channel: the positions are the columns
+          kernels<T>().grad_row(grads[j], factor, a, sides.v, sides.u_other, worker.b, n, 1, true, false,
+                                worker.scratch, out);
+        } else {
+          kernels<T>().grad_row(grads[j], factor, a, sides.v, worker.b, sides.u_other, n, k_size, piece.kernel_major,
+                                stream_ && in_place, worker.scratch, out);
+        }
       }
-      if (!in_place) write_rows(layer, worker.out, row, count, weight_type_, layer.output);
+      if (!in_place) write_rows(layer, worker.out, row, count, piece, weight_type_, layer.output);
     }
-    if (stream_ && in_place) kernels<T>().finish_streaming();
   }
 
   // S of a row is u_row[row] v + v_other[row, k] u_other, where row is o and `other` the input side; in input-major
@@ -148,16 +170,16 @@ class Backward {
     const T *u_row, *v, *v_other, *u_other;
   };
 
-  static Sides sides_of(const Layer& layer, const Worker& worker) {
+  static Sides sides_of(const Layer& layer, const Piece& piece, const Worker& worker) {
     const T* const u_out = static_cast<const T*>(layer.snapshot[0]);
     const T* const u_in = static_cast<const T*>(layer.snapshot[2]);
     const T* const v_in = static_cast<const T*>(layer.snapshot[3]);
     if (layer.order == Order::input_major) {
-      const T* u = over_columns(layer, u_out, layer.c_out, worker.u);
-      return {u_in, layer.two_sided ? v_in : u, static_cast<const T*>(layer.snapshot[1]), u};
+      const T* u = over_columns(piece, u_out, worker.u);
+      return {u_in, layer.two_sided ? v_in + piece.first : u, static_cast<const T*>(layer.snapshot[1]), u};
     }
-    const T* v = in_row_order(layer, layer.snapshot[1], worker.v);
-    return {u_out, v, v_in, over_columns(layer, u_in, layer.c_in, worker.u)};
+    const T* v = in_row_order(layer, piece, layer.snapshot[1], worker.v);
+    return {u_out, v, v_in, over_columns(piece, u_in, worker.u)};
   }
 
   const Layer* layers_;
@@ -171,9 +193,6 @@ class Backward {
 template <class T>
 void run(const Layer* layers, int64_t n, DType weight_type, DType grad_type, double scale, int threads) {
   static thread_local Workspace workspace;
-  int64_t bytes = 0;
-  for (int64_t j = 0; j < n; ++j) bytes += layers[j].size() * element_size(weight_type);
-  threads = useful_threads(threads, bytes);
   Backward<T> work(layers, n, weight_type, grad_type, scale, threads, workspace);
   Schedule schedule(n, work.kPhases, [&](int64_t j, int64_t phase, auto add) { work.tiles(j, phase, add); });
   schedule.run(work, threads);
@@ -181,19 +200,26 @@ void run(const Layer* layers, int64_t n, DType weight_type, DType grad_type, dou
 
 }  // namespace
 
+int64_t backward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int threads) {
+  const std::vector<Layer> layers = with_geometry(geometry, n);
+  threads = useful_threads(threads, layers, weight_type);
+  return weight_type == DType::f64 ? Backward<double>::room_for(layers.data(), n, threads).bytes
+                                   : Backward<float>::room_for(layers.data(), n, threads).bytes;
+}
+
 int backward(const Geometry* geometry, int64_t n, void* const* pointers, void* snapshot, DType weight_type,
              DType grad_type, double scale, int threads) {
   try {
-    std::vector<Layer> layers(static_cast<size_t>(n));
+    std::vector<Layer> layers = with_geometry(geometry, n);
     for (int64_t j = 0; j < n; ++j) {
       Layer& layer = layers[j];
-      static_cast<Geometry&>(layer) = geometry[j];
       layer.weight = pointers[j];
       layer.grad = pointers[n + j];
       layer.output = pointers[2 * n + j];
       layer.sigma = pointers[3 * n + j];
       point_to_snapshot(snapshot, weight_type == DType::f64 ? 8 : 4, layer);
     }
+    threads = useful_threads(threads, layers, weight_type);
     largest_first(layers);
     if (weight_type == DType::f64) {
       run<double>(layers.data(), n, weight_type, grad_type, scale, threads);

@@ -27,6 +27,10 @@ struct Sample {
 // A hash of n samples.
 uint64_t fingerprint(const Sample* samples, int64_t n);
 
+// Bytes that the two need to work in, beside what they are given. Each thread's share is bounded.
+int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int threads);
+int64_t backward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int threads);
+
 // One hash for each of n stretches of memory, over all their bytes: sizes [n] in bytes, out [n]. A single changed
 // number is seen for certain. The result depends neither on `threads` nor on the instruction set.
 int hash(const int64_t* addresses, const int64_t* sizes, int64_t n, int threads, uint64_t* out);

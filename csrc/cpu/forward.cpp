@@ -10,8 +10,7 @@
 
 #include "cpu.h"
 #include "direction.h"
-#include "rows.h"
-#include "schedule.h"
+#include "forward_tiles.h"
 
 namespace bssn::cpu {
 namespace {
@@ -23,9 +22,14 @@ double norm(const T* x, int64_t n) {
 
 template <class T>
 double inner(const T* a, const T* b, int64_t n) {
-  double sum = 0;
-  for (int64_t j = 0; j < n; ++j) sum += double(a[j]) * double(b[j]);
-  return sum;
+  constexpr int64_t kBlock = 256;  // one long sum would lose digits of fp64
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    double sum = 0;
+    for (int64_t j = begin; j < std::min(begin + kBlock, n); ++j) sum += double(a[j]) * double(b[j]);
+    total += sum;
+  }
+  return total;
 }
 
 template <class T>
@@ -46,26 +50,40 @@ class Forward {
         iterations_(iterations),
         states_(n),
         workers_(threads) {
-    int64_t bytes = 0, columns = 0, kernel = 1, total = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      const Layer& layer = layers[j];
-      bytes += state_bytes(layer);
-      columns = std::max({columns, layer.columns(), tile_rows(layer, sizeof(T)) * layer.kernel});
-      kernel = std::max(kernel, layer.kernel);
-      total += layer.size();
-    }
-    stream_ = exceeds_last_level_cache(total * (element_size(weight_type) + element_size(output_type)));
-    const int64_t scratch = kMaxBlockRows * period_elements(kernel);
-    const int64_t worker_bytes = 2 * Workspace::bytes<T>(columns) + Workspace::bytes<T>(scratch) +
-                                 RowBuffer<T>::bytes(std::max(columns, kConversion));
-    workspace.reserve(bytes + threads * worker_bytes);
+    const Room room = room_for(layers, n, threads);
+    stream_ = exceeds_last_level_cache(room.elements * (element_size(weight_type) + element_size(output_type)));
+    workspace.reserve(room.bytes);
     for (int64_t j = 0; j < n; ++j) take_state(workspace, layers[j], states_[j]);
     for (Worker& worker : workers_) {
-      worker.u = workspace.take<T>(columns);
-      worker.v = workspace.take<T>(columns);
-      worker.scratch = workspace.take<T>(scratch);
-      worker.rows.take(workspace, std::max(columns, kConversion));
+      worker.u = workspace.take<T>(room.columns);
+      worker.v = workspace.take<T>(room.columns);
+      worker.q = workspace.take<T>(room.positions);
+      worker.scratch = workspace.take<T>(room.scratch);
+      worker.rows.take(workspace, room.columns);
     }
+  }
+
+  // What the layers need, and of it `columns`, `positions` and `scratch` numbers for each thread.
+  struct Room {
+    int64_t columns = kConversion, positions = 0, scratch = 0, elements = 0, bytes = 0;
+  };
+
+  static Room room_for(const Layer* layers, int64_t n, int threads) {
+    Room room;
+    for (int64_t j = 0; j < n; ++j) {
+      const Layer& layer = layers[j];
+      const bool input_major = layer.order == Order::input_major;
+      const int64_t kernel = std::min(layer.kernel, kLongKernel);
+      room.bytes += state_bytes(layer);
+      room.columns = std::max(room.columns, input_major ? tile_rows(layer, sizeof(T)) * layer.kernel
+                                                        : std::min(layer.columns(), kPieceColumns));
+      room.positions = std::max(room.positions, kMaxBlockRows * kernel);
+      room.scratch = std::max(room.scratch, kMaxBlockRows * period_elements(kernel));
+      room.elements += layer.size();
+    }
+    room.bytes += threads * (2 * Workspace::bytes<T>(room.columns) + Workspace::bytes<T>(room.positions) +
+                             Workspace::bytes<T>(room.scratch) + RowBuffer<T>::bytes(room.columns));
+    return room;
   }
 
   int64_t phases() const { return std::max<int64_t>(iterations_, 1) + 1; }
@@ -87,10 +105,9 @@ class Forward {
   void tile(const Ticket& ticket, int worker) {
     if (ticket.phase + 1 == phases()) {
       write_output(layers_[ticket.layer], states_[ticket.layer].factor, ticket.begin, ticket.end, workers_[worker]);
-    } else if (layers_[ticket.layer].order == Order::input_major) {
-      read_input_major(ticket, workers_[worker]);
     } else {
-      read_weight(ticket, workers_[worker]);
+      const Layer& layer = layers_[ticket.layer];
+      TileReader<T>(layer, weight_type_, iterations_ > 0, ticket, states_[ticket.layer], workers_[worker]).read();
     }
   }
 
@@ -110,27 +127,13 @@ class Forward {
 
  private:
   static constexpr int64_t kConversion = 4096;  // elements converted at a time
-  static constexpr int64_t kInputRows = 4;      // rows of input-major layers worked on together
-  static constexpr int64_t kAhead = 12;         // rows of them that are fetched ahead: they are short
-
-  struct State {
-    T *s, *q;  // [c_out], [c_out, kernel]
-    T *t, *r;  // [tiles, columns], [tiles, r_size]: each tile's sums
-    T* r_sum;  // [c_in]
-    T factor;  // scale / sigma
-  };
-  struct Worker {
-    T *u, *v, *scratch;
-    RowBuffer<T> rows;
-  };
+  using State = Sums<T>;
+  using Worker = ForwardRoom<T>;
 
   bool in_one_go(const Layer& layer) const {
     return layer.size() * int64_t(sizeof(T)) <= kWholeLayerBytes && tile_count(layer, sizeof(T)) == 1 &&
            iterations_ <= 1;
   }
-
-  // Rows of output channels give r in one number for each column; rows of input channels for each channel.
-  static int64_t r_size(const Layer& layer) { return layer.order == Order::input_major ? layer.c_in : layer.columns(); }
 
   static int64_t state_bytes(const Layer& layer) {
     const int64_t tiles = tile_count(layer, sizeof(T));
@@ -154,102 +157,6 @@ class Forward {
   static int64_t vector_size(const Layer& layer, int i) {
     const int64_t sizes[4] = {layer.c_out, layer.columns(), layer.c_in, layer.c_out * layer.kernel};
     return sizes[i];
-  }
-
-  void read_weight(const Ticket& ticket, Worker& worker) {
-    const Layer& layer = layers_[ticket.layer];
-    const State& state = states_[ticket.layer];
-    const int64_t n = layer.columns();
-    const T* v = in_row_order(layer, layer.vectors[1], worker.v);
-    const T* u = over_columns(layer, static_cast<const T*>(layer.vectors[2]), layer.c_in, worker.u);
-    T* t = state.t + ticket.tile * n;
-    T* r = layer.two_sided ? state.r + ticket.tile * n : nullptr;
-    if (iterations_ > 0) {
-      std::fill_n(t, n, T(0));
-      if (r != nullptr) std::fill_n(r, n, T(0));
-    }
-    if (iterations_ > 0 && direct<T>(layer, weight_type_)) return read_in_steps(ticket, v, u, t, r, worker);
-    const int64_t block = block_rows(layer);
-    for (int64_t row = ticket.begin; row < ticket.end; row += block) {
-      const int64_t count = std::min(block, ticket.end - row);
-      const T* rows[kMaxBlockRows];
-      read_rows(layer, layer.weight, weight_type_, row, count, worker.rows, rows);
-      T* q = layer.two_sided ? state.q + row * layer.kernel : nullptr;
-      kernels<T>().dot_rows(rows, count, v, u, n, layer.kernel, kernel_major(layer), worker.scratch, state.s + row, q);
-      if (iterations_ > 0) {
-        kernels<T>().add_rows(rows, count, state.s + row, q, n, layer.kernel, kernel_major(layer), 0, worker.scratch, t,
-                              r);
-      }
-    }
-  }
-
-  // Rows that are read in place: while a block of them is added, the next is on its way from memory.
-  void read_in_steps(const Ticket& ticket, const T* v, const T* u, T* t, T* r, Worker& worker) {
-    const Layer& layer = layers_[ticket.layer];
-    const State& state = states_[ticket.layer];
-    const int64_t n = layer.columns(), kernel = layer.kernel;
-    const bool major = kernel_major(layer);
-    const T *rows[kStepRows], *next[kStepRows];
-    const auto point = [&](const T** to, int64_t row) {
-      for (int64_t j = 0; j < std::min<int64_t>(kStepRows, ticket.end - row); ++j)
-        to[j] = static_cast<const T*>(layer.weight) + (row + j) * n;
-    };
-    const auto q_of = [&](int64_t row) { return layer.two_sided ? state.q + row * kernel : nullptr; };
-    int64_t row = ticket.begin, count = std::min<int64_t>(kStepRows, ticket.end - row);
-    point(rows, row);
-    kernels<T>().dot_rows(rows, count, v, u, n, kernel, major, worker.scratch, state.s + row, q_of(row));
-    for (; row + 2 * kStepRows <= ticket.end; row += kStepRows) {
-      point(next, row + kStepRows);
-      kernels<T>().step(rows, state.s + row, q_of(row), next, v, u, n, kernel, major, worker.scratch,
-                        state.s + row + kStepRows, q_of(row + kStepRows), t, r);
-      std::copy_n(next, kStepRows, rows);
-    }
-    kernels<T>().add_rows(rows, count, state.s + row, q_of(row), n, kernel, major, 0, worker.scratch, t, r);
-    row += count;
-    count = ticket.end - row;
-    if (count == 0) return;
-    point(rows, row);
-    kernels<T>().dot_rows(rows, count, v, u, n, kernel, major, worker.scratch, state.s + row, q_of(row));
-    kernels<T>().add_rows(rows, count, state.s + row, q_of(row), n, kernel, major, 0, worker.scratch, t, r);
-  }
-
-  // The same for W[i, o, k], a range of o at a time. What was summed up over the columns of a row is now added up over
-  // rows, and the other way round: one pass over the tile's rows gives q and s, a second one, from the cache, r and t.
-  void read_input_major(const Ticket& ticket, Worker& worker) {
-    const Layer& layer = layers_[ticket.layer];
-    const State& state = states_[ticket.layer];
-    const int64_t k_size = layer.kernel, n = (ticket.end - ticket.begin) * k_size;
-    const T* first = static_cast<const T*>(layer.weight) + ticket.begin * k_size;
-    const T* v_out = static_cast<const T*>(layer.vectors[1]);
-    const T* u_in = static_cast<const T*>(layer.vectors[2]);
-    const T zeros[kInputRows] = {};
-    T* s_columns = worker.v;  // s[o, k], to be summed up over k
-    T* q = layer.two_sided ? state.q + ticket.begin * k_size : worker.u;
-    std::fill_n(s_columns, n, T(0));
-    std::fill_n(q, n, T(0));
-    for (int64_t i = 0; i < layer.c_in; i += kInputRows) {
-      const int64_t count = std::min(kInputRows, layer.c_in - i);
-      const T* rows[kInputRows];
-      for (int64_t j = 0; j < count; ++j) rows[j] = first + (i + j) * row_size(layer);
-      kernels<T>().add_rows(rows, count, layer.two_sided ? u_in + i : zeros, v_out + i * k_size, n, k_size, false,
-                            kAhead * row_size(layer), worker.scratch, q, s_columns);
-    }
-    T* s = state.s + ticket.begin;
-    for (int64_t o = 0; o < ticket.end - ticket.begin; ++o) {
-      s[o] = 0;
-      for (int64_t k = 0; k < k_size; ++k) s[o] += s_columns[o * k_size + k];
-    }
-    if (iterations_ == 0) return;
-    over_columns(layer, s, ticket.end - ticket.begin, s_columns);
-    T* t = state.t + ticket.tile * layer.columns();
-    for (int64_t i = 0; i < layer.c_in; i += kInputRows) {
-      const int64_t count = std::min(kInputRows, layer.c_in - i);
-      const T* rows[kInputRows];
-      for (int64_t j = 0; j < count; ++j) rows[j] = first + (i + j) * row_size(layer);
-      T unused[kInputRows];
-      T* r = layer.two_sided ? state.r + ticket.tile * r_size(layer) + i : unused;
-      kernels<T>().dot_rows(rows, count, q, s_columns, n, k_size, false, worker.scratch, r, t + i * k_size);
-    }
   }
 
   // Adds the tiles' sums in their order, into the first.
@@ -345,9 +252,6 @@ template <class T>
 void run(const Layer* layers, int64_t n, DType weight_type, DType output_type, double scale, double eps,
          int64_t iterations, int threads) {
   static thread_local Workspace workspace;
-  int64_t bytes = 0;
-  for (int64_t j = 0; j < n; ++j) bytes += layers[j].size() * element_size(weight_type);
-  threads = useful_threads(threads, bytes);
   Forward<T> work(layers, n, weight_type, output_type, scale, eps, iterations, threads, workspace);
   Schedule schedule(n, work.phases(), [&](int64_t j, int64_t phase, auto add) { work.tiles(j, phase, add); });
   schedule.run(work, threads);
@@ -355,21 +259,28 @@ void run(const Layer* layers, int64_t n, DType weight_type, DType output_type, d
 
 }  // namespace
 
+int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int threads) {
+  const std::vector<Layer> layers = with_geometry(geometry, n);
+  threads = useful_threads(threads, layers, weight_type);
+  return weight_type == DType::f64 ? Forward<double>::room_for(layers.data(), n, threads).bytes
+                                   : Forward<float>::room_for(layers.data(), n, threads).bytes;
+}
+
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, void* snapshot, void* sigma, DType weight_type,
             DType output_type, double scale, double eps, int64_t iterations, int threads) {
   try {
     const int64_t number = weight_type == DType::f64 ? 8 : 4;
-    std::vector<Layer> layers(static_cast<size_t>(n));
+    std::vector<Layer> layers = with_geometry(geometry, n);
     void* const* vector = pointers + 2 * n;
     for (int64_t j = 0; j < n; ++j) {
       Layer& layer = layers[j];
-      static_cast<Geometry&>(layer) = geometry[j];
       layer.weight = pointers[j];
       layer.output = pointers[n + j];
       for (int i = 0; i < (layer.two_sided ? 4 : 2); ++i) layer.vectors[i] = *vector++;
       point_to_snapshot(snapshot, number, layer);
       layer.sigma = static_cast<std::byte*>(sigma) + j * number;
     }
+    threads = useful_threads(threads, layers, weight_type);
     largest_first(layers);
     if (weight_type == DType::f64) {
       run<double>(layers.data(), n, weight_type, output_type, scale, eps, iterations, threads);

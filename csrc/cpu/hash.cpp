@@ -18,21 +18,22 @@ namespace {
 constexpr int64_t kChunk = 128 * 1024;
 constexpr int kLanes = kHashStripe / 8;
 
-uint64_t mix(uint64_t x) {
+constexpr uint64_t mix(uint64_t x) {
   x = (x ^ (x >> 32)) * 0x9e3779b97f4a7c15u;
   x = (x ^ (x >> 29)) * 0xd6e8feb86659fd93u;
   return x ^ (x >> 32);
 }
 
-std::array<uint64_t, kLanes> make_seeds() {
-  std::array<uint64_t, kLanes> seeds;
-  for (int lane = 0; lane < kLanes; ++lane) seeds[lane] = mix(uint64_t(lane) + 1);
+constexpr std::array<uint64_t, kLanes> make_seeds() {
+  std::array<uint64_t, kLanes> seeds{};
+  for (size_t lane = 0; lane < kLanes; ++lane) seeds[lane] = mix(lane + 1);
   return seeds;
 }
 
+constexpr std::array<uint64_t, kLanes> kSeeds = make_seeds();
+
 uint64_t hash_chunk(const unsigned char* data, int64_t bytes) {
-  static const std::array<uint64_t, kLanes> seeds = make_seeds();
-  std::array<uint64_t, kLanes> lanes = seeds;
+  std::array<uint64_t, kLanes> lanes = kSeeds;
   const int64_t stripes = bytes / kHashStripe, rest = bytes % kHashStripe;
   const HashStripes take = hash_stripes();
   take(data, stripes, lanes.data());

@@ -1,6 +1,6 @@
 #include "parallel.h"
 
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -38,8 +38,8 @@ void run_parallel(int threads, void (*body)(void*), void* data) {
   workers.reserve(size_t(threads));
   try {
     for (int i = 1; i < threads; ++i) workers.emplace_back(body, data);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that there are do all the work.
+  } catch (const std::exception&) {
+    // No more threads to be had, or no memory for them: those that there are do all the work.
   }
   body(data);
   for (std::thread& worker : workers) worker.join();

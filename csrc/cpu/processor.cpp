@@ -68,22 +68,33 @@ bool set_instruction_set(const char* name) {
   return false;
 }
 
-int64_t last_level_cache() {
+// The rest is asked for when the module is loaded, not at the first use: a process that is forked while another thread
+// initialises a static variable of a function waits for it for ever.
+namespace {
+
+int64_t find_last_level_cache() {
 #ifdef _SC_LEVEL3_CACHE_SIZE
-  static const int64_t size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  const int64_t size = sysconf(_SC_LEVEL3_CACHE_SIZE);
   if (size > 0) return size;
 #endif
   return int64_t(32) << 20;
 }
 
-int64_t half_second_level_cache() {
+int64_t find_half_second_level_cache() {
   int64_t size = 0;
 #ifdef _SC_LEVEL2_CACHE_SIZE
-  static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  size = found;
+  size = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
   return std::clamp(size / 2, int64_t(512) << 10, int64_t(1) << 20);
 }
+
+const int64_t last_level = find_last_level_cache(), half_second_level = find_half_second_level_cache();
+
+}  // namespace
+
+int64_t last_level_cache() { return last_level; }
+
+int64_t half_second_level_cache() { return half_second_level; }
 
 // A virtual machine is told the whole of a cache that it shares with others, some of them hundreds of megabytes.
 bool exceeds_last_level_cache(int64_t bytes) { return bytes > std::min(last_level_cache(), int64_t(32) << 20); }

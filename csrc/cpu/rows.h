@@ -1,4 +1,4 @@
-// Rows W[o, :, :] of any layout and dtype as contiguous rows of the compute type, and what both operations share.
+// What both operations share: sizes, tiles, memory to work in.
 #pragma once
 
 #include <algorithm>
@@ -59,9 +59,9 @@ inline int64_t tile_rows(const Layer& layer, int64_t size_of_number) {
   const int64_t most = std::min(layer.c_out, kMaxTileRows);
   if (layer.size() * size_of_number <= kWholeLayerBytes) return most;
   const bool input_major = layer.order == Order::input_major;
-  const int64_t bytes = input_major ? half_second_level_cache() : kTileBytes;
-  const int64_t rows = bytes / (layer.columns() * size_of_number);
-  return std::min(most, std::max<int64_t>(input_major ? 8 : 64, (rows + 7) / 8 * 8));
+  const int64_t bytes = input_major ? half_second_level_cache() : kTileBytes, row = layer.columns() * size_of_number;
+  const bool read_from_cache = input_major && row <= bytes;
+  return std::min(most, std::max<int64_t>(read_from_cache ? 8 : 64, (bytes / row + 7) / 8 * 8));
 }
 inline int64_t tile_count(const Layer& layer, int64_t size_of_number) {
   const int64_t rows = tile_rows(layer, size_of_number);
@@ -106,119 +106,13 @@ class Workspace {
   std::byte* next_ = nullptr;
 };
 
-// Copies numbers between a strided layer and contiguous channel-major rows.
-template <class Number, bool kToRows>
-void move_strided(const Layer& layer, void* strided, int64_t row, int64_t count, void* rows) {
-  Number* base = static_cast<Number*>(strided) + row * layer.stride_out;
-  Number* packed = static_cast<Number*>(rows);
-  const auto move = [](Number* in_layer, Number* in_row) {
-    kToRows ? void(*in_row = *in_layer) : void(*in_layer = *in_row);
-  };
-  bool whole_kernels = true;  // as transposed convolutions have them
-  for (int64_t k = 0; k < layer.kernel; ++k) whole_kernels &= layer.kernel_offsets[k] == k;
-  for (int64_t i = 0; i < layer.c_in; ++i) {
-    Number* channel = base + i * layer.stride_in;
-    Number* target = packed + i * layer.kernel;
-    if (whole_kernels) {
-      for (int64_t j = 0; j < count; ++j) {
-        for (int64_t k = 0; k < layer.kernel; ++k)
-          move(channel + j * layer.stride_out + k, target + j * layer.columns() + k);
-      }
-    } else {
-      for (int64_t k = 0; k < layer.kernel; ++k) {
-        for (int64_t j = 0; j < count; ++j) {
-          move(channel + layer.kernel_offsets[k] + j * layer.stride_out, target + k + j * layer.columns());
-        }
-      }
-    }
-  }
-}
-
-template <bool kToRows>
-void move_strided(const Layer& layer, void* strided, DType type, int64_t row, int64_t count, void* rows) {
-  switch (element_size(type)) {
-    case 2:
-      return move_strided<uint16_t, kToRows>(layer, strided, row, count, rows);
-    case 4:
-      return move_strided<uint32_t, kToRows>(layer, strided, row, count, rows);
-    default:
-      return move_strided<uint64_t, kToRows>(layer, strided, row, count, rows);
-  }
-}
-
-// Room for a block of rows on its way between memory and the compute type.
-template <class T>
-struct RowBuffer {
-  T* numbers;      // kMaxBlockRows rows of the compute type
-  std::byte* raw;  // as many of the storage type
-
-  static int64_t bytes(int64_t columns) { return 2 * Workspace::bytes<double>(kMaxBlockRows * columns); }
-  void take(Workspace& workspace, int64_t columns) {
-    numbers = reinterpret_cast<T*>(workspace.take<double>(kMaxBlockRows * columns));
-    raw = reinterpret_cast<std::byte*>(workspace.take<double>(kMaxBlockRows * columns));
-  }
-};
-
-template <class T>
-bool direct(const Layer& layer, DType type) {
-  return type == kDType<T> && layer.order != Order::strided;
-}
-
-// Points rows[0..count) to rows row.. of the tensor at `base`, in place where it can be.
-template <class T>
-void read_rows(const Layer& layer, const void* base, DType type, int64_t row, int64_t count, const RowBuffer<T>& buffer,
-               const T** rows) {
-  const int64_t n = row_size(layer);
-  const std::byte* source = static_cast<const std::byte*>(base) + row * n * element_size(type);
-  if (layer.order == Order::strided) {
-    move_strided<true>(layer, const_cast<void*>(base), type, row, count, buffer.raw);
-    source = buffer.raw;
-  }
-  const bool convert = type != kDType<T>;
-  if (convert) kernels<T>().load(source, type, count * n, buffer.numbers);
-  const T* first = convert ? buffer.numbers : reinterpret_cast<const T*>(source);
-  for (int64_t j = 0; j < count; ++j) rows[j] = first + j * n;
-}
-
-// Writes `count` contiguous rows to the tensor at `base`, whose rows are not of the compute type or not contiguous.
-template <class T>
-void write_rows(const Layer& layer, const RowBuffer<T>& buffer, int64_t row, int64_t count, DType type, void* base) {
-  const int64_t n = layer.columns();
-  if (layer.order != Order::strided) {
-    std::byte* target = static_cast<std::byte*>(base) + row * n * element_size(type);
-    kernels<T>().store(buffer.numbers, count * n, type, target);
-    return;
-  }
-  const bool convert = type != kDType<T>;
-  if (convert) kernels<T>().store(buffer.numbers, count * n, type, buffer.raw);
-  move_strided<false>(layer, base, type, row, count, convert ? static_cast<void*>(buffer.raw) : buffer.numbers);
-}
-
-// v in the memory order of the rows: in place for channel-major rows, else in `room`.
-template <class T>
-const T* in_row_order(const Layer& layer, const void* v, T* room) {
-  const T* source = static_cast<const T*>(v);
-  if (!kernel_major(layer)) return source;
-  for (int64_t i = 0; i < layer.c_in; ++i) {
-    for (int64_t k = 0; k < layer.kernel; ++k) room[k * layer.c_in + i] = source[i * layer.kernel + k];
-  }
-  return room;
-}
-
-// One value for each channel of a row's columns, as the kernels want it: repeated for each kernel position, but for
-// kernel-major rows.
-template <class T>
-const T* over_columns(const Layer& layer, const T* channels, int64_t count, T* room) {
-  if (channels == nullptr || kernel_major(layer)) return channels;
-  for (int64_t i = 0; i < count; ++i) std::fill_n(room + i * layer.kernel, layer.kernel, channels[i]);
-  return room;
-}
-
 // Whether the outputs of a call are so large that writing past the caches leaves them to what is read again.
 bool exceeds_last_level_cache(int64_t bytes);
 
 // Threads worth starting for so much memory to read.
-inline int useful_threads(int threads, int64_t bytes) {
+inline int useful_threads(int threads, const std::vector<Layer>& layers, DType weight_type) {
+  int64_t bytes = 0;
+  for (const Layer& layer : layers) bytes += layer.size() * element_size(weight_type);
   return int(std::max<int64_t>(1, std::min<int64_t>(threads, bytes / (32 * 1024))));
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import random
 from dataclasses import dataclass, field
 from math import prod
 
@@ -23,6 +24,7 @@ FACTOR = 3.0
 FACTOR_HALF = 1.2  # where rounding the result to 16 bits is the error; cutting digits off would double it
 FLOOR = 4
 
+HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (
     # weights, results
     (torch.float32, torch.float32),
@@ -112,6 +114,8 @@ def place(weight: Tensor, memory: str, offset: int = 0) -> Tensor:
         order = [1, 0, *order[2:]]
     elif memory == "reversed":
         order.reverse()
+    elif memory == "shuffled":  # one of all orders, another one for each shape
+        random.Random(str(tuple(weight.shape))).shuffle(order)
     else:
         assert memory == "contiguous"
     stored = weight.permute(order)
@@ -247,8 +251,11 @@ def exact_and_bounds(case: Case) -> tuple[Results, dict[str, float]]:
     return exact, bounds
 
 
-def check(backend: str, case: Case, device: str = "cpu") -> Results:
-    """Compare a backend with the reference; return what the backend found."""
+def check(backend: str, case: Case, device: str = "cpu", more_units: int = 0) -> Results:
+    """Compare a backend with the reference; return what the backend found.
+
+    `more_units` of rounding are allowed beyond FLOOR, for sums so long that the reference's may be better by luck.
+    """
     x = inputs(case, device)
     found = run(backend, case, x)
     for kept, vector in zip(found.snapshot, found.vectors, strict=True):
@@ -257,7 +264,9 @@ def check(backend: str, case: Case, device: str = "cpu") -> Results:
         for old, new in zip(x.vectors, found.vectors, strict=True):
             assert same_bits(old, new), "evaluation changed a vector"
     exact, bounds = exact_and_bounds(case)
+    more = more_units * torch.finfo(compute_dtype(case.weight_dtype)).eps
     for name, values in errors(found, exact, case).items():
         for j, value in enumerate(values):
-            assert value <= bounds[name], f"{name}[{j}]: error {value:.2e}, allowed {bounds[name]:.2e}"  # NaN fails too
+            allowed = bounds[name] + more
+            assert value <= allowed, f"{name}[{j}]: error {value:.2e}, allowed {allowed:.2e}"  # NaN fails too
     return found

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 
 import matrix
@@ -96,12 +97,66 @@ def test_layers_of_many_tiles(threads, memory, dtype, both):
     matrix.check("cpu", Case(shapes=shapes, weight_dtype=dtype, result_dtype=dtype, memory=memory, both=both))
 
 
+LONG_ROWS = (
+    (3, 33000),
+    (9, 4000, 3, 3),
+    (1, 3, 190, 180),
+    (5, 2, 1100),
+    (33000, 2),
+    (66, 2, 1025),
+    (2, 17000, 2),
+    (6, 5, 3),
+)
+"""Rows that are read in pieces: of whole channels, of channels of one kernel position, of positions of one channel."""
+
+
+@pytest.mark.parametrize("memory", matrix.MEMORY)
+@pytest.mark.parametrize(
+    ("dtypes", "both", "n_power_iterations"),
+    [
+        (matrix.DTYPES[0], True, 1),
+        (matrix.DTYPES[0], False, 0),
+        (matrix.DTYPES[1], True, 0),
+        (matrix.DTYPES[2], True, 1),
+        ((torch.bfloat16, torch.float64), False, 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_long_rows(memory, dtypes, both, n_power_iterations, dim):
+    matrix.check(
+        "cpu",
+        Case(
+            shapes=LONG_ROWS, dims=(dim,) * len(LONG_ROWS), weight_dtype=dtypes[0], result_dtype=dtypes[1],
+            memory=memory, both=both, n_power_iterations=n_power_iterations,
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("c_out", "c_in", "k"),
+    [(1, 10**8, 1), (4, 10**8, 1), (128, 10**8, 9), (3, 2, 10**8), (2, 64, 10**7), (10**8, 3, 1)],
+)
+@pytest.mark.parametrize("order", range(4))
+@pytest.mark.parametrize("weight_type", range(4))
+@pytest.mark.parametrize("backward", [False, True])
+def test_memory_to_work_in_is_bounded(c_out, c_in, k, order, weight_type, backward):
+    """Sums of a few rows for each tile of 64, and besides some megabytes for each thread."""
+    geometry = array("q", [c_out, c_in, k, k > 1, order, c_in * k, k, 0, 0, 0, 0, 0])
+    number = 8 if weight_type == 1 else 4
+    tiles = -(-c_out // 64)
+    sums = number * (3 * tiles * c_in * k + 2 * c_out * k) + c_out * c_in * k // 2**14
+    for threads in (1, 64):
+        needed = extension.module.cpu_workspace(geometry.buffer_info()[0], 1, weight_type, threads, backward)
+        assert needed < sums + threads * 12 * 2**20 + 2**20
+
+
 @pytest.mark.parametrize("memory", matrix.MEMORY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_number_of_threads_does_not_change_a_bit(threads, memory, dtype):
     case = Case(
-        shapes=((300, 150, 3, 3), *matrix.SHAPES, (700, 300)), weight_dtype=dtype, result_dtype=dtype, memory=memory,
-        n_power_iterations=2,
+        shapes=((300, 150, 3, 3), *matrix.SHAPES, (700, 300), *LONG_ROWS), weight_dtype=dtype, result_dtype=dtype,
+        memory=memory, n_power_iterations=2,
     )  # fmt: skip
     x = matrix.inputs(case)
     threads(1)
