@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bssn_fast.calls.arguments import WEIGHT_DTYPES, check_settings, check_weight
 from bssn_fast.calls.normalizer import Normalizer
-from bssn_fast.layout import compute_dtype, vector_sizes
+from bssn_fast.layout import compute_dtype, fits_kernels, vector_sizes
 
 
 def normalize(
@@ -55,6 +55,12 @@ def normalize(
         raise ValueError(f"{len(weights)} weights, {len(groups)} tuples of vectors and {len(dims)} dims do not match")
     for j, (weight, group, dim) in enumerate(zip(weights, groups, dims, strict=True)):
         check_weight(weight, dim, f"weights[{j}]")
+        if not fits_kernels(weight, dim):
+            raise ValueError(
+                f"weights[{j}]: {weight.dtype} of shape {tuple(weight.shape)} with output dimension {dim}; only real "
+                "weights of two dimensions or more, with output dimension 0 or 1, are normalised together. Use "
+                "bssn_fast.apply or bssn_fast.spectral_norm on a layer"
+            )
         _check_vectors(weights[0], weight, group, dim, j)
     dtype = dtype or weights[0].dtype
     if dtype not in WEIGHT_DTYPES:

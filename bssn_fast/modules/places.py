@@ -167,7 +167,7 @@ def put(
         order = next((vars(p)["_order"] for p in _lists(module) if "_order" in vars(p)), order)
     known: list[Tensor] = []
     if norm is not None:
-        known = [norm.u, norm.v]
+        known = norm.vectors
         convert.strip(module, norm, tensor_name)
     autocast = isinstance(module, _COMPUTING) and tensor_name == WEIGHT
     found = shared.get((id(weight), dim))
