@@ -25,6 +25,7 @@ from bssn_fast.modules.places import (
     normalized,
     normalized_places,
     norms_by_weight,
+    own_place,
     put,
     take_off,
     weight_of,
@@ -107,6 +108,43 @@ def apply(
     with all_or_nothing(model):
         _put_on(model, places, existing, settings)
     return model
+
+
+def spectral_norm(
+    module: Model, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
+) -> Model:
+    """Normalise one parameter of a module, as torch.nn.utils.parametrizations.spectral_norm does.
+
+    For code that calls that function: the same arguments, results and `state_dict`. Each read of the parameter in
+    training mode iterates. `apply` on a whole model is faster, as it normalises all layers together.
+
+    Draws from torch's random generator as `apply` does. On a parameter that is normalised already, by this function or
+    by `apply`, it sets variant "sn" and these settings, where torch would normalise what is normalised.
+
+    Args:
+        module: the layer.
+        name: of a parameter of the module's own, of one dimension or more, real or complex. One of one dimension is
+            divided by its length.
+        n_power_iterations: at each read in training mode.
+        eps: smallest length that a vector is divided by.
+        dim: the output dimension, also negative; 0 by default, 1 for transposed convolutions.
+
+    Returns:
+        The module.
+
+    Raises ValueError or TypeError, the module being unchanged, if there is no such parameter, for settings out of
+    range, and for what `apply` refuses; IndexError if there is no such dimension.
+
+    Example:
+        >>> layer = bssn_fast.spectral_norm(torch.nn.Linear(20, 40))
+    """
+    scale = _check_arguments("sn", None, "access", eps, n_power_iterations, 1)
+    place = own_place(module, name, dim)
+    existing = {place: check(place)}
+    settings = Settings("sn", scale, eps, whole_number(n_power_iterations), "access", "", 1)
+    with all_or_nothing(module):
+        _put_on(module, [place], existing, settings)
+    return module
 
 
 def _put_on(model: nn.Module, places: list[Place], existing: dict[Place, Norm], settings: Settings) -> None:

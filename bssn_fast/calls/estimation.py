@@ -95,9 +95,7 @@ def estimate_vectors(
     return vectors
 
 
-def _iterations(
-    weight: Tensor, dim: int, vectors: list[Tensor], eps: float, backend: str
-) -> Callable[[int], float]:
+def _iterations(weight: Tensor, dim: int, vectors: list[Tensor], eps: float, backend: str) -> Callable[[int], float]:
     """Return what makes so many power iterations, in place, and returns sigma."""
     if fits_kernels(weight, dim):
         normalizer = Normalizer([weight], [dim], [len(vectors) == 4], scale=1.0, eps=eps, backend=backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 
+from bssn_fast.calls.estimation import are_units
 from bssn_fast.layout import vector_sizes
 from bssn_fast.modules.parametrization import SpectralNormalization, original_of, parametrizations_of
 
@@ -64,6 +66,38 @@ def find(module: nn.Module, name: str, tensor_name: str = WEIGHT) -> SpectralNor
             "(torch.nn.utils.prune.remove for a pruned layer), or leave the layer out"
         )
     return None
+
+
+def refuse_own_normalization(module: nn.Module, weight: Tensor, name: str) -> None:
+    """Raise ValueError for a layer whose class has a `forward` that divides the weight by its spectral norm itself.
+
+    Many published GANs have such layers. They are known by a buffer of theirs that is a singular vector of the weight:
+    it has the size of one, and the name or the length.
+    """
+    kind = type(module)
+    if (getattr(kind.forward, "__module__", None) or "").startswith("torch.") or weight.ndim < 2:
+        return
+    hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, SpectralNorm)]
+    not_its_own = {f"{hook.name}_{x}" for hook in hooks for x in "uv"}
+    sizes = {size for dim in (0, 1) for size in vector_sizes(weight.shape, dim, False)}
+    for buffer_name, buffer in module._buffers.items():
+        if buffer is None or buffer_name in not_its_own or buffer.numel() not in sizes:
+            continue
+        if max(buffer.shape, default=0) == buffer.numel() and (_VECTOR.search(buffer_name) or _is_unit(buffer)):
+            raise ValueError(
+                f"{name}: {kind.__name__}.forward seems to normalise the weight itself, with its buffer "
+                f"{buffer_name!r}: to normalise it before has no effect. Put the plain layer in its place "
+                "(torch.nn.Conv2d, torch.nn.Linear, ...), or leave the layer out"
+            )
+
+
+_VECTOR = re.compile(r"(^|_)[uv]\d*$")
+
+
+def _is_unit(buffer: Tensor) -> bool:
+    if buffer.is_meta or buffer.numel() == 1 or not buffer.is_floating_point():
+        return False
+    return are_units([buffer.detach().flatten()])[0]
 
 
 def check_vectors(norm: TorchSpectralNorm, name: str) -> None:
