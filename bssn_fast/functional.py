@@ -47,8 +47,7 @@ def normalize(
     """
     weights, groups = list(weights), [tuple(v) for v in vectors]
     dims = [dims] * len(weights) if isinstance(dims, int) else list(dims)
-    check_settings(scale, eps, n_power_iterations)
-    n_power_iterations = int(n_power_iterations)
+    scale, eps, n_power_iterations = check_settings(scale, eps, n_power_iterations)
     if not weights:
         raise ValueError("there are no weights to normalise")
     if not len(weights) == len(groups) == len(dims):
@@ -69,11 +68,9 @@ def normalize(
     if torch.compiler.is_dynamo_compiling():
         from bssn_fast.tracing import node  # with it comes torch's compiler, which takes long to import
 
-        results = node.normalize(
-            weights, flat, dims, two_sided, float(scale), float(eps), n_power_iterations, dtype, backend, 1
-        )
+        results = node.normalize(weights, flat, dims, two_sided, scale, eps, n_power_iterations, dtype, backend, 1)
         return list(results[:-1]), results[-1]
-    normalizer = Normalizer(weights, dims, two_sided, scale=float(scale), eps=float(eps), backend=backend)
+    normalizer = Normalizer(weights, dims, two_sided, scale=scale, eps=eps, backend=backend)
     values = normalizer.compute(weights, flat, n_power_iterations, dtype)
     return normalizer.attach(values, weights), values.sigma.clone()
 

@@ -90,7 +90,7 @@ def apply(
         >>> _ = d(torch.zeros(1, 3, 8, 8))
         >>> d = bssn_fast.apply(d, "bssn", scale=1.2)
     """
-    scale = _check_arguments(variant, scale, update, eps, n_power_iterations, gradient_groups)
+    settings = _settings(variant, scale, n_power_iterations, eps, update, backend, gradient_groups)
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
             "call bssn_fast.apply before wrapping in DistributedDataParallel, which keeps only those buffers equal on "
@@ -101,10 +101,6 @@ def apply(
     for place in places:
         existing[place] = check(place)
         backends.get(backend, weight_of(place, existing[place])[0].device)
-
-    settings = Settings(
-        variant, scale, eps or 0, whole_number(n_power_iterations or 0), update, backend, whole_number(gradient_groups)
-    )
     with all_or_nothing(model):
         _put_on(model, places, existing, settings)
     return model
@@ -138,10 +134,9 @@ def spectral_norm(
     Example:
         >>> layer = bssn_fast.spectral_norm(torch.nn.Linear(20, 40))
     """
-    scale = _check_arguments("sn", None, "access", eps, n_power_iterations, 1)
+    settings = _settings("sn", None, n_power_iterations, eps, "access", "", 1)
     place = own_place(module, name, dim)
     existing = {place: check(place)}
-    settings = Settings("sn", scale, eps, whole_number(n_power_iterations), "access", "", 1)
     with all_or_nothing(module):
         _put_on(module, [place], existing, settings)
     return module
@@ -166,31 +161,34 @@ def _put_on(model: nn.Module, places: list[Place], existing: dict[Place, Norm], 
         Group(lists.values()).hook(model)
 
 
-def _check_arguments(
+def _settings(
     variant: str,
     scale: float | None,
-    update: str,
-    eps: float | None,
     n_power_iterations: int | None,
+    eps: float | None,
+    update: str,
+    backend: str,
     gradient_groups: int,
-) -> float:
-    """Return the scale to use; raise ValueError for settings out of range."""
+) -> Settings:
+    """Return the settings, iterations and eps 0 if unset; raise ValueError or TypeError for settings out of range."""
     if not isinstance(variant, str) or variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(map(repr, VARIANTS))}")
     scaled = VARIANTS[variant][1]
     if scale is not None and not scaled:
         raise ValueError(f"variant {variant!r} has no scale; choose {'ssn' if variant == 'sn' else 'bssn'!r} for one")
-    if isinstance(scale, (str, bool)):
-        raise ValueError(f"scale must be a positive finite number, not {scale!r}")
     if update not in ("forward", "access"):
         raise ValueError(f"update must be 'forward' or 'access', not {update!r}")
-    if whole_number(gradient_groups) < 1:
+    groups = whole_number(gradient_groups)
+    if groups < 1:
         raise ValueError(f"gradient_groups must be a whole number of at least 1, not {gradient_groups!r}")
-    scale = scale if scale is not None else DEFAULT_SCALE if scaled else 1.0
-    check_settings(
-        scale, 1e-12 if eps is None else eps, 1 if n_power_iterations is None else n_power_iterations, fewest=1
+    c, smallest, n = check_settings(
+        scale if scale is not None else DEFAULT_SCALE if scaled else 1.0,
+        1e-12 if eps is None else eps,
+        1 if n_power_iterations is None else n_power_iterations,
+        fewest=1,
     )
-    return float(scale)
+    n, smallest = 0 if n_power_iterations is None else n, 0.0 if eps is None else smallest
+    return Settings(variant, c, smallest, n, update, backend, groups)
 
 
 def _normalized_layers(model: nn.Module) -> list[tuple[Place, SpectralNormalization]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import SupportsIndex
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,22 +37,32 @@ def check_weight(weight: Tensor, dim: int, name: str) -> None:
         raise ValueError(f"{name}: the output dimension must be from 0 to {weight.ndim - 1}, not {dim}")
 
 
-def check_settings(scale: float, eps: float, n_power_iterations: SupportsIndex, *, fewest: int = 0) -> None:
-    """Raise ValueError or TypeError for settings out of range."""
+def check_settings(
+    scale: object, eps: object, n_power_iterations: object, *, fewest: int = 0
+) -> tuple[float, float, int]:
+    """Return the settings as numbers of Python; raise ValueError or TypeError if they are none, or out of range."""
     if isinstance(scale, Tensor) and scale.requires_grad:
         raise TypeError(
             "scale is a constant and would not be trained; give a number, and multiply the layer's output by a "
             "Parameter of your own"
         )
-    if not (0 < scale < float("inf")):
-        raise ValueError(f"scale must be a positive finite number, not {scale}")
-    if not (0 < eps < float("inf")):
-        raise ValueError(f"eps must be a positive finite number, not {eps}; the default is 1e-12")
-    if whole_number(n_power_iterations) < fewest:
+    n = whole_number(n_power_iterations)
+    if n < fewest:
         raise ValueError(f"n_power_iterations must be a whole number of at least {fewest}, not {n_power_iterations!r}")
+    return _positive(scale, "scale"), _positive(eps, "eps"), n
 
 
-def whole_number(value: SupportsIndex) -> int:
+def _positive(value: Any, name: str) -> float:
+    try:
+        number = -1.0 if isinstance(value, (str, bool)) else float(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: of a tensor of several elements, or without values
+        number = -1.0
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{name} must be a positive finite number, not {value!r}")
+    return number
+
+
+def whole_number(value: Any) -> int:
     """Return an int, also of a NumPy integer; -1 for what is no whole number."""
     try:
         return -1 if isinstance(value, bool) else operator.index(value)
