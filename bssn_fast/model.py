@@ -57,6 +57,8 @@ def apply(
     `filter_fn` choose. Layers that carry one of torch's spectral norms are converted with their vectors; layers
     normalised by an earlier `apply` get the new settings. Parameters stay the same objects, so that an optimizer built
     before remains valid. A Parameter that several layers share is normalised once, with the vectors of the first.
+    Complex weights, those of one dimension, and converted ones with an output dimension beyond the second take part in
+    plain operations, one by one.
 
     Draws from torch's random generator: for each new layer in the model's order a normal_ for u and one for v, as torch
     does, and then, for two directions, one for each of the input side's.
@@ -70,7 +72,7 @@ def apply(
         eps: smallest length that a vector is divided by; by default 1e-12, or that of a converted layer.
         names: the layers to normalise, as `model.named_modules()` calls them, or single parameters of any module, as
             `model.named_parameters()` does: "lstm.weight_hh_l0", "attention.in_proj_weight". Their first dimension is
-            the output.
+            the output; one of one dimension is divided by its length.
         filter_fn: called with name and module of each layer; says whether to normalise it.
         update: "forward" iterates once in each call of the model; "access" each time that a weight is read in
             training mode, torch's rule.
