@@ -3,7 +3,7 @@
 from bssn_fast import diagnostics
 from bssn_fast.backends import BackendUnavailableError
 from bssn_fast.functional import normalize
-from bssn_fast.model import apply, cached, remove, sigma, summary
+from bssn_fast.model import apply, cached, remove, sigma, spectral_norm, summary
 from bssn_fast.modules.loading import load_state_dict
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "normalize",
     "remove",
     "sigma",
+    "spectral_norm",
     "summary",
 ]
 

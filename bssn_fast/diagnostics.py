@@ -70,19 +70,23 @@ def measure(model: nn.Module) -> dict[str, Measured]:
     Raises ValueError if the model has no such weight, or a layer whose weight is parametrized by something else.
     """
     weights = _weights(model)
-    nothing = torch.zeros((), dtype=torch.float64)
+    nothing = torch.zeros((), dtype=torch.float64, device="cpu")
     values = []
     for weight, norm, _ in weights.values():
         sigma = torch.ones_like(nothing) if norm is None else norm.sigma_of(weight).double()
         factor = (1.0 if norm is None else norm.settings.scale) / torch.where(sigma == 0, 1.0, sigma)
-        values.append(nothing.to(weight.device) if weight.grad is None else weight.grad.double().norm())
-        values += [sigma, weight.double().var(correction=0) * factor.square()]
+        values.append(nothing.to(weight.device) if weight.grad is None else _exact(weight.grad).norm())
+        values += [sigma, _exact(weight).var(correction=0) * factor.square()]
     first = values[0].device
     numbers = torch.stack([value.to(first) for value in values]).view(-1, 3).tolist()  # waits for a GPU once
     return {
         name: Measured(None if weight.grad is None else g, None if norm is None else s, v)
         for (name, (weight, norm, _)), (g, s, v) in zip(weights.items(), numbers, strict=True)
     }
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _weights(model: nn.Module) -> dict[str, tuple[Tensor, SpectralNormalization | None, int]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bssn_fast.calls.arguments import WEIGHT_DTYPES, check_settings, check_weight
 from bssn_fast.calls.normalizer import Normalizer
-from bssn_fast.layout import compute_dtype, vector_sizes
+from bssn_fast.layout import compute_dtype, fits_kernels, vector_sizes
 
 
 def normalize(
@@ -47,14 +47,19 @@ def normalize(
     """
     weights, groups = list(weights), [tuple(v) for v in vectors]
     dims = [dims] * len(weights) if isinstance(dims, int) else list(dims)
-    check_settings(scale, eps, n_power_iterations)
-    n_power_iterations = int(n_power_iterations)
+    scale, eps, n_power_iterations = check_settings(scale, eps, n_power_iterations)
     if not weights:
         raise ValueError("there are no weights to normalise")
     if not len(weights) == len(groups) == len(dims):
         raise ValueError(f"{len(weights)} weights, {len(groups)} tuples of vectors and {len(dims)} dims do not match")
     for j, (weight, group, dim) in enumerate(zip(weights, groups, dims, strict=True)):
         check_weight(weight, dim, f"weights[{j}]")
+        if not fits_kernels(weight, dim):
+            raise ValueError(
+                f"weights[{j}]: {weight.dtype} of shape {tuple(weight.shape)} with output dimension {dim}; only real "
+                "weights of two dimensions or more, with output dimension 0 or 1, are normalised together. Use "
+                "bssn_fast.apply or bssn_fast.spectral_norm on a layer"
+            )
         _check_vectors(weights[0], weight, group, dim, j)
     dtype = dtype or weights[0].dtype
     if dtype not in WEIGHT_DTYPES:
@@ -63,11 +68,9 @@ def normalize(
     if torch.compiler.is_dynamo_compiling():
         from bssn_fast.tracing import node  # with it comes torch's compiler, which takes long to import
 
-        results = node.normalize(
-            weights, flat, dims, two_sided, float(scale), float(eps), n_power_iterations, dtype, backend, 1
-        )
+        results = node.normalize(weights, flat, dims, two_sided, scale, eps, n_power_iterations, dtype, backend, 1)
         return list(results[:-1]), results[-1]
-    normalizer = Normalizer(weights, dims, two_sided, scale=float(scale), eps=float(eps), backend=backend)
+    normalizer = Normalizer(weights, dims, two_sided, scale=scale, eps=eps, backend=backend)
     values = normalizer.compute(weights, flat, n_power_iterations, dtype)
     return normalizer.attach(values, weights), values.sigma.clone()
 

@@ -1,8 +1,9 @@
 """Geometry of the weights: sizes of the two unfoldings and of the vectors that belong to them.
 
 A weight is read as W[o, i, k]: output channel, input channel, kernel position. `dim` says which stored dimension is
-the output: 0 for convolutions, linear and embedding layers, 1 for transposed convolutions. The input channel is the
-other one of dimensions 0 and 1; all further dimensions are kernel positions.
+the output: 0 for convolutions, linear and embedding layers, 1 for transposed convolutions, or any other. The input
+channel is the first of the other dimensions; those that are left are kernel positions. Kernels take weights whose
+output is dimension 0 or 1.
 """
 
 from __future__ import annotations
@@ -19,26 +20,42 @@ VECTOR_ALIGNMENT = 4
 """Every vector of a snapshot starts at a multiple of this many elements: 16 bytes in fp32."""
 
 
+def input_dimension(dim: int) -> int:
+    """Return which stored dimension is the input channel, `dim` being the output."""
+    return int(dim == 0)
+
+
 def channels(shape: Sequence[int], dim: int) -> tuple[int, int, int]:
     """Return (c_out, c_in, k) of a weight's shape, k being the product of the kernel sizes."""
-    return shape[dim], shape[1 - dim], prod(shape[2:])
+    c_in, *kernel = (*shape[:dim], *shape[dim + 1 :], 1)  # one input channel where there is no such dimension
+    return shape[dim], c_in, prod(kernel)
 
 
 def vector_sizes(shape: Sequence[int], dim: int, two_sided: bool) -> tuple[int, ...]:
-    """Return the lengths of (u_out, v_out) or, for two directions, of (u_out, v_out, u_in, v_in)."""
+    """Return the lengths of (u_out, v_out) or, for two directions, of (u_out, v_out, u_in, v_in).
+
+    A weight of one dimension has none: its spectral norm is its length.
+    """
+    if len(shape) == 1:
+        return ()
     c_out, c_in, k = channels(shape, dim)
     out_side = (c_out, c_in * k)
     return (*out_side, c_in, c_out * k) if two_sided else out_side
 
 
-def needs_two_sides(shape: Sequence[int]) -> bool:
+def needs_two_sides(shape: Sequence[int], dim: int = 0) -> bool:
     """Whether the two unfoldings differ: they are transposes of each other when k = 1."""
-    return prod(shape[2:]) != 1
+    return channels(shape, dim)[2] != 1
+
+
+def fits_kernels(weight: Tensor, dim: int) -> bool:
+    """Whether there are kernels for such a weight: real, of two dimensions or more, the output being 0 or 1."""
+    return weight.ndim > 1 and dim < 2 and not weight.is_complex()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of vectors, sigma and arithmetic for a weight's dtype: fp64 for fp64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """Dtype of vectors, sigma and arithmetic for a weight's dtype: fp64 for fp64, its own if complex, else fp32."""
+    return dtype if dtype == torch.float64 or dtype.is_complex else torch.float32
 
 
 def _snapshot_offsets(
@@ -135,7 +152,9 @@ def is_dense(tensor: Tensor) -> bool:
 
 def result_dtype(weight: Tensor, autocast: bool) -> torch.dtype:
     """Return the dtype the layer will compute in: autocast's where it applies, so that no second cast is needed."""
-    if not autocast or not torch.is_autocast_enabled(weight.device.type) or weight.dtype == torch.float64:
+    if not autocast or not torch.is_autocast_enabled(weight.device.type):
+        return weight.dtype
+    if weight.dtype == torch.float64 or weight.is_complex():
         return weight.dtype
     return torch.get_autocast_dtype(weight.device.type)
 

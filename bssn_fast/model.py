@@ -25,6 +25,7 @@ from bssn_fast.modules.places import (
     normalized,
     normalized_places,
     norms_by_weight,
+    own_place,
     put,
     take_off,
     weight_of,
@@ -56,6 +57,8 @@ def apply(
     `filter_fn` choose. Layers that carry one of torch's spectral norms are converted with their vectors; layers
     normalised by an earlier `apply` get the new settings. Parameters stay the same objects, so that an optimizer built
     before remains valid. A Parameter that several layers share is normalised once, with the vectors of the first.
+    Complex weights, those of one dimension, and converted ones with an output dimension beyond the second take part in
+    plain operations, one by one.
 
     Draws from torch's random generator: for each new layer in the model's order a normal_ for u and one for v, as torch
     does, and then, for two directions, one for each of the input side's.
@@ -69,7 +72,7 @@ def apply(
         eps: smallest length that a vector is divided by; by default 1e-12, or that of a converted layer.
         names: the layers to normalise, as `model.named_modules()` calls them, or single parameters of any module, as
             `model.named_parameters()` does: "lstm.weight_hh_l0", "attention.in_proj_weight". Their first dimension is
-            the output.
+            the output; one of one dimension is divided by its length.
         filter_fn: called with name and module of each layer; says whether to normalise it.
         update: "forward" iterates once in each call of the model; "access" each time that a weight is read in
             training mode, torch's rule.
@@ -89,7 +92,7 @@ def apply(
         >>> _ = d(torch.zeros(1, 3, 8, 8))
         >>> d = bssn_fast.apply(d, "bssn", scale=1.2)
     """
-    scale = _check_arguments(variant, scale, update, eps, n_power_iterations, gradient_groups)
+    settings = _settings(variant, scale, n_power_iterations, eps, update, backend, gradient_groups)
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
             "call bssn_fast.apply before wrapping in DistributedDataParallel, which keeps only those buffers equal on "
@@ -100,13 +103,45 @@ def apply(
     for place in places:
         existing[place] = check(place)
         backends.get(backend, weight_of(place, existing[place])[0].device)
-
-    settings = Settings(
-        variant, scale, eps or 0, whole_number(n_power_iterations or 0), update, backend, whole_number(gradient_groups)
-    )
     with all_or_nothing(model):
         _put_on(model, places, existing, settings)
     return model
+
+
+def spectral_norm(
+    module: Model, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
+) -> Model:
+    """Normalise one parameter of a module, as torch.nn.utils.parametrizations.spectral_norm does.
+
+    For code that calls that function: the same arguments, results and `state_dict`. Each read of the parameter in
+    training mode iterates. `apply` on a whole model is faster, as it normalises all layers together.
+
+    Draws from torch's random generator as `apply` does. On a parameter that is normalised already, by this function or
+    by `apply`, it sets variant "sn" and these settings, where torch would normalise what is normalised.
+
+    Args:
+        module: the layer.
+        name: of a parameter of the module's own, of one dimension or more, real or complex. One of one dimension is
+            divided by its length.
+        n_power_iterations: at each read in training mode.
+        eps: smallest length that a vector is divided by.
+        dim: the output dimension, also negative; 0 by default, 1 for transposed convolutions.
+
+    Returns:
+        The module.
+
+    Raises ValueError or TypeError, the module being unchanged, if there is no such parameter, for settings out of
+    range, and for what `apply` refuses; IndexError if there is no such dimension.
+
+    Example:
+        >>> layer = bssn_fast.spectral_norm(torch.nn.Linear(20, 40))
+    """
+    settings = _settings("sn", None, n_power_iterations, eps, "access", "", 1)
+    place = own_place(module, name, dim)
+    existing = {place: check(place)}
+    with all_or_nothing(module):
+        _put_on(module, [place], existing, settings)
+    return module
 
 
 def _put_on(model: nn.Module, places: list[Place], existing: dict[Place, Norm], settings: Settings) -> None:
@@ -128,31 +163,34 @@ def _put_on(model: nn.Module, places: list[Place], existing: dict[Place, Norm], 
         Group(lists.values()).hook(model)
 
 
-def _check_arguments(
+def _settings(
     variant: str,
     scale: float | None,
-    update: str,
-    eps: float | None,
     n_power_iterations: int | None,
+    eps: float | None,
+    update: str,
+    backend: str,
     gradient_groups: int,
-) -> float:
-    """Return the scale to use; raise ValueError for settings out of range."""
+) -> Settings:
+    """Return the settings, iterations and eps 0 if unset; raise ValueError or TypeError for settings out of range."""
     if not isinstance(variant, str) or variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(map(repr, VARIANTS))}")
     scaled = VARIANTS[variant][1]
     if scale is not None and not scaled:
         raise ValueError(f"variant {variant!r} has no scale; choose {'ssn' if variant == 'sn' else 'bssn'!r} for one")
-    if isinstance(scale, (str, bool)):
-        raise ValueError(f"scale must be a positive finite number, not {scale!r}")
     if update not in ("forward", "access"):
         raise ValueError(f"update must be 'forward' or 'access', not {update!r}")
-    if whole_number(gradient_groups) < 1:
+    groups = whole_number(gradient_groups)
+    if groups < 1:
         raise ValueError(f"gradient_groups must be a whole number of at least 1, not {gradient_groups!r}")
-    scale = scale if scale is not None else DEFAULT_SCALE if scaled else 1.0
-    check_settings(
-        scale, 1e-12 if eps is None else eps, 1 if n_power_iterations is None else n_power_iterations, fewest=1
+    c, smallest, n = check_settings(
+        scale if scale is not None else DEFAULT_SCALE if scaled else 1.0,
+        1e-12 if eps is None else eps,
+        1 if n_power_iterations is None else n_power_iterations,
+        fewest=1,
     )
-    return float(scale)
+    n, smallest = 0 if n_power_iterations is None else n, 0.0 if eps is None else smallest
+    return Settings(variant, c, smallest, n, update, backend, groups)
 
 
 def _normalized_layers(model: nn.Module) -> list[tuple[Place, SpectralNormalization]]:

@@ -2,6 +2,7 @@
 
 Every backend is tested against this file in float64. W[o, i, k] is the weight with its output channel o, input
 channel i and kernel position k; the output side unfolds it to c_out x (c_in k), the input side to c_in x (c_out k).
+A weight of one dimension has one direction and no vectors: its spectral norm is its length, as in torch.
 
 Source: Lin, Sekar, Fanti, "Why Spectral Normalization Stabilizes GANs: Analysis and Improvements", NeurIPS 2021,
 sections 4 and 5; the order of the output side's updates is that of torch.nn.utils.parametrizations.spectral_norm.
@@ -16,7 +17,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from bssn_fast.layout import compute_dtype
+from bssn_fast.layout import compute_dtype, input_dimension
 
 Vectors = tuple[Tensor, ...]
 """(u_out, v_out) of one direction, or (u_out, v_out, u_in, v_in) of both."""
@@ -38,8 +39,8 @@ def without_autocast(function: Callable[Concatenate[Tensor, P], R]) -> Callable[
 
 
 def unfold(weight: Tensor, dim: int) -> Tensor:
-    """Return the matrix with dimension `dim` (0 or 1) as its rows, and all others, in order, as its columns."""
-    return weight.transpose(0, dim).flatten(1)
+    """Return the matrix with dimension `dim` as its rows, and all others, in order, as its columns."""
+    return weight.movedim(dim, 0).flatten(1)
 
 
 LONGEST_SUM = 2**12
@@ -74,11 +75,11 @@ def power_iteration(weight: Tensor, vectors: Vectors, dim: int, eps: float) -> V
     """Return the vectors after one power iteration; those of a zero or non-finite weight stay as they were."""
     matrix = unfold(weight, dim)
     u_out = unit(product(matrix, vectors[1]), eps)
-    v_out = unit(product(matrix.mT, u_out), eps)
+    v_out = unit(product(matrix.mH, u_out), eps)
     new = [torch.where(usable(u_out, v_out), x, old) for x, old in zip((u_out, v_out), vectors, strict=False)]
     if len(vectors) == 4:
-        matrix = unfold(weight, 1 - dim)
-        v_in = unit(product(matrix.mT, vectors[2]), eps)
+        matrix = unfold(weight, input_dimension(dim))
+        v_in = unit(product(matrix.mH, vectors[2]), eps)
         u_in = unit(product(matrix, v_in), eps)
         new += [torch.where(usable(u_in, v_in), x, old) for x, old in zip((u_in, v_in), vectors[2:], strict=True)]
     return tuple(new)
@@ -86,10 +87,17 @@ def power_iteration(weight: Tensor, vectors: Vectors, dim: int, eps: float) -> V
 
 @without_autocast
 def spectral_norm(weight: Tensor, vectors: Vectors, dim: int) -> Tensor:
-    """Return sigma = u W v of one direction, or the mean of both; NaN for a weight that is not finite."""
-    sigma = product(product(unfold(weight, dim).mT, vectors[0]), vectors[1])
+    """Return sigma = u W v of one direction, or the mean of both; NaN for a weight that is not finite.
+
+    Of a complex weight it is complex, u being conjugated; at the singular vectors it is real.
+    """
+    if weight.ndim == 1:
+        sigma = norm(weight)
+    else:
+        sigma = product(product(unfold(weight, dim).mT, vectors[0].conj()), vectors[1])
     if len(vectors) == 4:
-        sigma = (sigma + product(product(unfold(weight, 1 - dim).mT, vectors[2]), vectors[3])) / 2
+        in_side = unfold(weight, input_dimension(dim))
+        sigma = (sigma + product(product(in_side.mT, vectors[2].conj()), vectors[3])) / 2
     return torch.where(torch.isfinite(sigma), sigma, torch.nan)
 
 
@@ -103,21 +111,23 @@ def normalize(
 ) -> tuple[Tensor, Vectors, Tensor]:
     """Return (normalised weight, updated vectors, sigma); zero iterations use the given vectors (evaluation)."""
     w = weight.to(compute_dtype(weight.dtype))
-    for _ in range(n_power_iterations):  # u and v are constants, also in forward mode, which no_grad would let pass
+    for _ in range(n_power_iterations if vectors else 0):
+        # u and v are constants, also in forward mode, which no_grad would let pass
         vectors = power_iteration(w.detach(), vectors, dim, eps)
     sigma = spectral_norm(w, vectors, dim)
-    return (w * multiplier(sigma, scale)).to(weight.dtype), vectors, sigma
+    factor = multiplier(sigma, scale) if weight.ndim > 1 else scale / sigma.clamp_min(eps)
+    return (w * factor).to(weight.dtype), vectors, sigma
 
 
 def gradient_of_sigma(vectors: Vectors, shape: Sequence[int], dim: int) -> Tensor:
     """Return S = d sigma / d W in the weight's own shape."""
 
     def outer(u: Tensor, v: Tensor, d: int) -> Tensor:
-        rows_first = [shape[d], shape[1 - d], *shape[2:]]
-        return torch.outer(u, v).view(rows_first).transpose(0, d)
+        rows_first = [shape[d], *shape[:d], *shape[d + 1 :]]
+        return torch.outer(u, v).view(rows_first).movedim(0, d)
 
     out_side = outer(vectors[0], vectors[1], dim)
-    return out_side if len(vectors) == 2 else (out_side + outer(vectors[2], vectors[3], 1 - dim)) / 2
+    return out_side if len(vectors) == 2 else (out_side + outer(vectors[2], vectors[3], input_dimension(dim))) / 2
 
 
 def normalize_backward(grad: Tensor, weight: Tensor, vectors: Vectors, sigma: Tensor, dim: int, scale: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from support import (
@@ -143,6 +144,19 @@ def test_applying_again_replaces_the_settings_and_stacks_nothing():
     assert set(dict(norm.named_buffers())) == {"_u", "_v"}
     assert set(model.state_dict()) == set(bssn_fast.apply(Net(), "sn").state_dict())
     model(images()).sum().backward()
+
+
+@pytest.mark.parametrize("number", [lambda x: x, np.float32, np.float64, np.array, torch.tensor])
+def test_numbers_of_other_libraries(number):
+    """Settings are numbers of Python, whatever kind they were given as."""
+    for n in (np.int64(2), np.int8(2), torch.tensor(2)):
+        model = bssn_fast.apply(Net(), scale=number(1.5), eps=number(0.25), n_power_iterations=n)
+        settings = norm_of(model.first).settings
+        assert (settings.scale, settings.eps, settings.n_power_iterations) == (1.5, 0.25, 2)
+        assert (type(settings.scale), type(settings.eps), type(settings.n_power_iterations)) == (float, float, int)
+        vectors = [torch.tensor([1.0, 0]), torch.tensor([1.0, 0])]
+        (weight,), _ = bssn_fast.normalize([2 * torch.eye(2)], [vectors], scale=number(1.5), n_power_iterations=n)
+        torch.testing.assert_close(weight, 1.5 * torch.eye(2))
 
 
 def test_access_and_back():

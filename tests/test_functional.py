@@ -129,7 +129,7 @@ BAD_CALLS = {
     "no weights": (([], []), {}, ValueError, "no weights"),
     "numbers differ": (([W, W], [V]), {}, ValueError, "2 weights, 1"),
     "dims differ": (([W], [V]), {"dims": [0, 0]}, ValueError, "dims"),
-    "dim": (([W], [V]), {"dims": 2}, ValueError, "0 or 1"),
+    "dim": (([W], [V]), {"dims": 2}, ValueError, "from 0 to 1"),
     "three vectors": (([W], [(*V, V[0])]), {}, ValueError, r"vectors\[0\]"),
     "wrong sizes": (([W], [V[::-1]]), {}, ValueError, r"\(3,\).*\(4,\)"),
     "wrong size of the other dim": (([W], [V]), {"dims": 1}, ValueError, "dim 1"),

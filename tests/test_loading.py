@@ -163,6 +163,39 @@ def test_what_does_not_match_is_said_as_torch_says_it():
     assert all(torch.isfinite(v).all() for v in norm_of(model.first).buffers())
 
 
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("shape", [(8, 3, 5, 5), (8, 27)])
+@pytest.mark.parametrize("variant", ["sn", "bssn"])
+def test_vectors_of_a_weight_that_does_not_fit(variant, shape, filtered):
+    """What fits of a checkpoint is loaded, by torch even where it raises: vectors alone belong to no weight here."""
+    theirs = bssn_fast.apply(nn.Sequential(nn.Conv2d(3, 8, 5) if shape[1] == 3 else nn.Linear(27, 8)), variant)
+    model = bssn_fast.apply(nn.Sequential(nn.Conv2d(3, 8, 3)), variant)
+    before, state = vectors_of(model), theirs.state_dict()
+    mine = model.state_dict()
+    fitting = [k for k, v in state.items() if k in mine and v.shape == mine[k].shape]
+    assert "0.parametrizations.weight.0._u" in fitting
+    if filtered:
+        model.load_state_dict({k: state[k] for k in fitting}, strict=False)
+    else:
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            model.load_state_dict(state, strict=False)
+    assert same(before, vectors_of(model))
+    assert_sigma_right(model.eval(), rel=0.1)
+    assert torch.linalg.matrix_norm(model[0].weight.flatten(1), 2) < 1.6
+
+
+def test_vectors_alone_of_the_weight_that_is_there():
+    """Parameters and buffers may come one after the other."""
+    theirs = bssn_fast.apply(Net())
+    for _ in range(20):
+        theirs(images())
+    model, state = bssn_fast.apply(Net()), theirs.state_dict()
+    parameters = {k: v for k, v in state.items() if not k.rpartition(".")[2].startswith("_")}
+    model.load_state_dict(parameters, strict=False)
+    model.load_state_dict({k: v for k, v in state.items() if k not in parameters}, strict=False)
+    assert same(vectors_of(model), vectors_of(theirs))
+
+
 def test_a_zero_weight_and_no_vectors():
     model = bssn_fast.apply(nn.Linear(3, 4))
     model.load_state_dict({"weight": torch.zeros(4, 3), "bias": torch.zeros(4)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import SupportsIndex
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,44 +11,58 @@ from torch import Tensor
 from bssn_fast.distributed.sharded import refuse_sharded
 
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_COMPLEX = (torch.complex64, torch.complex128)
 
 
 def check_weight(weight: Tensor, dim: int, name: str) -> None:
-    """Raise ValueError or TypeError, naming the layer and the remedy, for a weight that cannot be normalised."""
+    """Raise ValueError or TypeError, naming the layer and the remedy, for a weight that cannot be normalised.
+
+    Of the others, kernels can only take those of which `layout.fits_kernels` says so.
+    """
     if isinstance(weight, torch.nn.UninitializedParameter):
         raise ValueError(f"{name}: the weight is not initialised yet; run one forward of the lazy module first")
     refuse_sharded(weight, name)
-    if weight.dtype not in WEIGHT_DTYPES:
+    if weight.dtype not in WEIGHT_DTYPES + _COMPLEX:
         raise TypeError(
             f"{name}: weights of {weight.dtype} cannot be normalised; "
-            "convert the layer to float32, float64, bfloat16 or float16, or leave it out"
+            "convert the layer to float32, float64, bfloat16, float16, complex64 or complex128, or leave it out"
         )
     if weight.layout != torch.strided:
         raise TypeError(f"{name}: the weight is {weight.layout}; convert it with `to_dense()` or leave the layer out")
-    if weight.ndim < 2:
-        raise ValueError(f"{name}: a weight of {weight.ndim} dimension(s) has no spectral norm; leave the layer out")
+    if weight.ndim < 1:
+        raise ValueError(f"{name}: a weight of no dimensions has no spectral norm; leave the layer out")
     if weight.numel() == 0:
         raise ValueError(f"{name}: the weight of shape {tuple(weight.shape)} is empty; leave the layer out")
-    if dim not in (0, 1):
-        raise ValueError(f"{name}: the output dimension must be 0 or 1, not {dim}")
+    if not 0 <= dim < weight.ndim:
+        raise ValueError(f"{name}: the output dimension must be from 0 to {weight.ndim - 1}, not {dim}")
 
 
-def check_settings(scale: float, eps: float, n_power_iterations: SupportsIndex, *, fewest: int = 0) -> None:
-    """Raise ValueError or TypeError for settings out of range."""
+def check_settings(
+    scale: object, eps: object, n_power_iterations: object, *, fewest: int = 0
+) -> tuple[float, float, int]:
+    """Return the settings as numbers of Python; raise ValueError or TypeError if they are none, or out of range."""
     if isinstance(scale, Tensor) and scale.requires_grad:
         raise TypeError(
             "scale is a constant and would not be trained; give a number, and multiply the layer's output by a "
             "Parameter of your own"
         )
-    if not (0 < scale < float("inf")):
-        raise ValueError(f"scale must be a positive finite number, not {scale}")
-    if not (0 < eps < float("inf")):
-        raise ValueError(f"eps must be a positive finite number, not {eps}; the default is 1e-12")
-    if whole_number(n_power_iterations) < fewest:
+    n = whole_number(n_power_iterations)
+    if n < fewest:
         raise ValueError(f"n_power_iterations must be a whole number of at least {fewest}, not {n_power_iterations!r}")
+    return _positive(scale, "scale"), _positive(eps, "eps"), n
 
 
-def whole_number(value: SupportsIndex) -> int:
+def _positive(value: Any, name: str) -> float:
+    try:
+        number = -1.0 if isinstance(value, (str, bool)) else float(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: of a tensor of several elements, or without values
+        number = -1.0
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{name} must be a positive finite number, not {value!r}")
+    return number
+
+
+def whole_number(value: Any) -> int:
     """Return an int, also of a NumPy integer; -1 for what is no whole number."""
     try:
         return -1 if isinstance(value, bool) else operator.index(value)

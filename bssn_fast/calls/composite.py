@@ -1,4 +1,7 @@
-"""Normalisation in plain torch operations, for tensors that have no memory of their own and for those who record."""
+"""Normalisation in plain torch operations.
+
+For tensors that have no memory of their own, for those who record, and for weights that there are no kernels for.
+"""
 
 from __future__ import annotations
 
@@ -43,22 +46,24 @@ def wants_plain_operations(weights: Sequence[Tensor]) -> bool:
 
 
 def normalize(
-    member: Member, weight: Tensor, *, iterate: bool, vectors: Sequence[Tensor] | None = None
+    member: Member, weight: Tensor, n_power_iterations: int, vectors: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the normalised weight by plain torch operations, and the vectors that it was made with.
 
-    vectors: to use in place of the layer's own, which then stay as they are.
+    vectors: to use in place of the layer's own, which then stay as they are; without iterations.
     """
     s, stored = member.settings, member.vectors(weight)
     used = tuple(v.clone() for v in stored) if vectors is None else tuple(vectors)  # a graph keeps them
-    if iterate:
+    if n_power_iterations and used:
         constant = weight.detach().to(compute_dtype(weight.dtype))  # no_grad would let forward-mode derivatives pass
-        for _ in range(s.n_power_iterations):
+        for _ in range(n_power_iterations):
             used = reference.power_iteration(constant, used, member.dim, s.eps)
         for old, new in zip(stored, used, strict=True):
             _write(old, new)
-    normalized, _, _ = reference.normalize(weight, used, member.dim, scale=s.scale, eps=s.eps, n_power_iterations=0)
+    normalized, _, sigma = reference.normalize(weight, used, member.dim, scale=s.scale, eps=s.eps, n_power_iterations=0)
     member.measured.sigma = None  # whoever asks for it computes it
+    if not torch.compiler.is_compiling() and not wants_plain_operations([weight]):
+        member.measured.sigma, member.measured.index = sigma.detach().abs()[None], 0
     return normalized.to(result_dtype(weight, member.autocast)), used
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from bssn_fast import reference
 from bssn_fast.calls.normalizer import Normalizer
-from bssn_fast.layout import compute_dtype, vector_sizes
+from bssn_fast.layout import compute_dtype, fits_kernels, input_dimension, vector_sizes
 
 _UNIT_TOLERANCE = 1e-4  # of what power iterations leave, 1e-6 is the most; averages of vectors are shorter
 _UNIT_TOLERANCE_16_BITS = 4e-3  # rounding to bfloat16 changes a length by less
@@ -48,9 +48,9 @@ def belong(weight: Tensor, vectors: Sequence[Tensor], dim: int, eps: float) -> b
     """
     w = weight.detach().to(compute_dtype(weight.dtype))
     for j in range(0, len(vectors), 2):  # the input side is the output side of the other dimension
-        side, pair = (dim if j == 0 else 1 - dim), tuple(vectors[j : j + 2])
-        now = reference.spectral_norm(w, pair, side)
-        then = reference.spectral_norm(w, reference.power_iteration(w, pair, side, eps), side)
+        side, pair = (dim if j == 0 else input_dimension(dim)), tuple(vectors[j : j + 2])
+        now = reference.spectral_norm(w, pair, side).abs()
+        then = reference.spectral_norm(w, reference.power_iteration(w, pair, side, eps), side).abs()
         if float(now) < _BELONGING * float(then):  # False where a weight is not finite
             return False
     return True
@@ -71,22 +71,40 @@ def estimate_vectors(
     weight = weight.detach()
     dtype = compute_dtype(weight.dtype)
     generator = torch.Generator("cpu").manual_seed(0)
-    vectors = []
+    random_dtype = torch.complex128 if weight.is_complex() else torch.float64
+    vectors: list[Tensor] = []
     for size, hint in zip(vector_sizes(weight.shape, dim, two_sided), hints, strict=True):
-        start = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
+        start = torch.randn(size, generator=generator, dtype=random_dtype, device="cpu")
         start /= torch.linalg.vector_norm(start)
         if hint is not None and hint.shape == start.shape:
-            known = hint.detach().to("cpu", torch.float64)
+            known = hint.detach().to("cpu", random_dtype)
             length = torch.linalg.vector_norm(known)
             if torch.isfinite(length) and length > 0:
                 start += _HINT / length * known
                 start /= torch.linalg.vector_norm(start)
         vectors.append(start.to(weight.device, dtype))
-    normalizer = Normalizer([weight], [dim], [two_sided], scale=1.0, eps=eps, backend=backend)
+    if not vectors:
+        return []
+    iterate = _iterations(weight, dim, vectors, eps, backend)
     n, before = _FIRST_ROUND, 0.0
     while n <= _MOST_IN_A_ROUND:
-        sigma = float(normalizer.compute([weight], vectors, n, weight.dtype).sigma[0])
+        sigma = iterate(n)
         if not sigma > before * (1 + _STANDING_STILL):  # also where it is not a number
             break
         n, before = 2 * n, sigma
     return vectors
+
+
+def _iterations(weight: Tensor, dim: int, vectors: list[Tensor], eps: float, backend: str) -> Callable[[int], float]:
+    """Return what makes so many power iterations, in place, and returns sigma."""
+    if fits_kernels(weight, dim):
+        normalizer = Normalizer([weight], [dim], [len(vectors) == 4], scale=1.0, eps=eps, backend=backend)
+        return lambda n: float(normalizer.compute([weight], vectors, n, weight.dtype).sigma[0])
+    w = weight.to(vectors[0].dtype)
+
+    def iterate(n: int) -> float:
+        for _ in range(n):
+            vectors[:] = reference.power_iteration(w, tuple(vectors), dim, eps)
+        return float(reference.spectral_norm(w, tuple(vectors), dim).abs())
+
+    return iterate

@@ -15,7 +15,7 @@ from bssn_fast.calls.contents import contents_of, version
 from bssn_fast.calls.estimation import are_units, belong, estimate_vectors, write
 from bssn_fast.calls.normalizer import Normalizer, Values
 from bssn_fast.distributed.sharded import is_managed, refuse_flattened, refuse_sharded
-from bssn_fast.layout import compute_dtype, is_dense, result_dtype
+from bssn_fast.layout import compute_dtype, fits_kernels, is_dense, result_dtype
 
 _dtype = attrgetter("dtype")
 
@@ -55,14 +55,15 @@ def signature(weights: Iterable[Tensor]) -> tuple[object, ...]:
 
 
 def partition(members: Sequence[Member], weights: Sequence[Tensor], flags: Sequence[object]) -> list[list[int]]:
-    """Return the indices of the members that can share a call: same device, dtypes, settings and flag.
+    """Return the indices of the members that can share a call: same device, dtypes, settings, way and flag.
 
     The results' dtype is that of the moment: embeddings do not follow autocast.
     """
     groups: dict[object, list[int]] = {}
     for j, (m, w, flag) in enumerate(zip(members, weights, flags, strict=True)):
         s, dtype = m.settings, result_dtype(w, m.autocast)
-        key = (w.device, w.dtype, dtype, s.scale, s.eps, s.n_power_iterations, s.backend, flag)
+        way = fits_kernels(w, m.dim)
+        key = (w.device, w.dtype, dtype, s.scale, s.eps, s.n_power_iterations, s.backend, way, flag)
         groups.setdefault(key, []).append(j)
     return list(groups.values())
 
@@ -82,13 +83,13 @@ class Results(NamedTuple):
     """The normalised weights, with a graph if one was wanted, and what tells which vectors they were made with."""
 
     normalized: list[Tensor]
-    normalizer: Normalizer
+    normalizer: Normalizer | None  # None in plain operations
     values: Values | None
     used: list[tuple[Tensor, ...]]  # in plain operations
 
     def vectors(self, j: int) -> tuple[Tensor, ...]:
         """Return copies of the vectors that the j-th weight was normalised with; nobody else writes into them."""
-        if self.values is None:
+        if self.values is None or self.normalizer is None:
             return self.used[j]
         return self.normalizer.batch.snapshot_views(self.values.snapshot)[j]
 
@@ -103,21 +104,24 @@ class Plan:
         self.members = list(members)
         self.signature = signature(weights)
         self.settings = members[0].settings
-        self._normalizer = Normalizer(
-            weights,
-            [m.dim for m in members],
-            [m.two_sided for m in members],
-            scale=self.settings.scale,
-            eps=self.settings.eps,
-            backend=self.settings.backend,
-            gradient_groups=self.settings.gradient_groups,
-        )
+        self._normalizer = self._for_kernels(weights) if fits_kernels(weights[0], members[0].dim) else None
         self._measured = [m.measured for m in members]
         self._unchecked = True
         self._vectors: list[Tensor] = []
         self._layout: list[object] = []  # of the vectors and the weights, as they were found to be right
         self._seen: tuple[list[Tensor], list[int], list[int]] = ([], [], [])  # weights, versions, those of vectors
         self._kept: _Kept | None = None
+
+    def _for_kernels(self, weights: Sequence[Tensor]) -> Normalizer:
+        return Normalizer(
+            weights,
+            [m.dim for m in self.members],
+            [m.two_sided for m in self.members],
+            scale=self.settings.scale,
+            eps=self.settings.eps,
+            backend=self.settings.backend,
+            gradient_groups=self.settings.gradient_groups,
+        )
 
     def normalize(
         self,
@@ -138,37 +142,36 @@ class Plan:
         if composite.wants_plain_operations(weights):
             return self._in_plain_operations(weights, iterate, vectors)
         dtype = result_dtype(weights[0], self.members[0].autocast)
-        own = self._current_vectors(weights)
+        own, normalizer = self._current_vectors(weights), self._normalizer
+        if normalizer is None:
+            if vectors is None and (self._unchecked or not iterate):
+                self._mend(weights, own, None, iterate)
+            return self._in_plain_operations(weights, iterate, vectors)
         if vectors is not None:
-            values = self._normalizer.compute(weights, [v for group in vectors for v in group], 0, dtype)
-            return self._attached(values, weights, protect)
+            values = normalizer.compute(weights, [v for group in vectors for v in group], 0, dtype)
+            return _attached(normalizer, values, weights, protect)
         kept, self._kept = self._kept, None  # in an error's case it is gone
         if keep and not iterate and kept is not None and kept.current(weights, own, dtype):
             self._kept = kept
-            return self._attached(kept.values.aliases(), weights, protect)
+            return _attached(normalizer, kept.values.aliases(), weights, protect)
         if self._unchecked or not iterate:
             self._mend(weights, own, kept, iterate)
-        values = self._normalizer.compute(weights, own, self.settings.n_power_iterations if iterate else 0, dtype)
+        values = normalizer.compute(weights, own, self.settings.n_power_iterations if iterate else 0, dtype)
         for j, measured in enumerate(self._measured):
             measured.sigma, measured.index = values.sigma, j
         if keep and not any(map(is_managed, self.members)):  # FSDP puts other values into the same parameters
             self._kept = _Kept.of(weights, own, dtype, values)
-        return self._attached(values, weights, protect)
-
-    def _attached(self, values: Values, weights: Sequence[Tensor], protect: bool) -> Results:
-        return Results(self._normalizer.attach(values, weights, protect=protect), self._normalizer, values, [])
+        return _attached(normalizer, values, weights, protect)
 
     def _in_plain_operations(
         self, weights: Sequence[Tensor], iterate: bool, vectors: Sequence[Sequence[Tensor]] | None
     ) -> Results:
         for m, w in zip(self.members, weights, strict=True):
             refuse_sharded(w, f"bssn_fast: {m.name}")
+        n = self.settings.n_power_iterations if iterate else 0
         given: list[Any] = [None] * len(weights) if vectors is None else list(vectors)
-        found = [
-            composite.normalize(m, w, iterate=iterate, vectors=v)
-            for m, w, v in zip(self.members, weights, given, strict=True)
-        ]
-        return Results([w for w, _ in found], self._normalizer, None, [v for _, v in found])
+        found = [composite.normalize(m, w, n, v) for m, w, v in zip(self.members, weights, given, strict=True)]
+        return Results([w for w, _ in found], None, None, [v for _, v in found])
 
     def _current_vectors(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """Return the members' vectors, after a look at what the kernels will read and write.
@@ -198,7 +201,7 @@ class Plan:
         weights_changed, vectors_changed = self._changes(weights, vectors, kept)
         if not iterate:
             self._seen = list(weights), list(map(version, weights)), list(map(version, vectors))
-        units = iter(are_units(vectors) if first or vectors_changed else [True] * len(vectors))
+        units = iter(are_units(vectors) if vectors and (first or vectors_changed) else [True] * len(vectors))
         for member, weight in zip(self.members, weights, strict=True):
             own = member.vectors(weight)
             good = all([next(units) for _ in own])
@@ -227,6 +230,10 @@ class Plan:
             changed, vectors_changed = kept.changes(weights, vectors)
             return same and changed, vectors_changed
         return same and list(map(version, weights)) != versions, list(map(version, vectors)) != vector_versions
+
+
+def _attached(normalizer: Normalizer, values: Values, weights: Sequence[Tensor], protect: bool) -> Results:
+    return Results(normalizer.attach(values, weights, protect=protect), normalizer, values, [])
 
 
 def _layout(weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 
+from bssn_fast.calls.estimation import are_units
 from bssn_fast.layout import vector_sizes
 from bssn_fast.modules.parametrization import SpectralNormalization, original_of, parametrizations_of
 
@@ -22,8 +24,7 @@ class TorchSpectralNorm:
 
     hook: SpectralNorm | None  # torch.nn.utils.spectral_norm, else the parametrization of the same name
     weight: nn.Parameter
-    u: Tensor
-    v: Tensor
+    vectors: list[Tensor]  # u and v; none for a weight of one dimension
     dim: int
     eps: float
     n_power_iterations: int
@@ -38,15 +39,11 @@ def find(module: nn.Module, name: str, tensor_name: str = WEIGHT) -> SpectralNor
             return found[0]
         if len(found) == 1 and type(found[0]) is _SpectralNorm:  # a subclass may compute something else
             old = found[0]
-            if not hasattr(old, "_u"):
-                raise ValueError(
-                    f"{name}: torch's spectral norm of a one-dimensional weight; remove it or leave it out"
-                )
             weight = cast(nn.Parameter, original_of(parametrizations))
-            # torch keeps the dimension as a negative number where it was given as one.
-            dim = old.dim % weight.ndim
-            _check_dim(dim, name)
-            return TorchSpectralNorm(None, weight, old._u, old._v, dim, old.eps, old.n_power_iterations)
+            vectors = [old._u, old._v] if weight.ndim > 1 else []
+            # Some versions of torch keep the dimension as a negative number where it was given as one.
+            n_power_iterations = getattr(old, "n_power_iterations", 1)  # not there for one dimension
+            return TorchSpectralNorm(None, weight, vectors, old.dim % weight.ndim, old.eps, n_power_iterations)
         kinds = ", ".join(type(p).__name__.lstrip("_") for p in found)
         raise ValueError(
             f"{name}: the weight already carries {kinds}; call "
@@ -60,10 +57,9 @@ def find(module: nn.Module, name: str, tensor_name: str = WEIGHT) -> SpectralNor
                 f"{name}: the weight already carries {type(hook).__name__}; remove it first "
                 "(torch.nn.utils.remove_weight_norm for weight_norm), or leave the layer out"
             )
-        _check_dim(hook.dim, name)
         weight = cast(nn.Parameter, module._parameters[f"{tensor_name}_orig"])
-        u, v = (cast(Tensor, module._buffers[f"{tensor_name}_{name}"]) for name in "uv")
-        return TorchSpectralNorm(hook, weight, u, v, hook.dim, hook.eps, hook.n_power_iterations)
+        vectors = [cast(Tensor, module._buffers[f"{tensor_name}_{name}"]) for name in "uv"] if weight.ndim > 1 else []
+        return TorchSpectralNorm(hook, weight, vectors, hook.dim % weight.ndim, hook.eps, hook.n_power_iterations)
     if module._parameters.get(tensor_name) is None:
         raise ValueError(
             f"{name}: the weight is not a parameter of the layer; undo what replaced it first "
@@ -72,18 +68,45 @@ def find(module: nn.Module, name: str, tensor_name: str = WEIGHT) -> SpectralNor
     return None
 
 
-def _check_dim(dim: int, name: str) -> None:
-    if dim not in (0, 1):
-        raise ValueError(f"{name}: torch's spectral norm over dimension {dim} cannot be taken over; remove it first")
+def refuse_own_normalization(module: nn.Module, weight: Tensor, name: str) -> None:
+    """Raise ValueError for a layer whose class has a `forward` that divides the weight by its spectral norm itself.
+
+    Many published GANs have such layers. They are known by a buffer of theirs that is a singular vector of the weight:
+    it has the size of one, and the name or the length.
+    """
+    kind = type(module)
+    if (getattr(kind.forward, "__module__", None) or "").startswith("torch.") or weight.ndim < 2:
+        return
+    hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, SpectralNorm)]
+    not_its_own = {f"{hook.name}_{x}" for hook in hooks for x in "uv"}
+    sizes = {size for dim in (0, 1) for size in vector_sizes(weight.shape, dim, False)}
+    for buffer_name, buffer in module._buffers.items():
+        if buffer is None or buffer_name in not_its_own or buffer.numel() not in sizes:
+            continue
+        if max(buffer.shape, default=0) == buffer.numel() and (_VECTOR.search(buffer_name) or _is_unit(buffer)):
+            raise ValueError(
+                f"{name}: {kind.__name__}.forward seems to normalise the weight itself, with its buffer "
+                f"{buffer_name!r}: to normalise it before has no effect. Put the plain layer in its place "
+                "(torch.nn.Conv2d, torch.nn.Linear, ...), or leave the layer out"
+            )
+
+
+_VECTOR = re.compile(r"(^|_)[uv]\d*$")
+
+
+def _is_unit(buffer: Tensor) -> bool:
+    if buffer.is_meta or buffer.numel() == 1 or not buffer.is_floating_point():
+        return False
+    return are_units([buffer.detach().flatten()])[0]
 
 
 def check_vectors(norm: TorchSpectralNorm, name: str) -> None:
     """Raise ValueError if u and v do not belong to the weight's shape."""
-    found, sizes = (norm.u.numel(), norm.v.numel()), vector_sizes(norm.weight.shape, norm.dim, False)
-    if found != tuple(sizes) or norm.u.ndim != 1 or norm.v.ndim != 1:
+    found, sizes = [tuple(v.shape) for v in norm.vectors], vector_sizes(norm.weight.shape, norm.dim, False)
+    if found != [(size,) for size in sizes]:
         raise ValueError(
-            f"{name}: u and v of sizes {found} do not fit a weight of shape {tuple(norm.weight.shape)}, which needs "
-            f"{tuple(sizes)}; remove torch's spectral norm, and apply again"
+            f"{name}: u and v of shapes {found} do not fit a weight of shape {tuple(norm.weight.shape)}, which needs "
+            f"sizes {sizes}; remove torch's spectral norm, and apply again"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from bssn_fast.calls.estimation import are_units, estimate_vectors
+from bssn_fast.calls.estimation import are_units, belong, estimate_vectors
 from bssn_fast.distributed.sharded import is_sharded
 from bssn_fast.layout import compute_dtype, vector_sizes
 from bssn_fast.modules.parametrization import SpectralNormalization, original_of, parametrizations_of
@@ -122,6 +122,9 @@ def _translate(
             _refuse_untying(norm, f"{prefix}{tensor_name}", metadata)
             target = f"{prefix}parametrizations.{tensor_name}."
             _rename(state_dict, f"{prefix}{tensor_name}", target)
+            for key in [k for k in (f"{target}0._u", f"{target}0._v") if k in state_dict]:
+                if not norm.vector_names:  # torch's hook has vectors for a weight of one dimension too
+                    del state_dict[key]
             _complete(state_dict, target, norm, weight)
 
 
@@ -149,14 +152,31 @@ def _rename(state_dict: MutableMapping[str, Any], plain: str, target: str) -> No
         state_dict[f"{target}original"] = state_dict.pop(plain)
 
 
+def _of_the_weight_that_stays(
+    fitting: dict[str, Tensor], keys: list[str], norm: SpectralNormalization, weight: Tensor
+) -> dict[str, Tensor]:
+    """Return a checkpoint's vectors if they belong to a weight that it does not change, else the layer's own."""
+    if not fitting or weight.is_meta:
+        return fitting
+    own = norm.vectors(weight)
+    found = [fitting.get(key, v).to(v) for key, v in zip(keys, own, strict=True)]
+    if all(are_units(found)) and belong(weight, found, norm.dim, norm.settings.eps):
+        return fitting
+    return {key: v.clone() for key, v in zip(keys, own, strict=True) if key in fitting}
+
+
 def _complete(state_dict: MutableMapping[str, Any], target: str, norm: SpectralNormalization, weight: Tensor) -> None:
     """Estimate the vectors of the directions that the checkpoint has no, or no good, vectors for."""
     loaded = state_dict.get(f"{target}original")
-    if not isinstance(loaded, Tensor) or loaded.shape != weight.shape or is_sharded(loaded):
-        return  # torch says what is wrong
     keys = [f"{target}0.{name}" for name in norm.vector_names]
     given = [state_dict.get(key) for key in keys]
     sizes = vector_sizes(weight.shape, norm.dim, norm.two_sided)
+    if is_sharded(weight) or (isinstance(loaded, Tensor) and is_sharded(loaded)):
+        return
+    if not isinstance(loaded, Tensor) or loaded.shape != weight.shape:
+        fitting = {key: v for key, v, n in zip(keys, given, sizes, strict=True) if v is not None and v.shape == (n,)}
+        state_dict.update(_of_the_weight_that_stays(fitting, keys, norm, weight))
+        return  # torch says what is wrong
     if any(v is not None and tuple(v.shape) != (size,) for v, size in zip(given, sizes, strict=True)):
         return
     for j, vector in enumerate(given):

@@ -16,7 +16,7 @@ from bssn_fast.calls.contents import version
 from bssn_fast.calls.estimation import estimate_vectors, write
 from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.calls.plan import Measured, Plan, Results, checked_vectors, signature
-from bssn_fast.layout import compute_dtype, needs_two_sides, vector_sizes
+from bssn_fast.layout import compute_dtype, fits_kernels, needs_two_sides, vector_sizes
 from bssn_fast.modules import blocks, recomputation, writes
 from bssn_fast.modules.call import Source, in_module_call
 from bssn_fast.modules.recomputation import maybe_in_checkpoint
@@ -65,8 +65,9 @@ class _Beginning(NamedTuple):
 class SpectralNormalization(nn.Module):
     """Parametrization that gives c W / sigma(W), sigma being a spectral norm or the mean of the two unfoldings'.
 
-    Buffers, in float32 (float64 for float64 weights), also after `.half()`: `_u` [c_out] and `_v` [c_in k], the names
-    of torch.nn.utils.parametrizations.spectral_norm; for two directions also `_u_in` [c_in] and `_v_in` [c_out k].
+    Buffers, in float32 (float64 for float64 weights, complex for complex ones), also after `.half()`: `_u` [c_out] and
+    `_v` [c_in k], the names of torch.nn.utils.parametrizations.spectral_norm; for two directions also `_u_in` [c_in]
+    and `_v_in` [c_out k]. A weight of one dimension has none.
     """
 
     _u: Tensor
@@ -103,11 +104,11 @@ class SpectralNormalization(nn.Module):
 
         known: the first vectors, in the order of `vector_names`, if they do not come from the buffers.
         """
-        two_sided = VARIANTS[settings.variant][0] and needs_two_sides(weight.shape)
+        two_sided = VARIANTS[settings.variant][0] and needs_two_sides(weight.shape, self.dim)
         known = known or self._stored()
-        names = ("_u", "_v", "_u_in", "_v_in") if two_sided else ("_u", "_v")
-        kept = [vector.detach().clone() for vector in known[: len(names)]]
         sizes = vector_sizes(weight.shape, self.dim, two_sided)
+        names = ("_u", "_v", "_u_in", "_v_in")[: len(sizes)]
+        kept = [vector.detach().clone() for vector in known[: len(names)]]
         new = [*(k.clone() for k in kept), *(random_direction(weight, size) for size in sizes[len(kept) :])]
         for name in self.vector_names:
             del self._buffers[name]
@@ -145,6 +146,8 @@ class SpectralNormalization(nn.Module):
         return changed and version(weight) == beginning.version
 
     def _compute(self, weight: Tensor, n_power_iterations: int) -> Tensor:
+        if not fits_kernels(weight, self.dim):
+            return composite.normalize(self, weight.detach(), n_power_iterations)[0]
         s = self.settings
         normalizer = Normalizer([weight], [self.dim], [self.two_sided], scale=s.scale, eps=s.eps, backend=s.backend)
         values = normalizer.compute([weight.detach()], self.vectors(weight), n_power_iterations, weight.dtype)
@@ -154,7 +157,7 @@ class SpectralNormalization(nn.Module):
     def evaluate(self, weight: Tensor) -> Tensor:
         """Return the normalised weight, without a graph, that the vectors as they are give."""
         if composite.wants_plain_operations([weight]):
-            return composite.normalize(self, weight.detach(), iterate=False)[0]
+            return composite.normalize(self, weight.detach(), 0)[0]
         return self._compute(weight, 0)
 
     def sigma_of(self, weight: Tensor) -> Tensor:

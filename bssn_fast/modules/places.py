@@ -32,11 +32,15 @@ Norm = SpectralNormalization | TorchSpectralNorm | None
 
 
 class Place(NamedTuple):
-    """A weight of a module. The name is the module's, or the parameter's where that is not called `weight`."""
+    """A weight of a module. The name is the module's, or the parameter's where that is not called `weight`.
+
+    dim: the output dimension that was asked for; None for the layer's own.
+    """
 
     name: str
     module: nn.Module
     tensor_name: str = WEIGHT
+    dim: int | None = None
 
     def shown(self) -> str:
         """Return the name, for messages: a model that is a layer itself is called by its type."""
@@ -75,6 +79,17 @@ def choose(
     return list({(id(p.module), p.tensor_name): p for p in places}.values())
 
 
+def own_place(module: nn.Module, tensor_name: str, dim: int | None) -> Place:
+    """Return the place of a module's own parameter; raise ValueError or IndexError if there is none such."""
+    weight = _tensors(module).get(tensor_name)
+    if weight is None:
+        raise ValueError(f"{type(module).__name__} has no parameter named {tensor_name!r} of its own")
+    n = weight.ndim
+    if dim is not None and not -n <= dim < n:
+        raise IndexError(f"{type(module).__name__}: dim must be from {-n} to {n - 1}, not {dim}")
+    return Place("" if tensor_name == WEIGHT else tensor_name, module, tensor_name, None if dim is None else dim % n)
+
+
 def _named(name: str, modules: Mapping[str, nn.Module]) -> Place:
     """Return the place that a module's or a parameter's name means."""
     if name in modules and isinstance(modules[name], LAYER_TYPES):
@@ -108,6 +123,12 @@ def check(place: Place) -> Norm:
     norm = convert.find(place.module, place.shown(), place.tensor_name)
     weight, dim = weight_of(place, norm)
     check_weight(weight, dim, place.shown())
+    if place.dim not in (None, dim):
+        raise ValueError(
+            f"{place.shown()}: the weight is normalised with output dimension {dim} already, not {place.dim}; remove "
+            "that normalisation first"
+        )
+    convert.refuse_own_normalization(place.module, weight, place.shown())
     if isinstance(norm, TorchSpectralNorm):
         convert.check_vectors(norm, place.shown())
     refuse_managed(place.module, place.shown())
@@ -133,8 +154,10 @@ def weight_of(place: Place, norm: Norm) -> tuple[Tensor, int]:
         return norm.weight, norm.dim
     if isinstance(norm, SpectralNormalization):
         return original_of(place.parametrizations()), norm.dim
-    transposed = isinstance(place.module, _TRANSPOSED) and place.tensor_name == WEIGHT
-    return cast(Tensor, place.module._parameters[place.tensor_name]), int(transposed)
+    weight = cast(Tensor, place.module._parameters[place.tensor_name])
+    if place.dim is not None:
+        return weight, place.dim
+    return weight, int(isinstance(place.module, _TRANSPOSED) and place.tensor_name == WEIGHT)
 
 
 def put(
@@ -167,7 +190,7 @@ def put(
         order = next((vars(p)["_order"] for p in _lists(module) if "_order" in vars(p)), order)
     known: list[Tensor] = []
     if norm is not None:
-        known = [norm.u, norm.v]
+        known = norm.vectors
         convert.strip(module, norm, tensor_name)
     autocast = isinstance(module, _COMPUTING) and tensor_name == WEIGHT
     found = shared.get((id(weight), dim))

@@ -17,7 +17,7 @@ from torch import Tensor
 from bssn_fast.calls import composite
 from bssn_fast.calls.arguments import check_weight
 from bssn_fast.calls.plan import Member, checked_vectors, partition
-from bssn_fast.layout import result_dtype, vector_sizes
+from bssn_fast.layout import fits_kernels, result_dtype, vector_sizes
 from bssn_fast.tracing.node import normalize
 from bssn_fast.tracing.recording import Traced, is_exporting
 
@@ -74,6 +74,9 @@ def _finish(member: Layer) -> None:
 
 def _normalize(members: list[Any], weights: list[Tensor], *, iterate: bool) -> list[Tensor]:
     """Normalise layers of one device, dtype and settings in one call."""
+    n = members[0].settings.n_power_iterations if iterate else 0
+    if not fits_kernels(weights[0], members[0].dim):
+        return [composite.normalize(m, w, n)[0] for m, w in zip(members, weights, strict=True)]
     vectors = []
     for member, weight in zip(members, weights, strict=True):
         check_weight(weight, member.dim, f"bssn_fast: {member.name}")
@@ -87,7 +90,7 @@ def _normalize(members: list[Any], weights: list[Tensor], *, iterate: bool) -> l
         [m.two_sided for m in members],
         settings.scale,
         settings.eps,
-        settings.n_power_iterations if iterate else 0,
+        n,
         result_dtype(weights[0], members[0].autocast),
         settings.backend,
         settings.gradient_groups,
@@ -111,4 +114,4 @@ def _vectors(member: Layer, weight: Tensor) -> list[Tensor]:
 def _exported(member: Any, weight: Tensor) -> Tensor:
     if member.training:
         raise RuntimeError("bssn_fast: a model in training mode cannot be exported; call `model.eval()` first")
-    return composite.normalize(member, weight, iterate=False)[0]
+    return composite.normalize(member, weight, 0)[0]
