@@ -58,10 +58,16 @@ class Group:
     indices: of the layers, by the id of their parametrization.
     """
 
+    _layers: list[weakref.ref[ParametrizationList]]
+    indices: dict[int, int]
+    _planned: _Planned
+    _shared: bool  # whether another group has some of the layers too
+
     def __init__(self, layers: Iterable[ParametrizationList]) -> None:
         self._handles: list[RemovableHandle] = []
         self._parent: Group | None = None  # whose calls of the model end those of this one
         self._children = 0
+        self.members: list[SpectralNormalization] = []
         self._set_layers(layers)
         self._start()
         self._model_called = self._warned_alone = self._warned_unknown = False
@@ -73,34 +79,43 @@ class Group:
         self.published: list[Tensor | None] | None = None
 
     def _set_layers(self, layers: Iterable[ParametrizationList]) -> None:
-        layers, self._copied = list(layers), []
-        # Weak: what torch's own remove_parametrizations has taken off is gone.
-        self._layers = [weakref.ref(layer) for layer in layers]
-        self.members: list[SpectralNormalization] = [cast(SpectralNormalization, layer[0]) for layer in layers]
-        self.indices = {id(m): j for j, m in enumerate(self.members)}
-        self._planned = _Planned()  # replaced at once, as other threads may be calling the model
+        # Until all is done, so that the next call does again what an interrupt has kept from ending.
+        self._pending: list[ParametrizationList] | None = list(layers)
+        members = [cast(SpectralNormalization, layer[0]) for layer in self._pending]
+        kept = set(map(id, members))
         for m in self.members:
+            if id(m) not in kept:
+                m.groups = tuple([g for g in m.groups if g is not self])
+        for m in members:
             if self not in m.groups:
                 m.groups = (*m.groups, self)
-        self._shared = any(len(m.groups) > 1 for m in self.members)
+        self.__dict__.update(
+            # Weak: what torch's own remove_parametrizations has taken off is gone.
+            _layers=[weakref.ref(layer) for layer in self._pending],
+            members=members,
+            indices={id(m): j for j, m in enumerate(members)},
+            _planned=_Planned(),  # replaced at once, as other threads may be calling the model
+            _shared=any(len(m.groups) > 1 for m in members),
+            _pending=None,
+        )
 
     def layers(self) -> list[ParametrizationList]:
         """Return torch's lists of parametrizations of the layers that are still there."""
-        if self._copied:
-            self._set_layers(self._copied)
+        if self._pending is not None:
+            self._set_layers(self._pending)
         found = [ref() for ref in self._layers]
         return [layer for layer in found if layer is not None]
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its plans anew, for its own layers
         state = {**self.__dict__, "_layers": self.layers()}
-        for name in ("_planned", "_copied", "calls", "published", "members", "indices"):
+        for name in ("_planned", "_pending", "calls", "published", "members", "indices"):
             del state[name]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
-        self._copied = self._layers  # whose parts may not all have been copied yet
+        self._pending = self._layers  # whose parts may not all have been copied yet
         self._layers, self.members, self.indices, self._planned = [], [], {}, _Planned()
 
     def hook(self, model: nn.Module, *, first: bool = True) -> None:
@@ -114,8 +129,6 @@ class Group:
         """Leave out some layers, and those that are gone; remove the hooks when none is left."""
         gone = set(map(id, norms))
         left = [layer for layer in self.layers() if id(layer[0]) not in gone]
-        for m in self.members:
-            m.groups = tuple([g for g in m.groups if g is not self])
         self._set_layers(left)
         if not left and not self._children:
             for handle in self._handles:
@@ -134,8 +147,8 @@ class Group:
             return  # a call inside a call
         writes.settle(forget=True)
         self._model_called = True
-        if self._copied:
-            self._set_layers(self._copied)
+        if self._pending is not None:
+            self._set_layers(self._pending)
         call = Call(frame, len(self._layers))
         try:
             chosen = self._choose(call, before)
