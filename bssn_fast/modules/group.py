@@ -107,15 +107,14 @@ class Group:
         return [layer for layer in found if layer is not None]
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its plans anew, for its own layers
-        state = {**self.__dict__, "_layers": self.layers()}
-        for name in ("_planned", "_pending", "calls", "published", "members", "indices"):
+        state = {**self.__dict__, "_pending": self.layers()}  # whose parts may not all have been copied yet
+        for name in ("_planned", "_layers", "calls", "published", "members", "indices"):
             del state[name]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
-        self._pending = self._layers  # whose parts may not all have been copied yet
         self._layers, self.members, self.indices, self._planned = [], [], {}, _Planned()
 
     def hook(self, model: nn.Module, *, first: bool = True) -> None:
