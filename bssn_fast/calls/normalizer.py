@@ -13,7 +13,7 @@ from torch import Tensor
 from bssn_fast import ops, reference
 from bssn_fast.calls.composite import has_tangents, in_transform
 from bssn_fast.calls.memory import Pool
-from bssn_fast.layout import Batch, compute_dtype, is_dense, same_strides
+from bssn_fast.layout import Batch, compute_dtype, has_plain_memory, is_dense, is_plain, same_strides
 
 _AS_SOON_AS_POSSIBLE = 2**63 - 1
 
@@ -47,7 +47,7 @@ class Normalizer:
         backend: str = "",
         gradient_groups: int = 1,
     ) -> None:
-        self.batch = Batch.of([w if is_dense(w) else w.contiguous() for w in weights], dims, two_sided)
+        self.batch = Batch.of(list(map(_dense, weights)), dims, two_sided)
         self.dense = all(is_dense(w) for w in weights)
         self.scale, self.eps, self.backend = scale, eps, backend
         self._outputs = Pool(self.batch.size, self.batch.views)
@@ -72,7 +72,7 @@ class Normalizer:
         normalized = self._outputs.take(dtype, device)
         ops.normalize(
             batch,
-            weights if self.dense else [w if is_dense(w) else w.detach().contiguous() for w in weights],
+            weights if self.dense and not any(map(Tensor.is_neg, weights)) else list(map(_dense, weights)),
             vectors,
             self.scale,
             self.eps,
@@ -118,8 +118,8 @@ class Normalizer:
     ) -> list[Tensor | None]:
         """Return dL/dW where grads, dL/d(normalised weight), are given."""
         batch = self.batch
-        if not self.dense:
-            weights = [w if is_dense(w) else w.contiguous() for w in weights]
+        if not self.dense or any(map(Tensor.is_neg, weights)):
+            weights = list(map(_dense, weights))
         sigma, dtype = values.sigma, weights[0].dtype
         if (
             not batch.fits(weights)
@@ -131,8 +131,14 @@ class Normalizer:
                 "bssn_fast: between the forward and the backward pass a weight was given another shape, precision, "
                 "device or memory format; run the forward pass after such changes"
             )
+        for w in weights:
+            if not has_plain_memory(w):
+                raise RuntimeError(
+                    f"bssn_fast: between the forward and the backward pass the memory of a weight of shape "
+                    f"{tuple(w.shape)} was freed or made smaller. Bring it back before the backward pass"
+                )
         given = [
-            g if g.stride() == strides else _with_strides(g, w)
+            g if g.stride() == strides and is_plain(g) else _with_strides(g, w)
             for g, w, strides in zip(grads, weights, batch.strides, strict=True)
             if g is not None
         ]
@@ -191,9 +197,16 @@ def _in_one_buffer(weights: Sequence[Tensor]) -> list[Tensor]:
     return batch.views(torch.empty(batch.size, dtype=weights[0].dtype, device=weights[0].device))
 
 
+def _dense(weight: Tensor) -> Tensor:
+    """Return the weight's values in a tensor that the kernels can read."""
+    if weight.is_neg():  # its memory holds the values with the other sign
+        weight = weight.detach().resolve_neg()
+    return weight if is_dense(weight) else weight.detach().contiguous()
+
+
 def _with_strides(grad: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient laid out in memory as its weight is."""
-    if same_strides(grad, weight):
+    if same_strides(grad, weight) and is_plain(grad):
         return grad
     return torch.empty_strided(weight.shape, weight.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
 

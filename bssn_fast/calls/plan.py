@@ -245,6 +245,7 @@ def _layout(weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[object
         *map(Tensor.numel, vectors),
         *map(_dtype, vectors),
         *map(Tensor.is_contiguous, vectors),
+        *map(Tensor.is_neg, vectors),
     ]
 
 
@@ -319,7 +320,7 @@ def checked_vectors(vectors: list[Tensor], weight: Tensor, sizes: Sequence[int],
         for vector in vectors:
             check_memory(vector, f"bssn_fast: a vector of {name}")
     dtype = compute_dtype(weight.dtype)
-    if all(v.dtype == dtype and v.device == weight.device and v.is_contiguous() for v in vectors):
+    if all(v.dtype == dtype and v.device == weight.device and v.is_contiguous() and not v.is_neg() for v in vectors):
         return vectors
     return [_moved(v, weight.device, dtype) for v in vectors]
 
@@ -327,4 +328,4 @@ def checked_vectors(vectors: list[Tensor], weight: Tensor, sizes: Sequence[int],
 def _moved(vector: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     if vector.device.type == "meta" and device.type != "meta":
         return torch.zeros(vector.shape, device=device, dtype=dtype)  # no unit vector: estimated at the first use
-    return vector.to(device, dtype).contiguous()
+    return vector.to(device, dtype).resolve_neg().contiguous()

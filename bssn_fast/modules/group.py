@@ -59,10 +59,17 @@ class Group:
     indices: of the layers, by the id of their parametrization.
     """
 
+    _layers: list[weakref.ref[ParametrizationList]]
+    indices: dict[int, int]
+    _planned: _Planned
+    _used: bool  # a call of the model has computed with the layers
+    _shared: bool  # whether another group has some of the layers too
+
     def __init__(self, layers: Iterable[ParametrizationList]) -> None:
         self._handles: list[RemovableHandle] = []
         self._parent: Group | None = None  # whose calls of the model end those of this one
         self._children = 0
+        self.members: list[SpectralNormalization] = []
         self._set_layers(layers)
         self._start()
         self._model_called = self._warned_alone = self._warned_unknown = False
@@ -74,28 +81,35 @@ class Group:
         self.published: list[Tensor | None] | None = None
 
     def _set_layers(self, layers: Iterable[ParametrizationList]) -> None:
-        layers = list(layers)
-        self._copied: list[ParametrizationList] = []
-        # Weak: what torch's own remove_parametrizations has taken off is gone.
-        self._layers = [weakref.ref(layer) for layer in layers]
-        self.members: list[SpectralNormalization] = [cast(SpectralNormalization, layer[0]) for layer in layers]
-        self.indices = {id(m): j for j, m in enumerate(self.members)}
-        self._planned = _Planned()  # replaced at once, as other threads may be calling the model
-        for j, m in enumerate(self.members):
-            m.groups = (*[g for g in m.groups if g is not self], self)
-            m.slots = tuple([(g, j if g is self else g.indices[id(m)]) for g in m.groups])
-        self._used = False
-        self._shared = any(len(m.groups) > 1 for m in self.members)
+        # Until all is done, so that the next call does again what an interrupt has kept from ending.
+        self._pending: list[ParametrizationList] | None = list(layers)
+        members = [cast(SpectralNormalization, layer[0]) for layer in self._pending]
+        kept = set(map(id, members))
+        for m in self.members:
+            if id(m) not in kept:
+                m.slots = tuple([(g, j) for g, j in m.slots if g is not self])
+        for j, m in enumerate(members):
+            m.slots = (*[(g, i) for g, i in m.slots if g is not self], (self, j))
+        self.__dict__.update(
+            # Weak: what torch's own remove_parametrizations has taken off is gone.
+            _layers=[weakref.ref(layer) for layer in self._pending],
+            members=members,
+            indices={id(m): j for j, m in enumerate(members)},
+            _used=False,
+            _planned=_Planned(),  # replaced at once, as other threads may be calling the model
+            _shared=any(len(m.slots) > 1 for m in members),
+            _pending=None,
+        )
 
     def layers(self) -> list[ParametrizationList]:
         """Return torch's lists of parametrizations of the layers that are still there."""
-        if self._copied:
-            self._set_layers(self._copied)
+        if self._pending is not None:
+            self._set_layers(self._pending)
         found = [ref() for ref in self._layers]
         return [layer for layer in found if layer is not None]
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its plans anew, for its own layers
-        state = {**self.__dict__, "_copied": self.layers()}
+        state = {**self.__dict__, "_pending": self.layers()}  # whose parts may not all have been copied yet
         for name in ("_planned", "_layers", "calls", "published", "members", "indices"):
             del state[name]
         return state
@@ -103,7 +117,7 @@ class Group:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
-        self._layers, self.members, self.indices, self._planned = [], [], {}, _Planned()  # parts may be missing yet
+        self._layers, self.members, self.indices, self._planned = [], [], {}, _Planned()
 
     def hook(self, model: nn.Module, *, first: bool = True) -> None:
         """Take part in the model's calls, before or after other pre-hooks that are there."""
@@ -116,9 +130,6 @@ class Group:
         """Leave out some layers, and those that are gone; remove the hooks when none is left."""
         gone = set(map(id, norms))
         left = [layer for layer in self.layers() if id(layer[0]) not in gone]
-        for m in self.members:
-            m.groups = tuple([g for g in m.groups if g is not self])
-            m.slots = tuple([(g, j) for g, j in m.slots if g is not self])
         self._set_layers(left)
         if not left and not self._children:
             for handle in self._handles:
@@ -150,8 +161,8 @@ class Group:
 
     def _called(self, frame: FrameType, before: Call | None) -> Call:
         """Return a call of the model with all its layers normalised."""
-        if self._copied:
-            self._set_layers(self._copied)
+        if self._pending is not None:
+            self._set_layers(self._pending)
         if any(ref() is None for ref in self._layers):
             self.discard([])
         call = Call(frame, len(self._layers))

@@ -87,8 +87,8 @@ class SpectralNormalization(nn.Module):
         self.name = name  # of the layer, for messages
         self.dim, self.autocast = dim, autocast
         self.layers = 1  # that share the weight
-        self.groups: tuple[Group, ...] = ()  # in whose calls of a model the layer is normalised
-        self.slots: tuple[tuple[Group, int], ...] = ()  # the same, with the layer's index in each
+        # The groups in whose calls of a model the layer is normalised, and its index in each.
+        self.slots: tuple[tuple[Group, int], ...] = ()
         self.used = False  # a model or layer has computed with the weight
         self.measured, self.traced = Measured(), Traced()
         self.vector_names: tuple[str, ...] = ()
@@ -97,7 +97,12 @@ class SpectralNormalization(nn.Module):
         self.configure(weight, settings, known)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy begins with nothing at hand
-        return {**self.__dict__, "groups": (), "slots": (), "_plan": None, "_beginning": None, "traced": Traced()}
+        return {**self.__dict__, "slots": (), "_plan": None, "_beginning": None, "traced": Traced()}
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups in whose calls of a model the layer is normalised."""
+        return tuple([group for group, _ in self.slots])
 
     def configure(self, weight: Tensor, settings: Settings, known: Sequence[Tensor] = ()) -> None:
         """Change the settings, and compute the vectors that are not there yet.
