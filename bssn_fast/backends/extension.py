@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 module: Any
@@ -23,14 +25,35 @@ try:
 except ImportError:
     not_built = {}
 
+FOLDER = Path(__file__).resolve().parents[1]
+"""Where this package was imported from."""
+
+
+def hidden_installation() -> Path | None:
+    """Return the folder of an installed bssn_fast that this one hides, else None.
+
+    It happens in a checkout: Python looks for packages in the current folder first.
+    """
+    for distribution in metadata.distributions(name="bssn_fast"):
+        installed = Path(str(distribution.locate_file("bssn_fast"))).resolve()
+        if installed != FOLDER and (installed / "__init__.py").exists():
+            return installed
+    return None
+
 
 def why_missing() -> str | None:
     """Return None if the extension is there, else why not and what to do."""
     if module is not None:
         return None
+    hidden = hidden_installation()
+    if hidden is not None:
+        return (
+            f"the source folder {FOLDER}, in which the C++ extension was not built, hides the package installed in "
+            f"{hidden}; start Python in another folder, or install by `pip install -e .`"
+        )
     if "cpu" in not_built:
         return f"the C++ extension was not built: {not_built['cpu']}"
     return (
-        f"the C++ extension is missing ({_problem}); reinstall with `pip install --force-reinstall --no-deps .`, "
-        "which needs a C++ compiler"
+        f"the C++ extension is missing ({_problem}); reinstall with `pip install --force-reinstall --no-deps .` in the "
+        "source folder, which needs a C++ compiler"
     )
