@@ -201,18 +201,27 @@ def test_cuda_can_be_switched_off(project: Project) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "flags"),
+    ("asked", "gpus", "archs"),
     [
-        ("", ["arch=compute_75,code=sm_75", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]),
-        ("9.0;80", ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]),
+        ("9.0;80", "8.6", ["80", "90"]),
+        ("", "9.0\\n9.0\\n", ["90"]),
+        ("", "9.0\\n7.5\\n", ["75", "90"]),
+        ("", "13.0\\n", ["75", "90"]),  # newer than this nvcc
+        ("", "No devices were found\\n", ["75", "90"]),
+        ("all", "9.0\\n", ["75", "90"]),
     ],
 )
-def test_cuda_architectures(project: Project, asked: str, flags: list[str]) -> None:
+def test_cuda_architectures(project: Project, asked: str, gpus: str, archs: list[str]) -> None:
+    """Those asked for, else those of the GPUs that are there, else all; and PTX of the newest."""
     project.write("csrc/cuda/kernels.cu", "")
     project.write("toolkit/bin/nvcc", FAILING_NVCC).chmod(0o755)
-    output = project.build(CUDA_HOME=str(project.root / "toolkit"), BSSN_FAST_CUDA_ARCHS=asked)
+    project.write("bin/nvidia-smi", f"#!/bin/sh\nprintf '{gpus}'\n").chmod(0o755)
+    path = f"{project.root / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    output = project.build(CUDA_HOME=str(project.root / "toolkit"), PATH=path, BSSN_FAST_CUDA_ARCHS=asked)
     (command,) = [line for line in output.splitlines() if "-gencode" in line]
-    assert [word.removeprefix("-gencode=") for word in command.split() if word.startswith("-gencode")] == flags
+    flags = [word.removeprefix("-gencode=") for word in command.split() if word.startswith("-gencode")]
+    expected = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    assert flags == [*expected, f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
 def test_editable_build_follows_what_can_be_built(project: Project) -> None:
@@ -231,6 +240,8 @@ def test_wheel_and_source_distribution(project: Project) -> None:
     done = project.run("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", "dist", CXX="/nonexistent")
     assert done.returncode == 0, done.stderr
     (wheel,) = (project.root / "dist").glob("*.whl")
+    assert "-0_no_compiler-" in wheel.name
+    assert wheel.name in done.stdout, "pip shows nothing else of a build"
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         assert "SUMMARY" in archive.read("bssn_fast/_build_info.py").decode()

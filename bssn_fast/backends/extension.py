@@ -7,11 +7,26 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+FOLDER = Path(__file__).resolve().parents[1]
+"""Where this package was imported from."""
+
+
+def _import(name: str) -> Any:
+    """Import a module that the build puts into this folder.
+
+    With an editable installation of another checkout Python finds that one's, which may be made from other sources.
+    """
+    found = importlib.import_module(f"bssn_fast.{name}")
+    if not Path(str(found.__file__)).parent.samefile(FOLDER):
+        raise ImportError(f"there is only that of another copy of the package, {found.__file__}")
+    return found
+
+
 module: Any
 _problem: str | None
 
 try:
-    module = importlib.import_module("bssn_fast._C")
+    module = _import("_C")
     _problem = None
 except ImportError as error:
     module = None
@@ -21,12 +36,9 @@ not_built: dict[str, str]
 """Why setup.py left out a backend, by the backend's name; empty where the package was never built."""
 
 try:
-    not_built = importlib.import_module("bssn_fast._build_info").NOT_BUILT
+    not_built = _import("_build_info").NOT_BUILT
 except ImportError:
     not_built = {}
-
-FOLDER = Path(__file__).resolve().parents[1]
-"""Where this package was imported from."""
 
 
 def hidden_installation() -> Path | None:
