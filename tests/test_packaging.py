@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,8 +67,9 @@ class Project:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md"):
             shutil.copy(ROOT / name, root)
+        shutil.copytree(ROOT / "docs", root / "docs")
         built = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
         shutil.copytree(ROOT / "bssn_fast", root / "bssn_fast", ignore=built)
         self.write("csrc/bindings.cpp", STUB_BINDINGS)
@@ -237,6 +239,7 @@ def test_editable_build_follows_what_can_be_built(project: Project) -> None:
 def test_wheel_and_source_distribution(project: Project) -> None:
     # A source tree with an editable build in it: its results must not reach either archive.
     project.write("bssn_fast/_build_info.py", "raise AssertionError\n")
+    project.write("tests/test_stub.py", "")
     done = project.run("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", "dist", CXX="/nonexistent")
     assert done.returncode == 0, done.stderr
     (wheel,) = (project.root / "dist").glob("*.whl")
@@ -255,11 +258,22 @@ def test_wheel_and_source_distribution(project: Project) -> None:
     with tarfile.open(sdist) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "LICENSE", "csrc/bindings.cpp", "csrc/cpu/width.h"} <= files
+    assert {"tests/test_stub.py", "docs/design.md", "CHANGELOG.md"} <= files
     assert "bssn_fast/_build_info.py" not in files
 
 
 def test_one_version() -> None:
-    assert importlib.metadata.version("bssn_fast") == bssn_fast.__version__
+    version = bssn_fast.__version__
+    assert importlib.metadata.version("bssn_fast") == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == version
+
+
+def test_no_requirement_can_change_the_users_torch() -> None:
+    required = importlib.metadata.requires("bssn_fast") or []
+    assert [line for line in required if "extra ==" not in line] == ["torch>=2.6"]
 
 
 def test_the_installed_module_needs_no_torch_and_agrees_with_what_was_said() -> None:
