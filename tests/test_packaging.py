@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,8 +67,9 @@ class Project:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md"):
             shutil.copy(ROOT / name, root)
+        shutil.copytree(ROOT / "docs", root / "docs")
         built = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
         shutil.copytree(ROOT / "bssn_fast", root / "bssn_fast", ignore=built)
         self.write("csrc/bindings.cpp", STUB_BINDINGS)
@@ -201,18 +203,27 @@ def test_cuda_can_be_switched_off(project: Project) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "flags"),
+    ("asked", "gpus", "archs"),
     [
-        ("", ["arch=compute_75,code=sm_75", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]),
-        ("9.0;80", ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]),
+        ("9.0;80", "8.6", ["80", "90"]),
+        ("", "9.0\\n9.0\\n", ["90"]),
+        ("", "9.0\\n7.5\\n", ["75", "90"]),
+        ("", "13.0\\n", ["75", "90"]),  # newer than this nvcc
+        ("", "No devices were found\\n", ["75", "90"]),
+        ("all", "9.0\\n", ["75", "90"]),
     ],
 )
-def test_cuda_architectures(project: Project, asked: str, flags: list[str]) -> None:
+def test_cuda_architectures(project: Project, asked: str, gpus: str, archs: list[str]) -> None:
+    """Those asked for, else those of the GPUs that are there, else all; and PTX of the newest."""
     project.write("csrc/cuda/kernels.cu", "")
     project.write("toolkit/bin/nvcc", FAILING_NVCC).chmod(0o755)
-    output = project.build(CUDA_HOME=str(project.root / "toolkit"), BSSN_FAST_CUDA_ARCHS=asked)
+    project.write("bin/nvidia-smi", f"#!/bin/sh\nprintf '{gpus}'\n").chmod(0o755)
+    path = f"{project.root / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    output = project.build(CUDA_HOME=str(project.root / "toolkit"), PATH=path, BSSN_FAST_CUDA_ARCHS=asked)
     (command,) = [line for line in output.splitlines() if "-gencode" in line]
-    assert [word.removeprefix("-gencode=") for word in command.split() if word.startswith("-gencode")] == flags
+    flags = [word.removeprefix("-gencode=") for word in command.split() if word.startswith("-gencode")]
+    expected = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    assert flags == [*expected, f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
 def test_editable_build_follows_what_can_be_built(project: Project) -> None:
@@ -228,9 +239,12 @@ def test_editable_build_follows_what_can_be_built(project: Project) -> None:
 def test_wheel_and_source_distribution(project: Project) -> None:
     # A source tree with an editable build in it: its results must not reach either archive.
     project.write("bssn_fast/_build_info.py", "raise AssertionError\n")
+    project.write("tests/test_stub.py", "")
     done = project.run("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", "dist", CXX="/nonexistent")
     assert done.returncode == 0, done.stderr
     (wheel,) = (project.root / "dist").glob("*.whl")
+    assert "-0_no_compiler-" in wheel.name
+    assert wheel.name in done.stdout, "pip shows nothing else of a build"
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         assert "SUMMARY" in archive.read("bssn_fast/_build_info.py").decode()
@@ -244,11 +258,22 @@ def test_wheel_and_source_distribution(project: Project) -> None:
     with tarfile.open(sdist) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "LICENSE", "csrc/bindings.cpp", "csrc/cpu/width.h"} <= files
+    assert {"tests/test_stub.py", "docs/design.md", "CHANGELOG.md"} <= files
     assert "bssn_fast/_build_info.py" not in files
 
 
 def test_one_version() -> None:
-    assert importlib.metadata.version("bssn_fast") == bssn_fast.__version__
+    version = bssn_fast.__version__
+    assert importlib.metadata.version("bssn_fast") == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == version
+
+
+def test_no_requirement_can_change_the_users_torch() -> None:
+    required = importlib.metadata.requires("bssn_fast") or []
+    assert [line for line in required if "extra ==" not in line] == ["torch>=2.6"]
 
 
 def test_the_installed_module_needs_no_torch_and_agrees_with_what_was_said() -> None:

@@ -104,10 +104,11 @@ def _first_available(device: torch.device) -> str:
             break
         reasons.append(known or f"{name}: {reason}")
         gave_way |= known is not None
-    if name == "reference" and device.type == "cuda" and torch.cuda.is_available():
+    is_there = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+    if name == "reference" and is_there:
         warnings.warn(
             f"bssn_fast has no kernels that work on {device} and uses plain torch operations, which are slower. "
-            + "; ".join(reasons),
+            f"{'; '.join(reasons)}. BSSN_FAST_BACKEND=reference chooses them without this warning.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from math import sqrt
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -157,8 +158,14 @@ class Run:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Return what `Run.save` wrote, with all tensors on the CPU."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Return what `Run.save` wrote, with all tensors on the CPU; raises OSError, or ValueError for another file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not {"settings", "history", "steps_done"} <= state.keys():
+        raise ValueError(f"{path} is no checkpoint of this program")
+    return state
 
 
 def _adam(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Adam:

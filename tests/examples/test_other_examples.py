@@ -11,14 +11,41 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
+NAMED_THREADS = """
+import runpy, sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(sys.argv[1]).parent))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("threads:", [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()])
+"""
+
+
+def launch(*command: str) -> str:
+    """Run a script in two processes, and return what they printed."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
 
 def test_ddp():
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [str(EXAMPLES / "ddp.py"), "--steps", "2", "--batch", "4"]
-    done = subprocess.run([*launcher, *script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "step 1: discriminator" in done.stdout
-    assert "the same bits in all 2 processes" in done.stdout
+    printed = launch(str(EXAMPLES / "ddp.py"), "--steps", "2", "--batch", "4")
+    assert "step 1: discriminator" in printed
+    assert "the same bits in all 2 processes" in printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of threads are read from /proc")
+def test_ddp_ends_all_threads_of_its_process_group_before_python_ends(tmp_path):
+    """One that drops its last tensor later, on a busy machine, aborts the process."""
+    script = tmp_path / "named_threads.py"
+    script.write_text(NAMED_THREADS)
+    printed = launch(str(script), str(EXAMPLES / "ddp.py"), "--steps", "1", "--batch", "4")
+    lines = [line for line in printed.splitlines() if line.startswith("threads:")]
+    assert len(lines) == 2
+    assert "python" in lines[0]
+    assert "gloo" not in printed
 
 
 def test_real_models(capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,15 +186,77 @@ def test_program_trains_on_colour_images_of_one_class(tmp_path: Path, capsys: py
         (["--norm", "sn", "--scale", "1.2"], "--norm sn has none"),
         (["--data", "nowhere"], "nor an existing folder"),
         (["--resume", "nowhere.pt"], "nowhere.pt"),
+        (["--resume", __file__], "is no checkpoint"),
         (["--size", "12"], "image size"),
+        (["--batch", "0"], "--batch must be at least 1"),
+        (["--width", "0"], "--width must be at least 1"),
+        (["--critic-steps", "0"], "--critic-steps must be at least 1"),
+        (["--save-every", "0"], "--save-every must be at least 1"),
+        (["--scale", "-1"], "--scale must be positive"),
+        (["--lr-generator", "nan"], "--lr-generator must be positive"),
+        (["--beta2", "1"], "--beta2 must be at least 0 and less than 1"),
+        (["--steps", "-5"], "--steps must be at least 1"),
+        (["--device", "cuda:99"], "--device cuda:99: "),
+        (["--device", "gpu"], "--device gpu: "),
     ],
 )
 def test_wrong_options_end_with_a_message(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        train_gan.main([*options, "--steps", "1", "--out", str(tmp_path)])
-    assert message in capsys.readouterr().err
+        train_gan.main(["--steps", "1", "--out", str(tmp_path), *options])
+    error = capsys.readouterr().err
+    assert message in error.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_tensors_of_something_else_is_no_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"weight": torch.ones(1)}, tmp_path / "other.pt")
+    with pytest.raises(SystemExit):
+        train_gan.main(["--resume", str(tmp_path / "other.pt")])
+    assert "no checkpoint of this program" in capsys.readouterr().err
+
+
+def test_runs_do_not_overwrite_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gan, "finish", lambda *_: None)
+    first, second = (train_gan.main([*SMALL_OPTIONS, "--steps", "1"]) for _ in range(2))
+    assert (first, second) == (Path("runs/digits-bssn"), Path("runs/digits-bssn-2"))
+    resumed = train_gan.main(["--resume", str(first / "checkpoint.pt"), "--steps", "2", "--device", "cpu"])
+    assert resumed == first
+    with pytest.raises(SystemExit):
+        train_gan.main([*SMALL_OPTIONS, "--steps", "1", "--out", str(second)])
+    assert "choose another folder" in capsys.readouterr().err
+    assert load_checkpoint(second / "checkpoint.pt")["steps_done"] == 1
+    with pytest.raises(SystemExit):
+        train_gan.main(["--resume", str(first / "checkpoint.pt"), "--steps", "2", "--device", "cpu"])
+    assert "has 2 steps already" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_is_saved_after_a_whole_step(
+    digits: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Run._step_generator
+
+    def interrupted(run: Run) -> float:
+        if run.steps_done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(run)
+
+    monkeypatch.setattr(Run, "_step_generator", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as ended:
+        train_gan.main([*SMALL_OPTIONS, "--out", str(tmp_path)])
+    assert ended.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert f"after 3 steps. Go on with: --resume {tmp_path / 'checkpoint.pt'}" in capsys.readouterr().out
+    monkeypatch.undo()
+    trained(replace(SMALL, log_every=25), digits, 3).save(tmp_path / "whole.pt")
+    assert_same(load_checkpoint(tmp_path / "checkpoint.pt"), load_checkpoint(tmp_path / "whole.pt"))
 
 
 def test_resuming_with_other_settings_is_refused(
