@@ -15,10 +15,13 @@ from time import perf_counter
 
 import torch
 
-from benchmarks import compare, gan, layer_sets, machine, measure, page, peers, plots, results, tables
-from benchmarks.problem import VARIANTS
-from benchmarks.record import Record
-from benchmarks.targets import targets
+from benchmarks.against import peers
+from benchmarks.shown import compare, page, plots, results, tables
+from benchmarks.shown.targets import targets
+from benchmarks.timing import machine, measure
+from benchmarks.timing.record import Record
+from benchmarks.work import layer_sets, training_step
+from benchmarks.work.problem import VARIANTS
 
 SET_PARTS = ("layers", *layer_sets.GRID)
 PARTS = (*SET_PARTS, "gan")
@@ -49,8 +52,8 @@ def measurements(args: argparse.Namespace) -> Iterator[tuple[str, list[Record]]]
     caches = ("hot", "cold") if torch.device(args.device).type == "cuda" else ("hot",)
     for part in args.parts:
         if part == "gan":
-            batch = args.batch or gan.batch_size(args.device)
-            for kind in gan.DISCRIMINATORS:
+            batch = args.batch or training_step.batch_size(args.device)
+            for kind in training_step.DISCRIMINATORS:
                 if not args.sets or kind in args.sets:
                     yield kind, measure.gan_steps(kind, device=args.device, batch=batch, seconds=4 * seconds)
             continue

@@ -8,11 +8,11 @@ from time import perf_counter
 
 import pytest
 
-from benchmarks.clock import EventTimer, clock_for, launches
-from benchmarks.peers import Peer
-from benchmarks.problem import Problem
-from benchmarks.record import BOTH, MOVED, Record
-from benchmarks.results import Results
+from benchmarks.against.peers import Peer
+from benchmarks.shown.results import Results
+from benchmarks.timing.clock import EventTimer, clock_for, launches
+from benchmarks.timing.record import BOTH, MOVED, Record
+from benchmarks.work.problem import Problem
 
 SECONDS_OF_A_SET, SECONDS_OF_A_POINT = 1.0, 0.1  # about so long for each case
 FEWEST, MOST = 5, 200  # rounds

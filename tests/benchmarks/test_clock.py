@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import machine
-from benchmarks.clock import CudaClock, EventTimer
+from benchmarks.timing import machine
+from benchmarks.timing.clock import CudaClock, EventTimer
 
 
 class Gpu:

@@ -8,9 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu, machine, peers, report, results
-from benchmarks.layer_sets import GRID, grid, load
-from benchmarks.measure import Record
+from benchmarks import gpu, report
+from benchmarks.against import peers
+from benchmarks.shown import results
+from benchmarks.timing import machine
+from benchmarks.timing.measure import Record
+from benchmarks.work.layer_sets import GRID, grid, load
 
 SETS = {*load(), *(point.name for kind in GRID for point in grid(kind))}
 

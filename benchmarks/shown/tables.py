@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import geometric_mean
 
-from benchmarks import machine
-from benchmarks.gan import NONE
-from benchmarks.layer_sets import GRID, square
-from benchmarks.peers import COPY, OURS, TORCH
-from benchmarks.problem import VARIANTS
-from benchmarks.record import BOTH, Record
-from benchmarks.results import Results, geometric_mean
-from benchmarks.targets import targets
+from tabulate import tabulate
+
+from benchmarks.against.peers import COPY, OURS, TORCH
+from benchmarks.shown.results import Results
+from benchmarks.shown.targets import targets
+from benchmarks.timing import machine
+from benchmarks.timing.record import BOTH, Record
+from benchmarks.work.layer_sets import GRID, square
+from benchmarks.work.problem import VARIANTS
+from benchmarks.work.training_step import NONE
 
 PHASES = ("forward", "backward", BOTH)
 
@@ -207,5 +210,4 @@ def ms(value: float) -> str:
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (headings, ["---"] * len(headings), *rows)]
-    return "\n".join(lines)
+    return tabulate(rows, headings, tablefmt="github", disable_numparse=True, stralign=None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.layer_sets import LayerSet, Weights
+from benchmarks.work.layer_sets import LayerSet, Weights
 from bssn_fast import reference
 from bssn_fast.layout import needs_two_sides, vector_sizes
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import bssn_fast
-from benchmarks import rivals
-from benchmarks.problem import EPS, Problem
-from benchmarks.rivals import Rival
+from benchmarks.against import in_torch
+from benchmarks.against.in_torch import Normalisation
+from benchmarks.work.problem import EPS, Problem
 from bssn_fast import backends
 
 COPY = "copy"
@@ -28,13 +28,13 @@ class Peer:
     prepare_seconds: float | None = None  # what it took until the first results were there
     peak_megabytes: float | None = None  # memory of one forward and backward beyond what there was before
 
-    def __init__(self, problem: Problem, rival: Rival) -> None:
-        self._problem, self._rival = problem, rival
+    def __init__(self, problem: Problem, normalisation: Normalisation) -> None:
+        self._problem, self._normalisation = problem, normalisation
         self.outputs: Sequence[Tensor] | None = None
         self.gradients: Sequence[Tensor] | None = None
 
     def forward(self) -> None:
-        self.outputs = self._rival.run()
+        self.outputs = self._normalisation.run()
 
     def backward(self) -> None:
         self.gradients = torch.autograd.grad(self.outputs, self._problem.weights, self._problem.grads)
@@ -49,7 +49,7 @@ class Peer:
 
     def check(self, name: str) -> None:
         """Raise WrongResultError if the first run gave anything but the right results."""
-        self._problem.check(name, list(self.outputs or ()), self._rival.vectors(), list(self.gradients or ()))
+        self._problem.check(name, list(self.outputs or ()), self._normalisation.vectors(), list(self.gradients or ()))
         self.release()
 
 
@@ -76,9 +76,9 @@ class CopyPeer(Peer):
 class GraphPeer(Peer):
     """Another peer's two stages, each captured in a CUDA graph and replayed."""
 
-    def __init__(self, problem: Problem, rival: Rival) -> None:
-        super().__init__(problem, rival)
-        kept = [tuple(v.clone() for v in vectors) for vectors in rival.vectors()]
+    def __init__(self, problem: Problem, normalisation: Normalisation) -> None:
+        super().__init__(problem, normalisation)
+        kept = [tuple(v.clone() for v in vectors) for vectors in normalisation.vectors()]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # what is allocated or compiled in first calls cannot be captured
@@ -94,7 +94,7 @@ class GraphPeer(Peer):
             super().backward()
         self._static = self.outputs, self.gradients
         with torch.no_grad():
-            for vectors, old in zip(rival.vectors(), kept, strict=True):
+            for vectors, old in zip(normalisation.vectors(), kept, strict=True):
                 for vector, value in zip(vectors, old, strict=True):
                     vector.copy_(value)
 
@@ -107,7 +107,7 @@ class GraphPeer(Peer):
         self.gradients = self._static[1]
 
 
-def _ours(problem: Problem, backend: str) -> Rival:
+def _ours(problem: Problem, backend: str) -> Normalisation:
     model: nn.Module = problem.model()
     scale = None if problem.variant == "sn" else problem.scale
     bssn_fast.apply(model, problem.variant, scale=scale, eps=EPS, backend=backend)
@@ -122,19 +122,19 @@ def _ours(problem: Problem, backend: str) -> Rival:
         for mine, given in zip(vectors(), problem.vectors, strict=True):
             for vector, value in zip(mine, given, strict=True):
                 vector.copy_(value)
-    return Rival(model, vectors)
+    return Normalisation(model, vectors)
 
 
 _ANYWHERE: dict[str, Callable[[Problem], Peer]] = {
     COPY: CopyPeer,
-    TORCH: lambda problem: Peer(problem, rivals.torch_eager(problem)),
-    COMPILE: lambda problem: Peer(problem, rivals.torch_compiled(problem, None)),
-    "foreach": lambda problem: Peer(problem, rivals.foreach(problem)),
-    REFERENCE: lambda problem: Peer(problem, rivals.reference_loop(problem)),
+    TORCH: lambda problem: Peer(problem, in_torch.torch_eager(problem)),
+    COMPILE: lambda problem: Peer(problem, in_torch.torch_compiled(problem, None)),
+    "foreach": lambda problem: Peer(problem, in_torch.foreach(problem)),
+    REFERENCE: lambda problem: Peer(problem, in_torch.reference_loop(problem)),
 }
 _ON_CUDA: dict[str, Callable[[Problem], Peer]] = {
-    REDUCE_OVERHEAD: lambda problem: Peer(problem, rivals.torch_compiled(problem, "reduce-overhead")),
-    "torch graph": lambda problem: GraphPeer(problem, rivals.torch_eager(problem)),
+    REDUCE_OVERHEAD: lambda problem: Peer(problem, in_torch.torch_compiled(problem, "reduce-overhead")),
+    "torch graph": lambda problem: GraphPeer(problem, in_torch.torch_eager(problem)),
 }
 COMPILED = (COMPILE, REDUCE_OVERHEAD)
 
@@ -158,5 +158,5 @@ def make(name: str, problem: Problem) -> Peer:
     if name in _ON_CUDA:
         return _ON_CUDA[name](problem)
     _, backend, *graph = name.split()
-    rival = _ours(problem, backend)
-    return GraphPeer(problem, rival) if graph else Peer(problem, rival)
+    normalisation = _ours(problem, backend)
+    return GraphPeer(problem, normalisation) if graph else Peer(problem, normalisation)

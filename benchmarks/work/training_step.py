@@ -10,9 +10,9 @@ from torch.nn.functional import relu
 from torch.nn.utils.parametrizations import spectral_norm
 
 import bssn_fast
-from benchmarks.networks import DISCRIMINATORS, NOISE, Generator, weight_layers
-from benchmarks.problem import EPS, VARIANTS, WrongResultError
-from benchmarks.rivals import BidirectionalNorm, parametrized
+from benchmarks.against.in_torch import BidirectionalNorm, parametrized
+from benchmarks.work.networks import DISCRIMINATORS, NOISE, Generator, weight_layers
+from benchmarks.work.problem import EPS, VARIANTS, WrongResultError
 
 NONE = "none"
 CASES = ((NONE, NONE), *((variant, peer) for variant in VARIANTS for peer in ("torch", "bssn_fast")))
@@ -27,7 +27,7 @@ def batch_size(device: torch.device | str) -> int:
     return 64 if torch.device(device).type == "cuda" else 8
 
 
-class GanStep:
+class Step:
     """One step of the discriminator and one of the generator: hinge loss, Adam."""
 
     def __init__(self, discriminator: nn.Module, batch: int, device: torch.device | str, width: int = 64) -> None:

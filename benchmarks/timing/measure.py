@@ -16,12 +16,13 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks import gan, peers
-from benchmarks.clock import CpuClock, CudaClock, Lap, clock_for, launches, peak_memory
-from benchmarks.layer_sets import LayerSet
-from benchmarks.machine import last_level_cache
-from benchmarks.problem import Problem, WrongResultError
-from benchmarks.record import BOTH, Record, median_interval
+from benchmarks.against import peers
+from benchmarks.timing.clock import CpuClock, CudaClock, Lap, clock_for, launches, peak_memory
+from benchmarks.timing.machine import last_level_cache
+from benchmarks.timing.record import BOTH, Record, median_interval
+from benchmarks.work import training_step
+from benchmarks.work.layer_sets import LayerSet
+from benchmarks.work.problem import Problem, WrongResultError
 
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
 
@@ -164,18 +165,18 @@ def gan_steps(
     width: int | None = None,
 ) -> list[Record]:
     """Check and time whole training steps without normalisation, with torch's and with ours."""
-    models = gan.discriminators(kind, device, width)
+    models = training_step.discriminators(kind, device, width)
     if not seconds:
         return []
-    steps = {key: gan.GanStep(model, batch, device, width or 64) for key, model in models.items()}
+    steps = {key: training_step.Step(model, batch, device, width or 64) for key, model in models.items()}
     runs = {key: partial(clock_for(device).lap, [step]) for key, step in steps.items()}
     for run in runs.values():
         run()
     laps = round_robin(runs, seconds, discard=0, keep=1)
-    plain = laps[gan.NONE, gan.NONE]
+    plain = laps[training_step.NONE, training_step.NONE]
     records = []
     for (variant, peer), found in laps.items():
-        layers = len(gan.weight_layers(models[variant, peer]))
+        layers = len(training_step.weight_layers(models[variant, peer]))
         record = Record("gan", f"{kind}, batch {batch}", variant, peer, "step", layers, 0.0)
         on_gpu = torch.device(device).type == "cuda"
         record.fill([x.device[0] for x in found], [x.host[0] for x in found] if on_gpu else None)

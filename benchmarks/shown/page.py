@@ -6,13 +6,14 @@ import os
 import re
 from pathlib import Path
 
-from benchmarks import machine, plots
-from benchmarks.gan import NONE
-from benchmarks.results import FOLDER, Results, everything
-from benchmarks.tables import about, added, added_is, bounds, table
-from benchmarks.targets import Target, targets
+from benchmarks.shown import plots
+from benchmarks.shown.results import FOLDER, Results, everything
+from benchmarks.shown.tables import about, added, added_is, bounds, table
+from benchmarks.shown.targets import Target, targets
+from benchmarks.timing import machine
+from benchmarks.work.training_step import NONE
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 
 
 def renew(kind: str, page: Path = PAGE, folder: Path = FOLDER) -> None:
