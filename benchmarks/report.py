@@ -21,6 +21,7 @@ from benchmarks.shown.targets import targets
 from benchmarks.timing import machine, measure
 from benchmarks.timing.record import Record
 from benchmarks.work import layer_sets, training_step
+from benchmarks.work.devices import is_gpu
 from benchmarks.work.problem import VARIANTS
 
 SET_PARTS = ("layers", *layer_sets.GRID)
@@ -49,7 +50,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def measurements(args: argparse.Namespace) -> Iterator[tuple[str, list[Record]]]:
     """Yield what was measured, and the records of it, as they are made."""
     seconds = 0 if args.check_only else args.seconds
-    caches = ("hot", "cold") if torch.device(args.device).type == "cuda" else ("hot",)
+    caches = ("hot", "cold") if is_gpu(args.device) else ("hot",)
     for part in args.parts:
         if part == "gan":
             batch = args.batch or training_step.batch_size(args.device)

@@ -25,6 +25,11 @@ class Normalisation:
     vectors: Callable[[], list[tuple[Tensor, ...]]]
 
 
+def _rounded(vectors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return copies in the weights' dtype, which is that of the vectors of torch's own parametrization."""
+    return tuple(v.to(dtype, copy=True) for v in vectors)
+
+
 def torch_eager(problem: Problem) -> Normalisation:
     """torch's own parametrization for "sn"; for "bssn" the same thing for two directions."""
     model = problem.model()
@@ -48,7 +53,7 @@ def torch_compiled(problem: Problem, mode: str | None) -> Normalisation:
     operations on buffers that have changed since.
     """
     torch._dynamo.reset()  # or the limit of recompilations makes the next model's code eager
-    vectors = [tuple(v.clone() for v in group) for group in problem.vectors]
+    vectors = [_rounded(group, problem.dtype) for group in problem.vectors]
 
     @torch.compile(mode=mode, fullgraph=True)
     def normalize_all(
@@ -74,8 +79,9 @@ def reference_loop(problem: Problem) -> Normalisation:
 
 
 def _parametrized(problem: Problem, model: Weights, kind: type[_Vectors]) -> Normalisation:
+    own = torch.float32 if kind is ReferenceNorm else problem.dtype
     norms = [
-        parametrized(layer, kind(vectors, dim, problem.scale))
+        parametrized(layer, kind(_rounded(vectors, own), dim, problem.scale))
         for layer, vectors, dim in zip(model.layers, problem.vectors, problem.dims, strict=True)
     ]
     return Normalisation(model, lambda: [n.vectors() for n in norms])
@@ -145,7 +151,7 @@ class ForeachNorm(nn.Module):
         super().__init__()
         self.weights = nn.ParameterList(problem.weights)
         self.dims, self.scale = problem.dims, problem.scale
-        self.vectors = [tuple(v.clone() for v in vectors) for vectors in problem.vectors]
+        self.vectors = [_rounded(vectors, problem.dtype) for vectors in problem.vectors]
         self.shared = [j for j, two in enumerate(problem.two_sided) if two]
 
     def forward(self) -> list[Tensor]:

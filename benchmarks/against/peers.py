@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 import bssn_fast
 from benchmarks.against import in_torch
 from benchmarks.against.in_torch import Normalisation
+from benchmarks.work.captured import capture
+from benchmarks.work.devices import is_gpu
 from benchmarks.work.problem import EPS, Problem
 from bssn_fast import backends
 
@@ -79,19 +83,7 @@ class GraphPeer(Peer):
     def __init__(self, problem: Problem, normalisation: Normalisation) -> None:
         super().__init__(problem, normalisation)
         kept = [tuple(v.clone() for v in vectors) for vectors in normalisation.vectors()]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what is allocated or compiled in first calls cannot be captured
-            for _ in range(3):
-                super().forward()
-                super().backward()
-                self.release()
-        torch.cuda.current_stream().wait_stream(side)
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward):
-            super().forward()
-        with torch.cuda.graph(self._backward, pool=self._forward.pool()):
-            super().backward()
+        self._forward, self._backward = capture([super().forward, super().backward], self.release)
         self._static = self.outputs, self.gradients
         with torch.no_grad():
             for vectors, old in zip(normalisation.vectors(), kept, strict=True):
@@ -105,6 +97,22 @@ class GraphPeer(Peer):
     def backward(self) -> None:
         self._backward.replay()
         self.gradients = self._static[1]
+
+
+class PhasesPeer(Peer):
+    """Ours with one launch for each phase instead of one for all of them."""
+
+    def __init__(self, problem: Problem, normalisation: Normalisation, backend: str) -> None:
+        super().__init__(problem, normalisation)
+        self._way = {f"BSSN_FAST_{backend.upper()}_LAUNCH": "phases"}
+
+    def forward(self) -> None:
+        with patch.dict(os.environ, self._way):
+            super().forward()
+
+    def backward(self) -> None:
+        with patch.dict(os.environ, self._way):
+            super().backward()
 
 
 def _ours(problem: Problem, backend: str) -> Normalisation:
@@ -137,17 +145,17 @@ _ON_CUDA: dict[str, Callable[[Problem], Peer]] = {
     "torch graph": lambda problem: GraphPeer(problem, in_torch.torch_eager(problem)),
 }
 COMPILED = (COMPILE, REDUCE_OVERHEAD)
+OUR_WAYS = ("", " phases", " graph")
+"""Of calling a backend on a GPU: one launch each way, one for each phase, and one captured in a CUDA graph."""
 
 
 def names(device: torch.device | str = "cpu") -> list[str]:
     """Return the peers there are for a device; ours, with its backend in the name, come last."""
     kind = torch.device(device).type
     mine = [b for b in backends.NAMES if b != "reference" and backends.why_unavailable(b, kind) is None]
-    found = [*_ANYWHERE, *(_ON_CUDA if kind == "cuda" else ())]
+    found = [*_ANYWHERE, *(_ON_CUDA if is_gpu(device) else ())]
     for backend in mine:
-        found.append(f"{OURS} {backend}")
-        if kind == "cuda":
-            found.append(f"{OURS} {backend} graph")
+        found += [f"{OURS} {backend}{way}" for way in (OUR_WAYS if is_gpu(device) else ("",))]
     return found
 
 
@@ -157,6 +165,8 @@ def make(name: str, problem: Problem) -> Peer:
         return _ANYWHERE[name](problem)
     if name in _ON_CUDA:
         return _ON_CUDA[name](problem)
-    _, backend, *graph = name.split()
+    _, backend, *way = name.split()
     normalisation = _ours(problem, backend)
-    return GraphPeer(problem, normalisation) if graph else Peer(problem, normalisation)
+    if way == ["graph"]:
+        return GraphPeer(problem, normalisation)
+    return PhasesPeer(problem, normalisation, backend) if way else Peer(problem, normalisation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import geometric_mean
+
 from benchmarks.against.peers import COPY, OURS
 from benchmarks.shown.results import Results
 

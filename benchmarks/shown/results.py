@@ -103,4 +103,3 @@ def load(folder: Path) -> Results:
 def everything(folder: Path = FOLDER) -> list[Results]:
     """Return the results of all machines that have been kept, in the order of their folders' names."""
     return [load(path.parent) for path in sorted(folder.glob(f"*/*/{JSON}"))]
-
