@@ -152,7 +152,9 @@ OUR_WAYS = ("", " phases", " graph")
 def names(device: torch.device | str = "cpu") -> list[str]:
     """Return the peers there are for a device; ours, with its backend in the name, come last."""
     kind = torch.device(device).type
+    default = backends.default(kind)
     mine = [b for b in backends.NAMES if b != "reference" and backends.why_unavailable(b, kind) is None]
+    mine.sort(key=lambda name: name != default)
     found = [*_ANYWHERE, *(_ON_CUDA if is_gpu(device) else ())]
     for backend in mine:
         found += [f"{OURS} {backend}{way}" for way in (OUR_WAYS if is_gpu(device) else ("",))]

@@ -1,4 +1,4 @@
-"""The part of docs/performance.md that shows results: those of all machines, side by side."""
+"""The parts of the pages in docs/ that show results: those of all machines, side by side."""
 
 from __future__ import annotations
 
@@ -6,34 +6,58 @@ import os
 import re
 from pathlib import Path
 
-from benchmarks.shown import plots
+from benchmarks.shown import gpu_tables, plots
+from benchmarks.shown.markdown import replace, table
 from benchmarks.shown.results import FOLDER, Results, everything
-from benchmarks.shown.tables import about, added, added_is, bounds, table
+from benchmarks.shown.tables import about, added, added_is, bounds
 from benchmarks.shown.targets import Target, targets
-from benchmarks.timing import machine
+from benchmarks.timing import gpu_plan, machine
+from benchmarks.work.problem import VARIANTS
 from benchmarks.work.training_step import NONE
 
-PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, KERNELS = "performance.md", "performance-gpu.md"
 
 
-def renew(kind: str, page: Path = PAGE, folder: Path = FOLDER) -> None:
-    """Replace what stands between the page's markers of a kind of device; raises ValueError if it has none."""
-    begin, end = f"<!-- begin results: {kind} -->", f"<!-- end results: {kind} -->"
-    pattern = re.compile(re.escape(begin) + ".*" + re.escape(end), re.S)
-    shown = render([results for results in everything(folder) if results.kind == kind], page, folder)
-    text, count = pattern.subn(lambda _: f"{begin}\n{shown}\n{end}", page.read_text())
-    if count != 1:
-        raise ValueError(f"{page} must have the lines {begin!r} and {end!r} once")
-    page.write_text(text)
+def renew(kind: str, docs: Path = DOCS, folder: Path = FOLDER) -> None:
+    """Write the results of a kind of device into the pages; raises ValueError if one lacks their place."""
+    machines = [results for results in everything(folder) if results.kind == kind]
+    page = docs / PAGE
+    replace(page, f"results: {kind}", render(machines, page, folder))
+    if kind == "cuda":
+        kernels = docs / KERNELS
+        replace(kernels, "results: kernels", render_kernels(machines, kernels, folder))
+        replace(kernels, "awaiting measurement", awaiting(machines))
 
 
-def render(machines: list[Results], page: Path = PAGE, folder: Path = FOLDER) -> str:
+def render(machines: list[Results], page: Path, folder: Path = FOLDER) -> str:
     """Return the machines' results as Markdown."""
     if not machines:
         return "No results yet."
-    parts = [goals(machines), bounds(machines), gan_steps(machines)]
+    parts = [goals(machines), bounds(machines), gpu_tables.host(machines), gan_steps(machines)]
     parts += [pictures(results, page, folder) for results in machines]
-    return re.sub("^## ", "### ", "\n\n".join(part for part in parts if part), flags=re.M)  # the page has its own
+    return _below("\n\n".join(part for part in parts if part))
+
+
+def render_kernels(machines: list[Results], page: Path, folder: Path = FOLDER) -> str:
+    """Return the kernels' times on each GPU, beside their floor."""
+    parts = []
+    for results in machines:
+        link = Path(os.path.relpath(folder / machine.key(results.machine), page.parent))
+        parts.append(f"## {_name(results)}\n\n{about(results)} [All tables]({link / 'report.md'}).")
+        parts += [gpu_tables.kernels(results, v, p).replace("## ", "### ") for v in VARIANTS for p in gpu_tables.FLOORS]
+    return _below("\n\n".join(part for part in parts if part)) or "No results yet."
+
+
+def _below(text: str) -> str:
+    """Return the text with its headings one level lower: the page has its own."""
+    return re.sub("^##", "###", text, flags=re.M)
+
+
+def awaiting(machines: list[Results]) -> str:
+    """Return a list of what has been measured on none of these GPUs."""
+    lines = gpu_plan.awaiting(record for results in machines for record in results.records)
+    return "\n".join(f"- {line}" for line in lines) or "Nothing."
 
 
 def goals(machines: list[Results]) -> str:

@@ -256,10 +256,10 @@ def test_the_page_shows_all_machines(tmp_path):
     gpu.machine["cuda"] = "13"
     gpu.save(tmp_path / "results" / machine.key(gpu.machine))
     (tmp_path / "docs").mkdir()
-    path = tmp_path / "docs" / "page.md"
+    path = tmp_path / "docs" / "performance.md"
     path.write_text("before\n<!-- begin results: cpu -->\nold\n<!-- end results: cpu -->\nafter\n")
     for _ in range(2):
-        page.renew("cpu", path, tmp_path / "results")
+        page.renew("cpu", tmp_path / "docs", tmp_path / "results")
     text = path.read_text()
     assert text.startswith("before\n")
     assert text.endswith("-->\nafter\n")
@@ -270,7 +270,7 @@ def test_the_page_shows_all_machines(tmp_path):
     assert f"{row}**4.0; a plain copy 8.0** | 13.3; a plain copy 8.0 |" in text
     assert "[All tables](../results/amd-epyc-2-threads/torch-2/report.md)" in text
     with pytest.raises(ValueError, match="begin results: cuda"):
-        page.renew("cuda", path, tmp_path / "results")
+        page.renew("cuda", tmp_path / "docs", tmp_path / "results")
 
 
 def test_tables_of_a_gpu():
@@ -282,7 +282,7 @@ def test_tables_of_a_gpu():
         r.launches = 1
         results.records.append(r)
     text = tables.render(results)
-    assert "| a | bssn_fast triton | 20.0 | 50.0 | 30 | 1 | 1.50 | 1920 | 40 % |" in text
+    assert "| a | float32 | bssn_fast triton | 20 | 50 | 30 | 1 | 1.50 | 1920 | 40 % |" in text
     assert machine.key(about) == "nvidia-h200/torch-2"
     assert targets.targets(results) == []
 

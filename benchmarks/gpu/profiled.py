@@ -1,0 +1,31 @@
+"""What the profiler looks at: one forward and one backward of a layer set by the CUDA kernels.
+
+ncu --profile-from-start off python -m benchmarks.gpu.profiled SET
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from benchmarks.against import peers
+from benchmarks.work import layer_sets
+from benchmarks.work.problem import Problem
+
+
+def main() -> None:
+    problem = Problem(layer_sets.load()[sys.argv[1]], "bssn", "cuda")
+    peer = peers.make(f"{peers.OURS} cuda", problem)
+    peer.first_run()  # with what happens once
+    peer.release()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    peer.forward()
+    peer.backward()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+if __name__ == "__main__":
+    main()
