@@ -67,7 +67,8 @@ def sources(machine: str, *patterns: str) -> str:
 
 def sources_of_test(name: str, machine: str) -> str:
     """Return the hash for a test, by its name: its file and what all tests for GPUs share count too."""
-    return sources(machine, *HELPERS, name.split("::")[0])
+    file = name.split("::")[0]
+    return sources(machine, *HELPERS, file, *(TIMING if file.endswith("test_measured.py") else ()))
 
 
 def of_this_run(lines: Sequence[Line]) -> list[Line]:

@@ -25,7 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what need not run again. First come the kernels that are timed, which Triton then finds compiled."""
     file = config.getoption("not_again")
-    done = set(file.read_text().splitlines()) if file.exists() else set()
+    runs = file is not None and file.exists() and not config.getoption("collectonly")
+    done = set(file.read_text().splitlines()) if runs else set()
     left_out = [item for item in items if item.nodeid in done]
     items[:] = sorted((i for i in items if i.nodeid not in done), key=lambda item: "test_measured" not in item.nodeid)
     if left_out:

@@ -21,9 +21,9 @@ GROUPS = {  # of tests: which, number of workers, seconds for one test
     "triton": ("triton and not test_compile", 8, 180),
     "compiled": ("test_compile", 4, 180),
 }
-SANITIZERS = {  # with their options
-    "memcheck": ("--report-api-errors", "no"),  # torch asks questions whose answer is an error
-    "racecheck": (),
+SANITIZERS = {  # with their options, and the backends they look at
+    "memcheck": (["--report-api-errors", "no"], ["triton", "cuda"]),  # torch asks questions whose answer is an error
+    "racecheck": ([], ["cuda"]),  # Triton lets threads that hold copies of a number all write it
 }
 TOOLS = Path("/usr/local/cuda/bin")
 
@@ -47,9 +47,9 @@ def stages(files: Files) -> list[list[Step]]:
     found = [
         [Step("extension", _python("benchmarks.gpu.extension", files.output), 200), names(files)],
         [tests("cuda", files, 120), tests("triton", files, 120)],
-        [measurements("measurements", files, 240)],
+        [measurements("measurements", files, 210)],
         *([profile(name)] for name in PROFILED),
-        [measurements("compiled peers", files, 100, "--compiled")],
+        [measurements("compiled peers", files, 80, "--compiled")],
         [*map(sanitizer, SANITIZERS), *(tests(group, files, 300) for group in GROUPS)],
     ]
     return [[step for step in stage if step is not None] for stage in found]
@@ -82,7 +82,7 @@ def profile(name: str) -> Step | None:
         return None
     sections = [word for section in SECTIONS for word in ("--section", section)]
     options = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw", *sections]
-    return Step(f"profile {name}", [tool, *options, *_python("benchmarks.gpu.profiled", name)], 45)
+    return Step(f"profile {name}", [tool, *options, *_python("benchmarks.gpu.profiled", name)], 30)
 
 
 def sanitizer(name: str) -> Step | None:
@@ -90,16 +90,9 @@ def sanitizer(name: str) -> Step | None:
     tool = _tool("compute-sanitizer")
     if tool is None:
         return None
-    command = [
-        tool,
-        "--tool",
-        name,
-        *SANITIZERS[name],
-        "--error-exitcode",
-        "9",
-        sys.executable,
-        "tests/gpu/sanitized.py",
-    ]
+    options, backends = SANITIZERS[name]
+    program = [sys.executable, "tests/gpu/sanitized.py", *backends]
+    command = [tool, "--tool", name, *options, "--error-exitcode", "9", *program]
     return Step(name, command, 240, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 

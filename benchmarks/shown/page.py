@@ -55,9 +55,10 @@ def _below(text: str) -> str:
 
 
 def awaiting(machines: list[Results]) -> str:
-    """Return a list of what has been measured on none of these GPUs."""
-    lines = gpu_plan.awaiting(record for results in machines for record in results.records)
-    return "\n".join(f"- {line}" for line in lines) or "Nothing."
+    """Return a table of what has been measured on none of these GPUs."""
+    missing = gpu_plan.awaiting(record for results in machines for record in results.records)
+    rows = [[plan.what, f"`{plan.variant}`", plan.dtype, ", ".join(sets)] for plan, sets in missing]
+    return table(["", "variant", "weights", "of"], rows) if rows else "Nothing."
 
 
 def goals(machines: list[Results]) -> str:

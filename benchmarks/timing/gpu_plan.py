@@ -43,26 +43,20 @@ class Planned:
 
 def planned() -> Iterator[Planned]:
     """Yield everything."""
-    both = "hot and cold, forward and backward"
     for dtype in DTYPES:
         for variant in VARIANTS:
-            what = f"every way of launching, torch, foreach, reference, graphs and the plain copy, {both}"
-            yield Planned(what, "layers", SETS, OURS, variant, dtype)
+            yield Planned("every way of launching, and the peers", "layers", SETS, OURS, variant, dtype)
     hosts = tuple(square("linear", n, 4).name for n in MANY)
     for variant in VARIANTS:
-        yield Planned("host time beside torch's", "host", hosts, OURS, variant)
+        yield Planned("host time beside the peers'", "host", hosts, OURS, variant)
         captured = f"{OURS} {GRAPH}"
         yield Planned("training steps, eager and captured", "gan", tuple(DISCRIMINATORS), captured, variant)
         for peer in COMPILED:
-            yield Planned(f"{peer}, {both}", "layers", SETS, peer, variant)
+            yield Planned(peer, "layers", SETS, peer, variant)
 
 
-def awaiting(records: Iterable[Record]) -> list[str]:
-    """Return what is planned and not among the records, in a line each."""
+def awaiting(records: Iterable[Record]) -> list[tuple[Planned, list[str]]]:
+    """Return what is planned and not among the records, with the sets that are missing."""
     records = list(records)
-    lines = []
-    for plan in planned():
-        missing = plan.missing(records)
-        if missing:
-            lines.append(f"`{plan.variant}`, {plan.dtype}, {plan.what}: {', '.join(missing)}")
-    return lines
+    found = [(plan, plan.missing(records)) for plan in planned()]
+    return [(plan, missing) for plan, missing in found if missing]

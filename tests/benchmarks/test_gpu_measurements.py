@@ -27,6 +27,12 @@ KEY = machine.key(pretended_gpu.ABOUT)
 WAYS = ["bssn_fast cpu", "bssn_fast cpu phases", "bssn_fast cpu graph"]
 
 
+@pytest.fixture(autouse=True)
+def sound(monkeypatch):
+    """A GPU that answers."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """Every unit, of tiny layers and networks."""
@@ -92,6 +98,12 @@ def test_compiled_peers(tiny, monkeypatch, name):
     records = unit.run()
     assert {r.error for r in records} == {None}
     assert {r.peer for r in records} == {peers.COPY, name, WAYS[0]}
+
+
+def test_the_page_lists_what_awaits_measurement():
+    """As the kept results have it: `python -m benchmarks.report --render-only` writes it."""
+    kept = [found for found in results.everything() if found.kind == "cuda"]
+    assert page.awaiting(kept) in (page.DOCS / page.KERNELS).read_text()
 
 
 def records() -> list:
