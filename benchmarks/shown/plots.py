@@ -26,7 +26,7 @@ NAMES = {
     "gan": "What normalisation adds to a training step",
 }
 COLORS = {TORCH: "C0", "foreach": "C1", REFERENCE: "C2", COMPILE: "C4", REDUCE_OVERHEAD: "C5", "torch graph": "C6"}
-OUR_COLORS = ("C3", "C9", "C8", "C7")
+OUR_COLORS = ("C3", "C9", "C8", "C7", "salmon", "tan")
 
 
 def save(results: Results, folder: Path) -> list[Path]:

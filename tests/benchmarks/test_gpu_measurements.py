@@ -14,7 +14,7 @@ import torch
 from benchmarks.against import peers
 from benchmarks.gpu import files, measurements, outcomes
 from benchmarks.gpu.measurements import Unit
-from benchmarks.shown import page, results
+from benchmarks.shown import page, plots, results
 from benchmarks.timing import gpu_plan, machine
 from benchmarks.timing.record import BOTH
 from benchmarks.work import layer_sets
@@ -68,6 +68,7 @@ def test_everything_is_timed_and_shown(tiny, tmp_path):
 
     tables = (file.parent / files.REPORT).read_text()
     assert "| set | weights | caches | MB | copy | cpu | cpu phases |" in tables
+    assert {path.stem for path in plots.save(found, file.parent)} == {"speedup", "copies", "gan"}
     docs = tmp_path / "docs"
     docs.mkdir()
     for name, parts in ((page.PAGE, ["results: cuda"]), (page.KERNELS, ["results: kernels", "awaiting measurement"])):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +43,7 @@ def trying(output: Path, *names: str, outcome: str = "passed") -> Step:
     text = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from benchmarks.gpu import outcomes
 folder, left_out, outcome, *names = sys.argv[1:]
 for name in names:
@@ -183,7 +186,7 @@ def test_no_step_outlasts_the_run(tmp_path):
 
 
 def test_the_timetable_ends_in_time(monkeypatch):
-    """All stages' longest times but the last's, which takes what is left; half a minute for what was compiled before."""
+    """The longest times of all stages but the last, which takes what is left. Compiled before, the first needs 30 s."""
     monkeypatch.setattr(timetable.shutil, "which", lambda name: f"/bin/{name}")
     stages = timetable.stages(Files(Path("out"), Path("scratch"), KEY))
     limits = [max(step.seconds for step in stage) for stage in stages if stage]
@@ -261,7 +264,7 @@ def test_every_command_is_one_that_its_program_understands(monkeypatch, tmp_path
 
 
 def test_all_tests_for_gpus_are_listed_here(tmp_path):
-    """By the very command of `make gpu`; each belongs to one of the groups."""
+    """By the very command of `make gpu`."""
     step = timetable.names(Files(tmp_path, tmp_path, KEY))
     done = subprocess.run(
         step.command, cwd=ROOT, env={**os.environ, **step.environment}, capture_output=True, text=True
@@ -340,6 +343,38 @@ def test_all_passed_before_is_no_failure(tmp_path):
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_table_that_fails_does_not_end_the_run(run, monkeypatch, capsys):
+    def fail(output, lines, machine):
+        raise KeyError("a column")
+
+    monkeypatch.setattr(files, "write_results", fail)
+    status, lines = run(lambda file: [[listing(file)], [trying(file, *TESTS)]])
+    assert status == 0
+    assert steps(lines) == {"names": "done", "tests": "done"}
+    assert "no report: KeyError: 'a column'" in capsys.readouterr().out
+
+
+def test_a_worker_whose_gpu_is_spoiled_ends(monkeypatch):
+    """Or all tests behind a kernel's error would fail with it."""
+    spec = importlib.util.spec_from_file_location("conftest_of_gpu", ROOT / "tests" / "gpu" / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    ended, answers = [], []
+
+    def synchronize():
+        answers.append(True)
+        if len(answers) > 1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    for failed in (False, True, False):  # the second leaves a GPU that answers, the third, which passes, none
+        conftest.pytest_runtest_logreport(SimpleNamespace(failed=failed))
+        conftest.pytest_runtest_logfinish("a")
+    assert (len(answers), ended) == (2, [3])
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):

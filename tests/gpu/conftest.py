@@ -61,6 +61,7 @@ def backend(way):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # the reference's tensors are small, and other workers want the cores too
 
 
 @pytest.fixture
