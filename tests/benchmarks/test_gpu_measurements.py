@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.against import peers
-from benchmarks.gpu import files, measurements, outcomes
+from benchmarks.gpu import files, measurements, outcomes, profiled
 from benchmarks.gpu.measurements import Unit
 from benchmarks.shown import page, plots, results
 from benchmarks.timing import gpu_plan, machine
@@ -82,6 +82,26 @@ def test_everything_is_timed_and_shown(tiny, tmp_path):
     left = kernels.split("awaiting measurement -->")[1]
     assert "torch.compile" in left
     assert "host time" not in left
+
+
+def test_units_come_in_the_order_of_interest():
+    names = [unit.name for unit in measurements.units()]
+    assert len(set(names)) == len(names) == 4 * len(gpu_plan.SETS) + 2 * len(gpu_plan.MANY) + 2
+    assert names[:2] == ["layers sngan_d32 bssn float32", "layers sngan_d32 sn float32"]
+    assert names[-1] == "layers dcgan_g32 sn bfloat16"
+    assert len(measurements.compiled_units()) == 2 * len(gpu_plan.SETS)
+
+
+def test_what_the_profiler_looks_at(monkeypatch):
+    """One forward and one backward between its beginning and its end."""
+    seen = []
+    for stage in ("forward", "backward"):
+        run = getattr(peers.Peer, stage)
+        monkeypatch.setattr(peers.Peer, stage, lambda peer, stage=stage, run=run: (seen.append(stage), run(peer)))
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: seen.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: seen.append("stop"))
+    profiled.main("sngan_d32", "cpu")
+    assert seen == ["forward", "backward", "start", "forward", "backward", "stop"]
 
 
 @pytest.mark.parametrize("name", ["torch.compile", "torch.compile reduce-overhead"])

@@ -443,6 +443,23 @@ def test_what_does_not_fit_is_compiled(builds, tmp_path, change):
     assert (tmp_path / "out" / now).read_text() == "built"
 
 
+def test_it_is_compiled_for_this_gpu_alone(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(
+        extension.subprocess, "run", lambda command, **how: given.append((command, how["env"])) or Done()
+    )
+    assert extension.build() is None
+    ((command, environment),) = given
+    assert (command[1], environment["BSSN_FAST_CUDA_ARCHS"]) == ("setup.py", "90")
+    Done.returncode = 1
+    assert "setup.py ended with 1" in extension.build()
+
+
+class Done:
+    returncode = 0
+
+
 def test_preparing_says_what_it_cannot_do(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(extension, "PREPARED", tmp_path / "gpu")
     monkeypatch.setattr(prepare, "compile_for", lambda python, arch, target: f"compiled for sm_{arch}")
