@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from pretended_gpu import ABOUT
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import extension, files, measurements, outcomes, prepare, timetable
+from benchmarks.gpu import files, measurements, outcomes, timetable
 from benchmarks.gpu.process import FINISHED, Running, Step
 from benchmarks.gpu.timetable import Files
 from benchmarks.shown import results
@@ -263,88 +261,6 @@ def test_every_command_is_one_that_its_program_understands(monkeypatch, tmp_path
         assert found[name].command[-1] in backends.NAMES
 
 
-def test_all_tests_for_gpus_are_listed_here(tmp_path):
-    """By the very command of `make gpu`."""
-    step = timetable.names(Files(tmp_path, tmp_path, KEY))
-    done = subprocess.run(
-        step.command, cwd=ROOT, env={**os.environ, **step.environment}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    names = outcomes.all_tests(list(outcomes.read(tmp_path / outcomes.FILE)))
-    for file in (ROOT / "tests" / "gpu").glob("test_*.py"):
-        assert any(name.startswith(f"tests/gpu/{file.name}::") for name in names)
-    for way in ("triton-single", "triton-phases", "cuda-single", "cuda-phases"):
-        assert any(way in name for name in names)
-    assert "test_measured" in names[0]
-
-
-def test_they_do_not_run_without_a_gpu():
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu/test_streams.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout
-
-
-TESTS_OF_ALL_KINDS = """
-import os, time
-import pytest
-
-def test_passes():
-    pass
-
-def test_fails():
-    raise ValueError("the reason")
-
-def test_skips():
-    pytest.skip("no second GPU")
-
-def test_dies():
-    os._exit(11)
-
-def test_hangs():
-    time.sleep(600)
-
-def test_comes_last():
-    pass
-
-def test_passed_before():
-    raise AssertionError
-"""
-
-
-def test_outcomes_of_tests_are_appended_as_they_come(tmp_path):
-    """Also of those that end their process or never end, after which the others go on in a new one."""
-    (tmp_path / "test_kinds.py").write_text(TESTS_OF_ALL_KINDS)
-    (tmp_path / "not_again.txt").write_text("test_kinds.py::test_passed_before\n")
-    command = timetable.tests("cuda", Files(tmp_path, tmp_path, KEY), 60).command
-    command = [word for word in command if word not in ("tests/gpu", "--confcutdir=tests/gpu")]
-    command[command.index("--timeout") + 1] = "5"
-    done = subprocess.run(
-        [*command, "-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path)],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    found = outcomes.latest(outcomes.read(tmp_path / outcomes.FILE), "test")
-    assert {name.split("::")[1]: line["outcome"] for name, line in found.items()} == {
-        "test_passes": "passed", "test_fails": "failed", "test_skips": "skipped", "test_dies": "failed",
-        "test_hangs": "failed", "test_comes_last": "passed",
-    }, done.stdout + done.stderr  # fmt: skip
-    assert "the reason" in found["test_kinds.py::test_fails"]["why"]
-    assert "crashed" in found["test_kinds.py::test_hangs"]["why"]
-
-
-def test_all_passed_before_is_no_failure(tmp_path):
-    (tmp_path / "test_one.py").write_text("def test_one():\n    raise AssertionError\n")
-    (tmp_path / "not_again.txt").write_text("test_one.py::test_one\n")
-    command = timetable.tests("cuda", Files(tmp_path, tmp_path, KEY), 60).command
-    command = [word for word in command if word not in ("tests/gpu", "--confcutdir=tests/gpu")]
-    done = subprocess.run(
-        [*command, "-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path)],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_a_table_that_fails_does_not_end_the_run(run, monkeypatch, capsys):
     def fail(output, lines, machine):
         raise KeyError("a column")
@@ -354,115 +270,3 @@ def test_a_table_that_fails_does_not_end_the_run(run, monkeypatch, capsys):
     assert status == 0
     assert steps(lines) == {"names": "done", "tests": "done"}
     assert "no report: KeyError: 'a column'" in capsys.readouterr().out
-
-
-def test_a_worker_whose_gpu_is_spoiled_ends(monkeypatch):
-    """Or all tests behind a kernel's error would fail with it."""
-    spec = importlib.util.spec_from_file_location("conftest_of_gpu", ROOT / "tests" / "gpu" / "conftest.py")
-    conftest = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(conftest)
-    ended, answers = [], []
-
-    def synchronize():
-        answers.append(True)
-        if len(answers) > 1:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(os, "_exit", ended.append)
-    for failed in (False, True, False):  # the second leaves a GPU that answers, the third, which passes, none
-        conftest.pytest_runtest_logreport(SimpleNamespace(failed=failed))
-        conftest.pytest_runtest_logfinish("a")
-    assert (len(answers), ended) == (2, [3])
-
-
-def test_a_line_that_was_cut_off_is_left_out(tmp_path):
-    file = tmp_path / outcomes.FILE
-    outcomes.append(file, "run", machine=KEY, about={})
-    with file.open("a") as out:
-        out.write('{"kind": "test", "na')
-    assert [line["kind"] for line in outcomes.read(file)] == ["run"]
-    outcomes.append(file, "step", name="x", outcome="done", seconds=1)
-    assert [line["kind"] for line in outcomes.read(file)] == ["run", "step"]
-
-
-def test_the_hash_knows_sources_and_machine(monkeypatch, tmp_path):
-    monkeypatch.setattr(outcomes, "ROOT", tmp_path)
-    source = tmp_path / "csrc" / "a.cu"
-    source.parent.mkdir()
-    found = set()
-    for text, key in (("1", "x"), ("2", "x"), ("2", "y")):
-        source.write_text(text)
-        outcomes.sources.cache_clear()
-        found.add(outcomes.sources_of_test("tests/gpu/test_matrix.py::test_a", key))
-    outcomes.sources.cache_clear()
-    assert len(found) == 3
-
-
-@pytest.fixture
-def builds(monkeypatch, tmp_path):
-    """Where extensions are looked for, with a list of what was built; `works` is the last argument's answer."""
-    monkeypatch.setattr(extension, "ROOT", tmp_path)
-    monkeypatch.setattr(extension, "PREPARED", tmp_path / "build" / "gpu")
-    for name in ("setup.py", "csrc/a.cu"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("1")
-    built = []
-
-    def build():
-        built.append(True)
-        extension.installed().parent.mkdir(exist_ok=True)
-        extension.installed().write_text("built")
-
-    monkeypatch.setattr(extension, "build", build)
-    monkeypatch.setattr(extension, "works", lambda: extension.installed().read_text() in ("built", "prepared"))
-    monkeypatch.setattr(sys, "argv", ["extension", str(tmp_path / "out")])
-    return built
-
-
-def test_what_was_compiled_before_is_tried_first(builds, tmp_path):
-    name = extension.name(extension.sysconfig.get_config_var("EXT_SUFFIX"))
-    extension.PREPARED.mkdir(parents=True)
-    (extension.PREPARED / name).write_text("prepared")
-    assert extension.main() == 0
-    assert not builds
-    assert extension.installed().read_text() == (tmp_path / "out" / name).read_text() == "prepared"
-
-
-@pytest.mark.parametrize("change", ["sources", "broken"])
-def test_what_does_not_fit_is_compiled(builds, tmp_path, change):
-    name = extension.name(extension.sysconfig.get_config_var("EXT_SUFFIX"))
-    extension.PREPARED.mkdir(parents=True)
-    (extension.PREPARED / name).write_text("prepared" if change == "sources" else "broken")
-    if change == "sources":
-        (tmp_path / "csrc" / "a.cu").write_text("2")
-    assert extension.main() == 0
-    assert builds == [True]
-    now = extension.name(extension.sysconfig.get_config_var("EXT_SUFFIX"))
-    assert (tmp_path / "out" / now).read_text() == "built"
-
-
-def test_it_is_compiled_for_this_gpu_alone(monkeypatch):
-    given = []
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(
-        extension.subprocess, "run", lambda command, **how: given.append((command, how["env"])) or Done()
-    )
-    assert extension.build() is None
-    ((command, environment),) = given
-    assert (command[1], environment["BSSN_FAST_CUDA_ARCHS"]) == ("setup.py", "90")
-    Done.returncode = 1
-    assert "setup.py ended with 1" in extension.build()
-
-
-class Done:
-    returncode = 0
-
-
-def test_preparing_says_what_it_cannot_do(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(extension, "PREPARED", tmp_path / "gpu")
-    monkeypatch.setattr(prepare, "compile_for", lambda python, arch, target: f"compiled for sm_{arch}")
-    assert prepare.main(["--python", prepare.OWN, "2.0"]) == 0
-    assert capsys.readouterr().out == f"Python {prepare.OWN}: compiled for sm_90\nPython 2.0: no such Python here\n"
-    assert prepare.main(["--python", "2.0"]) == 1
