@@ -2,9 +2,9 @@
 
 from bssn_fast import diagnostics
 from bssn_fast.backends import BackendUnavailableError
-from bssn_fast.checkpoint import load_state_dict
 from bssn_fast.functional import normalize
 from bssn_fast.model import apply, cached, remove, sigma, summary
+from bssn_fast.modules.loading import load_state_dict
 
 __all__ = [
     "BackendUnavailableError",

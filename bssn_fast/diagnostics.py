@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from bssn_fast.convert import WEIGHT
 from bssn_fast.layout import channels
-from bssn_fast.parametrization import SpectralNormalization
-from bssn_fast.places import LAYER_TYPES, Place, normalized_places, refuse_others, weight_of
+from bssn_fast.modules.convert import WEIGHT
+from bssn_fast.modules.parametrization import SpectralNormalization
+from bssn_fast.modules.places import LAYER_TYPES, Place, normalized_places, refuse_others, weight_of
 
 
 class Initial(NamedTuple):

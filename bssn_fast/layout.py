@@ -13,6 +13,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 VECTOR_ALIGNMENT = 4
 """Every vector of a snapshot starts at a multiple of this many elements: 16 bytes in fp32."""
@@ -137,3 +138,42 @@ def result_dtype(weight: Tensor, autocast: bool) -> torch.dtype:
     if not autocast or not torch.is_autocast_enabled(weight.device.type) or weight.dtype == torch.float64:
         return weight.dtype
     return torch.get_autocast_dtype(weight.device.type)
+
+
+_NO_MATTER = 0  # the dispatch keys that also tensors with ordinary memory may have or lack, as bits
+for _key in ("ADInplaceOrView", "AutogradFunctionality", "AutocastCPU", "AutocastCUDA"):
+    _NO_MATTER |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
+_MATTER = ~_NO_MATTER
+_PLAIN = {torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)}
+_dispatch_keys = torch._C._dispatch_keys
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but strided numbers in the memory of the CPU or a GPU. Takes a fraction of 1 µs.
+
+    That is what its dispatch keys say: everything that wraps a tensor, that reads its memory in another way, or that
+    has none has a key of its own. So this is false for tensors inside a `torch.func` transform or `vmap`, fake,
+    functional, meta, sparse, quantized, mkldnn and nested ones, those with a negative or conjugate bit, and subclasses
+    with `__torch_dispatch__`. It is true for parameters, for tensors made in inference mode, and for the dual tensors
+    of forward-mode AD, which have no key: see `has_tangent`.
+    """
+    return _dispatch_keys(tensor).raw_repr() & _MATTER in _PLAIN
+
+
+def has_plain_memory(tensor: Tensor) -> bool:
+    """Whether a kernel may read all elements at the tensor's address by its dtype, shape and strides.
+
+    That is, it is plain, and its storage reaches as far: it has not been freed or made smaller.
+    """
+    if not is_plain(tensor):
+        return False
+    if tensor.numel() == 0:
+        return True
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return end <= tensor.untyped_storage().nbytes() and tensor.data_ptr() != 0
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether this is a dual tensor of forward-mode AD, whose derivative a kernel would lose."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from bssn_fast import backends
-from bssn_fast.functional import check_settings
-from bssn_fast.group import Group, groups_of
-from bssn_fast.parametrization import VARIANTS, Settings, SpectralNormalization, Usage, original_of
-from bssn_fast.places import (
+from bssn_fast.calls.arguments import check_settings, whole_number
+from bssn_fast.modules import blocks
+from bssn_fast.modules.changes import all_or_nothing
+from bssn_fast.modules.group import Group, groups_of
+from bssn_fast.modules.parametrization import VARIANTS, Settings, SpectralNormalization, original_of
+from bssn_fast.modules.places import (
+    Norm,
     Place,
     check,
     check_removable,
@@ -25,6 +29,7 @@ from bssn_fast.places import (
     take_off,
     weight_of,
 )
+from bssn_fast.tracing import recording
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -96,22 +101,31 @@ def apply(
         existing[place] = check(place)
         backends.get(backend, weight_of(place, existing[place])[0].device)
 
-    settings = Settings(variant, scale, eps or 0, n_power_iterations or 0, update, backend, gradient_groups)
+    settings = Settings(
+        variant, scale, eps or 0, whole_number(n_power_iterations or 0), update, backend, whole_number(gradient_groups)
+    )
+    with all_or_nothing(model):
+        _put_on(model, places, existing, settings)
+    return model
+
+
+def _put_on(model: nn.Module, places: list[Place], existing: dict[Place, Norm], settings: Settings) -> None:
+    """Put the normalisation on all places, and the hooks on the model."""
     shared = norms_by_weight(model)
-    together = Usage(len(places))
     norms: dict[int, SpectralNormalization] = {}
     for place in places:
-        norm = put(place, existing[place], shared, norms, settings, together if update == "forward" else Usage(1))
+        norm = put(place, existing[place], shared, norms, settings)
         norms[id(norm)] = norm
     lists = {id(norm): layer for layer, norm in normalized(model) if id(norm) in norms}
     for key, layer in lists.items():
-        norms[key].state.note_estimated(original_of(layer), norms[key].buffers())  # parametrize has touched weights
-    for group in list(groups_of(model)):
-        group.discard([layer for layer, norm in normalized(model) if id(norm) in norms])
-    if update == "forward":
-        together.layers = len(lists)
-        Group(list(lists.values()), together).hook(model)
-    return model
+        norms[key].begin_with(original_of(layer))  # parametrize has touched weights
+    groups = list(groups_of(model))
+    if settings.update == "access":  # not part of any model's calls
+        groups = list(dict.fromkeys([*groups, *(g for norm in norms.values() for g in norm.groups)]))
+    for group in groups:
+        group.discard(norms.values())
+    if settings.update == "forward":
+        Group(lists.values()).hook(model)
 
 
 def _check_arguments(
@@ -132,13 +146,13 @@ def _check_arguments(
         raise ValueError(f"scale must be a positive finite number, not {scale!r}")
     if update not in ("forward", "access"):
         raise ValueError(f"update must be 'forward' or 'access', not {update!r}")
-    if isinstance(gradient_groups, bool) or not isinstance(gradient_groups, int) or gradient_groups < 1:
+    if whole_number(gradient_groups) < 1:
         raise ValueError(f"gradient_groups must be a whole number of at least 1, not {gradient_groups!r}")
-    scale = float(scale if scale is not None else DEFAULT_SCALE if scaled else 1.0)
+    scale = scale if scale is not None else DEFAULT_SCALE if scaled else 1.0
     check_settings(
         scale, 1e-12 if eps is None else eps, 1 if n_power_iterations is None else n_power_iterations, fewest=1
     )
-    return scale
+    return float(scale)
 
 
 def _normalized_layers(model: nn.Module) -> list[tuple[Place, SpectralNormalization]]:
@@ -148,31 +162,20 @@ def _normalized_layers(model: nn.Module) -> list[tuple[Place, SpectralNormalizat
     return found
 
 
-@contextlib.contextmanager
-def cached(model: nn.Module) -> Iterator[None]:
-    """Share one normalisation among all calls of the model and its layers in the `with` block.
+def cached(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Share one normalisation among all calls of the model and its layers in a `with` block.
 
     The first call iterates, if in training mode; later ones, in either mode, use its weights and its graph, so that one
     backward pass over the sum of the losses (or `retain_graph=True`) belongs to them. A weight that changes in the
-    block is normalised anew, unless it changes through `.data`, which torch keeps no record of.
+    block, in whatever way, is normalised anew. On a GPU, where looking for changes would mean to wait, and in compiled
+    code, calls share the power iteration alone.
+
+    torch.nn.utils.parametrize.cached() does the same for all models.
 
     Raises ValueError if no layer of the model is normalised.
     """
-    states = list({id(p): p.state for _, p in _normalized_layers(model)}.values())
-    inside_call = {id(state) for state in states if state.ready is not None and not state.cached}
-    for state in states:
-        state.cached += 1
-        if state.cached == 1:
-            state.forget()
-    try:
-        yield
-    finally:
-        for state in states:
-            state.cached -= 1
-            if state.cached == 0:
-                state.forget()
-                if id(state) not in inside_call:
-                    state.withdraw()
+    norms = list({id(p): p for _, p in _normalized_layers(model)}.values())
+    return recording.share(norms) if is_dynamo_compiling() else blocks.share(norms)
 
 
 def sigma(model: nn.Module) -> dict[str, Tensor]:
@@ -210,18 +213,16 @@ def remove(model: Model) -> Model:
     """
     found = _normalized_layers(model)
     check_removable(model, found)
-    baked: dict[int, Tensor] = {}
     with torch.no_grad():
-        for place, p in found:
-            if id(p) not in baked:
-                baked[id(p)] = p.evaluate(original_of(place.parametrizations()))
-    lists = [place.parametrizations() for place, _ in found]
-    for group in list(groups_of(model)):
-        group.discard(lists)
-    with torch.no_grad():
-        for place, p in found:
-            weight = take_off(place)
-            if (normalized_weight := baked.pop(id(p), None)) is not None:
-                weight.copy_(normalized_weight)
-            p.settings = p.settings._replace(update="access")  # for the group of a model around this one
+        baked = {id(p): p.evaluate(original_of(place.parametrizations())) for place, p in found}
+    parameters = {id(p): original_of(place.parametrizations()) for place, p in found}
+    norms = [p for _, p in found]
+    with all_or_nothing(model, parameters.values()):
+        for group in {id(g): g for p in norms for g in p.groups}.values():
+            group.discard(norms)
+        for place, _ in found:
+            take_off(place)
+        with torch.no_grad():
+            for key, weight in parameters.items():
+                weight.copy_(baked[key])
     return model

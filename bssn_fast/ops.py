@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bssn_fast import backends
+from bssn_fast.distributed.sharded import refuse_sharded
 from bssn_fast.layout import Batch
-from bssn_fast.sharded import refuse_sharded
 
 _library = torch.library.Library("bssn_fast", "DEF")
 

@@ -41,6 +41,14 @@ PYBIND11_MODULE(_C, module) {
         return bssn::cpu::fingerprint(reinterpret_cast<const bssn::cpu::Sample*>(samples), n);
       },
       "Hash of n samples of tensors.");
+  module.def(
+      "cpu_hash",
+      [](uintptr_t addresses, uintptr_t sizes, int64_t n, int threads, uintptr_t out) {
+        py::gil_scoped_release release;
+        return bssn::cpu::hash(reinterpret_cast<const int64_t*>(addresses), reinterpret_cast<const int64_t*>(sizes), n,
+                               threads, reinterpret_cast<uint64_t*>(out));
+      },
+      "Hashes of n stretches of memory; returns an error code.");
   module.def("cpu_set_openmp", &bssn::cpu::set_openmp, "Give the address of GOMP_parallel, or 0.");
   module.def("cpu_last_level_cache", &bssn::cpu::last_level_cache, "Size of the cache in bytes, or a guess.");
   module.def("cpu_instruction_set", &bssn::cpu::instruction_set, "Name of the instruction set in use.");

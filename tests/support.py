@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 import bssn_fast
 from bssn_fast import reference
-from bssn_fast.parametrization import SpectralNormalization
+from bssn_fast.modules.parametrization import SpectralNormalization
 
 VARIANTS = ("sn", "ssn", "bsn", "bssn")
 
@@ -78,6 +78,11 @@ def original(module: nn.Module) -> nn.Parameter:
 
 def norms(model: nn.Module) -> dict[str, SpectralNormalization]:
     return {n: norm_of(m) for n, m in model.named_modules() if parametrize.is_parametrized(m, "weight")}
+
+
+def in_use(model: nn.Module) -> list[str]:
+    """Names of the layers for which a call of a model has results that have not been dropped."""
+    return [n for n, p in norms(model).items() if any(g.calls or g.published is not None for g in p.groups)]
 
 
 def vectors_of(model: nn.Module) -> dict[str, Tensor]:

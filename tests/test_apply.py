@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import bssn_fast
-from bssn_fast.group import Group
+from bssn_fast.modules.group import Group
 
 
 def group_hooks(model):

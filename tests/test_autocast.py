@@ -8,7 +8,7 @@ from support import Net, assert_same_gradients, images, norms, plain_copy
 from torch import nn
 
 import bssn_fast
-from bssn_fast import group
+from bssn_fast.modules import group
 
 ON_AND_OFF = [False, True, True, False, True, False, False]
 

@@ -13,7 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 import bssn_fast
 from bssn_fast import backends
 from bssn_fast.backends import extension
-from bssn_fast.group import groups_of
+from bssn_fast.modules.group import groups_of
 
 
 def snapshot(model):

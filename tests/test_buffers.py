@@ -6,7 +6,7 @@ import torch
 from support import Net, images
 
 import bssn_fast
-from bssn_fast.buffers import Pool
+from bssn_fast.calls.memory import Pool
 
 
 @pytest.fixture

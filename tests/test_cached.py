@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from support import LAYER_NAMES, Net, images, norm_of, norms, original, same, vectors_of
+from support import LAYER_NAMES, Net, images, in_use, norm_of, norms, original, same, vectors_of
 from torch import nn
 
 import bssn_fast
+from bssn_fast.modules import blocks
 
 
 @pytest.fixture
@@ -131,7 +132,8 @@ def test_nested_and_left_by_an_error(model, launches):
     with pytest.raises(ZeroDivisionError):
         fail()
     assert total(launches) == len(LAYER_NAMES)
-    assert all(p.state.cached == 0 and p.state.ready is None for p in norms(model).values())
+    assert not blocks.any_block()
+    assert in_use(model) == []
     model(images())
     assert total(launches) == 2 * len(LAYER_NAMES)
 
@@ -155,7 +157,7 @@ def test_inside_a_forward(launches):
     launches.clear()
     model(images()).sum().backward()
     assert total(launches) == len(LAYER_NAMES)
-    assert norm_of(model.first).state.ready is None
+    assert in_use(model) == []
 
 
 def test_with_update_access(launches):

@@ -102,27 +102,132 @@ def test_several_forwards_share_one_normalisation_in_cached(use_reentrant, whole
 @both_modes
 @both_updates
 @pytest.mark.parametrize("whole", [False, True])
-def test_ambiguous_recomputation_raises(use_reentrant, update, whole):
+@pytest.mark.parametrize("n", [2, 3])
+def test_several_forwards_before_one_backward(use_reentrant, update, whole, n):
+    """Each is repeated with its own vectors."""
     model = bssn_fast.apply(Parts().double(), update=update)
     model.use_reentrant = None if whole else use_reentrant
+    twin = twin_of(model)
     call = (lambda z: checkpoint(model, z, use_reentrant=use_reentrant)) if whole else model
-    x, y = data(2)
-    loss = call(x).sum() + call(y).sum()
-    with pytest.raises(RuntimeError, match="cached"):
-        loss.backward()
+    inputs = data(n)
+    compare(
+        model,
+        twin,
+        lambda: sum(call(x).square().sum() for x in inputs).backward(),
+        lambda: sum(twin(x).square().sum() for x in inputs).backward(),
+    )
+
+
+@both_modes
+@both_updates
+def test_a_function_with_several_calls_of_the_model(use_reentrant, update):
+    model = bssn_fast.apply(Parts().double(), update=update)
+    model.use_reentrant = None
+    twin = twin_of(model)
+    x, y, z = data(3)
+
+    def twice(net):
+        return lambda x, y: net(x).square().sum() - net(y).square().sum()
+
+    def run():
+        loss = checkpoint(twice(model), x, y, use_reentrant=use_reentrant)
+        (loss + checkpoint(twice(model), z, x, use_reentrant=use_reentrant)).backward()
+
+    compare(model, twin, run, lambda: (twice(twin)(x, y) + twice(twin)(z, x)).backward())
+
+
+@both_updates
+def test_checkpoints_inside_a_checkpoint(update):
+    model = bssn_fast.apply(Parts().double(), update=update)
+    model.use_reentrant = False
+    twin = twin_of(model)
+    inputs = data(3)
+    compare(
+        model,
+        twin,
+        lambda: sum(checkpoint(model, x, use_reentrant=False).square().sum() for x in inputs).backward(),
+        lambda: sum(twin(x).square().sum() for x in inputs).backward(),
+    )
+
+
+@both_modes
+def test_layers_that_are_used_alone(use_reentrant):
+    """Nobody calls the model; several samples, one backward pass."""
+    model = bssn_fast.apply(Net().double())
+    twin = plain_copy(model)
+    inputs = data(3)
+
+    def loss(net, x, f):
+        return f(net.body, f(net.first, x)).square().sum()
+
+    def repeated(part, x):
+        return checkpoint(part, x, use_reentrant=use_reentrant)
+
+    compare(
+        model,
+        twin,
+        lambda: sum(loss(model, x, repeated) for x in inputs).backward(),
+        lambda: sum(loss(twin, x, lambda part, x: part(x)) for x in inputs).backward(),
+    )
 
 
 @both_modes
 def test_vectors_changed_since_by_a_forward_without_gradients(use_reentrant):
-    """Silently wrong gradients are worse than an error."""
     model = bssn_fast.apply(Parts().double())
     model.use_reentrant = use_reentrant
+    twin = twin_of(model)
     (x,) = data()
-    loss = model(x).sum()
-    with torch.no_grad():
-        model(x)
-    with pytest.raises(RuntimeError, match="cached"):
+
+    def run(net):
+        loss = net(x).square().sum()
+        with torch.no_grad():
+            net(x)
         loss.backward()
+
+    compare(model, twin, lambda: run(model), lambda: run(twin))
+
+
+class Adjoint(torch.autograd.Function):
+    """Calls the model again in its backward pass, as an adjoint solver of differential equations does."""
+
+    @staticmethod
+    def forward(ctx, model, x):
+        ctx.model = model
+        ctx.save_for_backward(x)
+        return model(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            ctx.model(x).backward(grad)
+        return None, x.grad
+
+
+def test_a_model_that_is_called_in_a_backward_pass(recwarn):
+    model = bssn_fast.apply(Net().double())
+    twin = plain_copy(model)
+    (x,) = data()
+    vectors = []
+
+    def run():
+        out = Adjoint.apply(model, x).square().sum()
+        vectors.append(vectors_of(model))
+        out.backward()
+
+    compare(model, twin, run, lambda: twin(x).square().sum().backward())
+    assert same(vectors[0], vectors_of(model))  # it is not a step of training
+    assert not recwarn
+
+
+def test_warning_where_it_is_not_known_which_forward_is_meant():
+    model = bssn_fast.apply(Net().double())
+    x, y = data(2)
+    with pytest.warns(UserWarning, match="latest forward") as caught:
+        (Adjoint.apply(model, x).sum() + Adjoint.apply(model, y).sum()).backward()
+    assert len(caught) == 1
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @both_modes

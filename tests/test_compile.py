@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import bssn_fast
-from bssn_fast import group
+from bssn_fast.modules import group
 
 
 @pytest.fixture(autouse=True)

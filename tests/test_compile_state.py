@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from compiling import as_model, as_part, assert_twins, change_weights, compiled, fresh_compiler, twins
-from support import Net, assert_same_gradients, images, norms, original, same, vectors_of
+from support import Net, assert_same_gradients, images, in_use, norms, original, same, vectors_of
 from torch.utils.checkpoint import checkpoint
 
 import bssn_fast
@@ -31,7 +31,7 @@ def test_cached_around_compiled_calls(ways, eager_first):
             with bssn_fast.cached(net):
                 loss = net(z).sum() if eager_first else 0
                 (loss + f(x).sum() - f(y).square().sum() + net(z.flip(0)).sum()).backward()
-        assert all(p.state.ready is None for p in norms(model).values())
+        assert in_use(model) == []
         change_weights(model, twin)
     assert_same_gradients(model, twin, 1e-4)
     assert same(vectors_of(model), vectors_of(twin))

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import bssn_fast
 from bssn_fast import reference
-from bssn_fast.estimation import belong, estimate_vectors
+from bssn_fast.calls.estimation import belong, estimate_vectors
 
 
 @pytest.mark.parametrize("shape", [(64, 64, 3, 3), (256, 512), (1, 40), (7, 3, 1, 1)])

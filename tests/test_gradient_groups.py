@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bssn_fast
 from bssn_fast import backends
-from bssn_fast.functional import _ranges
+from bssn_fast.calls.normalizer import _ranges
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import bssn_fast
-from bssn_fast.functional import _Attach
+from bssn_fast.calls.normalizer import _Attach
 
 MODES = ("train", "eval", "no_grad", "cached")
 

@@ -12,7 +12,7 @@ from test_loading import assert_sigma_right
 from torch import nn
 
 import bssn_fast
-from bssn_fast import handed
+from bssn_fast.modules import writes
 
 WAYS = {
     "init": lambda layer: nn.init.orthogonal_(layer.weight, gain=3),
@@ -33,14 +33,15 @@ def written(layer, way):
     return twin.weight
 
 
+def use(model):
+    model(images()).sum().backward()
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("when", ["first", "later"])
 @pytest.mark.parametrize("update", ["forward", "access"])
-def test_the_weight_is_what_was_written(way, training, when, update):
+def test_the_weight_is_what_was_written(way, training, update):
     model = bssn_fast.apply(Net(), update=update)
-    if when == "later":
-        model(images()).sum().backward()
     model.train(training)
     parameters = [id(p) for p in model.parameters()]
     expected = {}
@@ -51,6 +52,104 @@ def test_the_weight_is_what_was_written(way, training, when, update):
         assert torch.equal(original(model.get_submodule(name)), expected[name]), name
     model(images())
     assert_sigma_right(model)
+
+
+@pytest.mark.parametrize("way", WAYS.keys() - {"assigned"})
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("update", ["forward", "access"])
+def test_a_write_into_a_layer_in_use_is_refused(way, training, update):
+    """It may be an increment of the normalised weight. Nothing changes, and the next call is like any other."""
+    model = bssn_fast.apply(Net(), update=update)
+    use(model)
+    model.train(training)
+    before, vectors = original(model.first).detach().clone(), vectors_of(model.body)
+    WAYS[way](model.first)
+    with pytest.raises(RuntimeError, match=r"first: .*weight.original.*changed nothing"):
+        model(images())
+    assert torch.equal(before, original(model.first))
+    assert same(vectors, vectors_of(model.body))
+    model(images()).sum().backward()
+
+
+def test_assignment_to_a_layer_in_use():
+    model = bssn_fast.apply(Net())
+    use(model)
+    assert torch.equal(written(model.first, "assigned"), original(model.first))
+    model(images())
+    assert_sigma_right(model)
+
+
+def test_reset_parameters_of_a_layer_in_use():
+    model = bssn_fast.apply(Net())
+    use(model)
+    torch.manual_seed(4)
+    model.first.reset_parameters()
+    torch.manual_seed(4)
+    assert torch.equal(original(model.first), nn.Conv2d(3, 8, 3, padding=1).weight)
+    model(images())
+    assert_sigma_right(model)
+
+
+def test_merging_and_unmerging_an_adapter():
+    model = bssn_fast.apply(Net())
+    use(model)
+    before = original(model.first).detach().clone()
+    model.first.weight.data += 0.1
+    with pytest.raises(RuntimeError, match="changed nothing"):
+        model(images())
+    assert torch.equal(before, original(model.first))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_any_number_of_weights_collected_before_they_are_initialised(training):
+    model = bssn_fast.apply(nn.Sequential(*[nn.Linear(3, 3) for _ in range(20)])).train(training)
+    weights = [layer.weight for layer in model]
+    _ = [layer.weight.norm().item() for layer in model]
+    for j, weight in enumerate(weights):
+        nn.init.constant_(weight, j + 1.0)
+    assert all(torch.equal(original(layer), torch.full((3, 3), j + 1.0)) for j, layer in enumerate(model))
+
+
+def test_data_replaced():
+    model = bssn_fast.apply(Net())
+    value = torch.randn(8, 3, 3, 3)
+    model.first.weight.data = value
+    assert torch.equal(original(model.first), value)
+    model.first.weight.data = torch.randn(2, 2)
+    with pytest.raises(RuntimeError, match=r"first: .*shape \(2, 2\)"):
+        model(images())
+    model(images())
+    model.first.weight.data = value
+    with pytest.raises(RuntimeError, match="changed nothing"):
+        model(images())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_plot_may_use_the_array_in_a_call(training):
+    """What is written in there into a result counts for nothing afterwards."""
+    model = bssn_fast.apply(Net())
+    use(model)
+    model.train(training)
+
+    def plot(layer, args, output):
+        array = layer.weight.detach().numpy()
+        array -= array.min()
+
+    before = copy.deepcopy(model.state_dict())
+    x = images()
+    expected = copy.deepcopy(model)(x)
+    handle = model.body[3].register_forward_hook(plot)
+    model(x)
+    handle.remove()
+    model.load_state_dict(before)
+    assert torch.equal(model(x), expected)
+
+
+def test_results_are_not_kept():
+    model = bssn_fast.apply(Net())
+    for _ in range(50):
+        _ = model.first.weight.norm().item()
+    assert len(writes._watched) <= 1
 
 
 LOOKS = {
@@ -127,8 +226,8 @@ def test_dead_layers_are_not_kept():
     del model, _
     gc.collect()
     assert gone() is None
-    handed.settle()
-    assert handed._latest.results == ()
+    writes.settle()
+    assert not writes._watched
 
 
 def test_vectors_of_what_was_written_are_those_of_every_process():

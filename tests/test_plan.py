@@ -6,7 +6,7 @@ from support import Net, norm_of, norms, original
 from torch import nn
 
 import bssn_fast
-from bssn_fast.plan import Plan, parted_by_autocast, partition, signature
+from bssn_fast.calls.plan import Plan, parted_by_autocast, partition, signature
 
 
 @pytest.fixture
@@ -52,12 +52,12 @@ def test_values_are_used_again_only_if_kept(layer, launches):
     weight = original(layer)
     plan = Plan([norm_of(layer)], [weight])
     launches.clear()
-    (a,) = plan.normalize([weight], iterate=False, keep=True)
-    (b,) = plan.normalize([weight], iterate=False, keep=True)
+    (a,) = plan.normalize([weight], iterate=False, keep=True).normalized
+    (b,) = plan.normalize([weight], iterate=False, keep=True).normalized
     assert len(launches) == 1
     assert a.data_ptr() == b.data_ptr()
     assert a.grad_fn is not b.grad_fn
-    (c,) = plan.normalize([weight], iterate=False, keep=False)
+    (c,) = plan.normalize([weight], iterate=False, keep=False).normalized
     assert len(launches) == 2
     assert torch.equal(a, c)
     plan.normalize([weight], iterate=False, keep=True)
@@ -78,20 +78,20 @@ def test_graphs_of_kept_values_are_independent(layer):
     weight = original(layer)
     plan = Plan([norm_of(layer)], [weight])
     for _ in range(3):
-        plan.normalize([weight], iterate=False, keep=True)[0].sum().backward()
+        plan.normalize([weight], iterate=False, keep=True).normalized[0].sum().backward()
     three = weight.grad.clone()
     weight.grad = None
-    plan.normalize([weight], iterate=False, keep=True)[0].sum().backward()
+    plan.normalize([weight], iterate=False, keep=True).normalized[0].sum().backward()
     torch.testing.assert_close(three, 3 * weight.grad)
 
 
 def test_autocast_is_part_of_what_is_kept(layer):
     weight = original(layer)
     plan = Plan([norm_of(layer)], [weight])
-    (full,) = plan.normalize([weight], iterate=False, keep=True)
+    (full,) = plan.normalize([weight], iterate=False, keep=True).normalized
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        (half,) = plan.normalize([weight], iterate=False, keep=True)
-    (again,) = plan.normalize([weight], iterate=False, keep=True)
+        (half,) = plan.normalize([weight], iterate=False, keep=True).normalized
+    (again,) = plan.normalize([weight], iterate=False, keep=True).normalized
     assert (full.dtype, half.dtype, again.dtype) == (torch.float32, torch.bfloat16, torch.float32)
     assert torch.equal(full, again)
     assert torch.equal(full.bfloat16(), half)

@@ -27,6 +27,10 @@ struct Sample {
 // A hash of n samples.
 uint64_t fingerprint(const Sample* samples, int64_t n);
 
+// One hash for each of n stretches of memory, over all their bytes: sizes [n] in bytes, out [n]. A single changed
+// number is seen for certain. The result depends neither on `threads` nor on the instruction set.
+int hash(const int64_t* addresses, const int64_t* sizes, int64_t n, int threads, uint64_t* out);
+
 // Its size in bytes, or a guess. Calls that read and write more than that write past the caches.
 int64_t last_level_cache();
 

@@ -4,6 +4,7 @@
 #include "kernels.h"
 
 #include "power.h"
+#include "stripes.h"
 #include "vectors.h"
 
 namespace bssn::cpu::BSSN_ISA {

@@ -57,11 +57,19 @@ struct Kernels {
 // beyond.
 constexpr int64_t period_elements(int64_t kernel) { return (kernel > 9 ? kernel : 9) * 16 + 16; }
 
+// The hash takes this many bytes at a time, one word of them into each lane of its state.
+constexpr int kHashStripe = 256;
+constexpr uint64_t kHashMultiplier = 0x9e3779b1u;
+using HashStripes = void (*)(const unsigned char* data, int64_t stripes, uint64_t* lanes);
+
+HashStripes hash_stripes();  // of the instruction set in use
+
 // One table for each instruction set this build has; defined in kernels.cpp.
-#define BSSN_DECLARE_KERNELS(isa)       \
-  namespace isa {                       \
-  const Kernels<float>& kernels_f32();  \
-  const Kernels<double>& kernels_f64(); \
+#define BSSN_DECLARE_KERNELS(isa)                                                 \
+  namespace isa {                                                                 \
+  const Kernels<float>& kernels_f32();                                            \
+  const Kernels<double>& kernels_f64();                                           \
+  void hash_stripes(const unsigned char* data, int64_t stripes, uint64_t* lanes); \
   }
 BSSN_DECLARE_KERNELS(portable)
 BSSN_DECLARE_KERNELS(avx2)

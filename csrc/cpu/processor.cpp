@@ -17,6 +17,7 @@ struct InstructionSet {
   bool (*supported)();
   const Kernels<float>& (*f32)();
   const Kernels<double>& (*f64)();
+  HashStripes hash;
 };
 
 const InstructionSet kSets[] = {
@@ -26,11 +27,11 @@ const InstructionSet kSets[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      },
-     avx512::kernels_f32, avx512::kernels_f64},
+     avx512::kernels_f32, avx512::kernels_f64, avx512::hash_stripes},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::kernels_f32,
-     avx2::kernels_f64},
+     avx2::kernels_f64, avx2::hash_stripes},
 #endif
-    {"portable", [] { return true; }, portable::kernels_f32, portable::kernels_f64},
+    {"portable", [] { return true; }, portable::kernels_f32, portable::kernels_f64, portable::hash_stripes},
 };
 
 const InstructionSet* best() {
@@ -52,6 +53,8 @@ template <>
 const Kernels<double>& kernels<double>() {
   return in_use->f64();
 }
+
+HashStripes hash_stripes() { return in_use->hash; }
 
 const char* instruction_set() { return in_use->name; }
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from bssn_fast.estimation import are_units, estimate_vectors
+from bssn_fast.calls.estimation import are_units, estimate_vectors
+from bssn_fast.distributed.sharded import is_sharded
 from bssn_fast.layout import compute_dtype, vector_sizes
-from bssn_fast.parametrization import SpectralNormalization, original_of, parametrizations_of
-from bssn_fast.sharded import is_sharded
+from bssn_fast.modules.parametrization import SpectralNormalization, original_of, parametrizations_of
 
 _WRAPPERS = {"module", "_orig_mod"}
 

@@ -10,19 +10,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
-from bssn_fast import convert, recurrent
-from bssn_fast.checkpoint import stop_watching, watch_loading
-from bssn_fast.convert import WEIGHT, TorchSpectralNorm
-from bssn_fast.functional import check_weight
-from bssn_fast.parametrization import (
+from bssn_fast.calls.arguments import check_weight
+from bssn_fast.distributed.sharded import refuse_managed
+from bssn_fast.modules import convert, recurrent
+from bssn_fast.modules.convert import WEIGHT, TorchSpectralNorm
+from bssn_fast.modules.loading import stop_watching, watch_loading
+from bssn_fast.modules.parametrization import (
     Settings,
     SpectralNormalization,
-    Usage,
     original_of,
     parametrizations_of,
     quick_access,
 )
-from bssn_fast.sharded import refuse_managed
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _COMPUTING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
@@ -144,7 +143,6 @@ def put(
     shared: dict[tuple[int, int], SpectralNormalization],
     done: Mapping[int, SpectralNormalization],
     settings: Settings,
-    usage: Usage,
 ) -> SpectralNormalization:
     """Put the parametrization on a weight, or new settings into the one it has; return it.
 
@@ -161,7 +159,7 @@ def put(
     )
     if isinstance(norm, SpectralNormalization):
         if id(norm) not in done:
-            norm.configure(weight, settings, usage)
+            norm.configure(weight, settings)
         return norm
     names = [n for n in module._parameters if n not in (tensor_name, f"{tensor_name}_orig")]
     order = [tensor_name, *names] if norm is not None else list(module._parameters)
@@ -174,14 +172,14 @@ def put(
     autocast = isinstance(module, _COMPUTING) and tensor_name == WEIGHT
     found = shared.get((id(weight), dim))
     if found is None:
-        found = SpectralNormalization(weight, settings, dim=dim, autocast=autocast, usage=usage, known=known)
+        found = SpectralNormalization(weight, settings, name=place.shown(), dim=dim, autocast=autocast, known=known)
         found.train(module.training)
         shared[id(weight), dim] = found
     else:
         found.layers += 1
         found.autocast = found.autocast and autocast
         if id(found) not in done:
-            found.configure(weight, settings, usage)
+            found.configure(weight, settings)
     # Registering reads the weight; `unsafe` leaves that out, and with it an iteration.
     parametrize.register_parametrization(module, tensor_name, found, unsafe=True)
     vars(place.parametrizations())["_order"] = order

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bssn_fast import reference
-from bssn_fast.functional import Normalizer
+from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.layout import compute_dtype, vector_sizes
 
 _UNIT_TOLERANCE = 1e-4  # of what power iterations leave, 1e-6 is the most; averages of vectors are shorter
@@ -30,6 +30,13 @@ def are_units(vectors: Sequence[Tensor]) -> list[bool]:
     lengths = torch._foreach_norm([v.float() for v in vectors] if rounded else list(vectors))
     tolerance = _UNIT_TOLERANCE_16_BITS if rounded else _UNIT_TOLERANCE
     return [abs(length - 1) <= tolerance for length in torch.stack(lengths).tolist()]
+
+
+def write(vectors: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+    """Put new values into a layer's vectors."""
+    for vector, new in zip(vectors, found, strict=True):
+        with torch.no_grad(), torch.inference_mode(vector.is_inference()):
+            vector.copy_(new)
 
 
 @torch.no_grad()
@@ -63,10 +70,10 @@ def estimate_vectors(
     """
     weight = weight.detach()
     dtype = compute_dtype(weight.dtype)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     vectors = []
     for size, hint in zip(vector_sizes(weight.shape, dim, two_sided), hints, strict=True):
-        start = torch.randn(size, generator=generator, dtype=torch.float64)
+        start = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
         start /= torch.linalg.vector_norm(start)
         if hint is not None and hint.shape == start.shape:
             known = hint.detach().to("cpu", torch.float64)

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 
 from bssn_fast.layout import vector_sizes
-from bssn_fast.parametrization import SpectralNormalization, original_of, parametrizations_of
+from bssn_fast.modules.parametrization import SpectralNormalization, original_of, parametrizations_of
 
 WEIGHT = "weight"
 

@@ -1,0 +1,80 @@
+"""Normalisation in plain torch operations, for tensors that have no memory of their own and for those who record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from bssn_fast import reference
+from bssn_fast.layout import compute_dtype, result_dtype
+
+if TYPE_CHECKING:
+    from bssn_fast.calls.plan import Member
+
+_WITH_MEMORY = {Tensor, torch.nn.Parameter}
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func, such as `grad` or `vmap`, is being applied."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def has_tangents(tensors: Iterable[Tensor]) -> bool:
+    """Whether forward-mode derivatives with respect to one of the tensors are wanted."""
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def wants_plain_operations(weights: Sequence[Tensor]) -> bool:
+    """Whether kernels cannot read these weights, or who follows the computation could not see what they do.
+
+    So it is with tensors of torch.func's transforms, dual tensors, those of the meta device, fake ones and other
+    subclasses of Tensor.
+    """
+    return (
+        in_transform()
+        or not _WITH_MEMORY.issuperset(map(type, weights))
+        or weights[0].device.type == "meta"
+        or has_tangents(weights)
+    )
+
+
+def normalize(
+    member: Member, weight: Tensor, *, iterate: bool, vectors: Sequence[Tensor] | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the normalised weight by plain torch operations, and the vectors that it was made with.
+
+    vectors: to use in place of the layer's own, which then stay as they are.
+    """
+    s, stored = member.settings, member.vectors(weight)
+    used = tuple(v.clone() for v in stored) if vectors is None else tuple(vectors)  # a graph keeps them
+    if iterate:
+        constant = weight.detach().to(compute_dtype(weight.dtype))  # no_grad would let forward-mode derivatives pass
+        for _ in range(s.n_power_iterations):
+            used = reference.power_iteration(constant, used, member.dim, s.eps)
+        for old, new in zip(stored, used, strict=True):
+            _write(old, new)
+    normalized, _, _ = reference.normalize(weight, used, member.dim, scale=s.scale, eps=s.eps, n_power_iterations=0)
+    member.measured.sigma = None  # whoever asks for it computes it
+    return normalized.to(result_dtype(weight, member.autocast)), used
+
+
+def _write(old: Tensor, new: Tensor) -> None:
+    """Write new vectors into those of a layer."""
+    if not in_transform():
+        with torch.no_grad():
+            old.copy_(new)
+        return
+    try:
+        if torch._C._functorch.is_functorch_wrapped_tensor(old):  # an argument of what is transformed
+            old.copy_(new)
+        else:
+            torch.add(new, 0, out=old)  # `copy_` is refused for tensors that are no arguments
+    except RuntimeError as error:
+        raise RuntimeError(
+            "bssn_fast: torch.func.vmap over weights, in training, needs vectors for each of them: pass the buffers "
+            "too, as torch.func.stack_module_state gives them, or call `model.eval()` first"
+        ) from error

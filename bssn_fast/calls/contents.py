@@ -1,0 +1,30 @@
+"""Whether tensors are what they were: torch counts some writes, and of those that it does not count a hash tells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bssn_fast.backends import cpu, extension
+
+
+def version(tensor: Tensor) -> int:
+    """Return the tensor's version, which grows with most changes in place; -1 where torch keeps none."""
+    try:
+        return tensor._version
+    except RuntimeError:  # a tensor made in inference mode
+        return -1
+
+
+def contents_of(tensors: Sequence[Tensor]) -> bytes | None:
+    """Return hashes of all elements of dense tensors, 8 bytes for each tensor; None where there are none.
+
+    torch keeps no version of what is written through `.data`, a NumPy array, fused optimizers and some collectives. On
+    a GPU looking at elements would mean to wait for the device.
+    """
+    if extension.module is None or any(x.device.type != "cpu" for x in tensors):
+        return None
+    with torch.no_grad():
+        return cpu.hashes(tensors)

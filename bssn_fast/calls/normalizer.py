@@ -1,0 +1,250 @@
+"""Normalises weights of one geometry again and again, with autograd's view of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from bssn_fast import ops, reference
+from bssn_fast.calls.composite import has_tangents, in_transform
+from bssn_fast.calls.memory import Pool
+from bssn_fast.layout import Batch, compute_dtype, is_dense, same_strides
+
+_AS_SOON_AS_POSSIBLE = 2**63 - 1
+
+
+class Values(NamedTuple):
+    """What one call computed: normalised weights without a graph, a copy of the vectors used, sigma [n]."""
+
+    normalized: list[Tensor]
+    snapshot: Tensor
+    sigma: Tensor
+
+    def aliases(self) -> Values:
+        """Return the same values in tensors of their own."""
+        return Values([w.detach() for w in self.normalized], self.snapshot, self.sigma)
+
+
+class Normalizer:
+    """Normalises weights of one geometry, device and dtype again and again.
+
+    `vectors` are flat: each layer's u_out, v_out and, where two_sided, u_in, v_in; contiguous, in the compute dtype.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        dims: Sequence[int],
+        two_sided: Sequence[bool],
+        *,
+        scale: float,
+        eps: float,
+        backend: str = "",
+        gradient_groups: int = 1,
+    ) -> None:
+        self.batch = Batch.of([w if is_dense(w) else w.contiguous() for w in weights], dims, two_sided)
+        self.dense = all(is_dense(w) for w in weights)
+        self.scale, self.eps, self.backend = scale, eps, backend
+        self._outputs = Pool(self.batch.size, self.batch.views)
+        self._grads = Pool(self.batch.size, self.batch.views)
+        # Normalizers that lead to the weights of a range of layers each; this one computes all weights at once.
+        self.parts: list[tuple[slice, Normalizer]] = []
+        if gradient_groups > 1:
+            for part in _ranges([w.numel() for w in weights], gradient_groups):
+                layers = weights[part], dims[part], two_sided[part]
+                self.parts.append((part, Normalizer(*layers, scale=scale, eps=eps, backend=backend)))
+
+    def compute(
+        self, weights: Sequence[Tensor], vectors: Sequence[Tensor], n_power_iterations: int, dtype: torch.dtype
+    ) -> Values:
+        """Run the operation, outside autograd; zero iterations leave the vectors alone."""
+        if torch.is_inference_mode_enabled():  # what is kept of this call may be needed outside
+            with torch.inference_mode(False):
+                return self.compute(weights, vectors, n_power_iterations, dtype)
+        batch, device, working = self.batch, weights[0].device, compute_dtype(weights[0].dtype)
+        sigma = torch.empty(len(weights), dtype=working, device=device)
+        snapshot = torch.empty(batch.snapshot_size, dtype=working, device=device)
+        normalized = self._outputs.take(dtype, device)
+        ops.normalize(
+            batch,
+            weights if self.dense else [w if is_dense(w) else w.detach().contiguous() for w in weights],
+            vectors,
+            self.scale,
+            self.eps,
+            n_power_iterations,
+            normalized,
+            snapshot,
+            sigma,
+            self.backend,
+        )
+        if n_power_iterations and not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(vectors)  # kernels write past torch's versions
+        return Values(normalized, snapshot, sigma)
+
+    def attach(self, values: Values, weights: Sequence[Tensor], *, protect: bool = False) -> list[Tensor]:
+        """Return the normalised weights with a graph that leads to the weights, if one is wanted.
+
+        They then belong to that graph: attach copies made by `Values.aliases` to use the values again.
+
+        protect: as views, into which torch refuses to write differentiably.
+        """
+        if not torch.is_grad_enabled() or not any(w.requires_grad for w in weights):
+            return values.normalized
+        if self.parts:
+            return [w for k in range(len(self.parts)) for w in self._attach_part(k, values, weights, protect)]
+        if protect:
+            values = values._replace(normalized=[w.view_as(w) for w in values.normalized])
+        with _past_saved_tensor_hooks():
+            return _attached(self, values, weights)
+
+    def _attach_part(self, k: int, values: Values, weights: Sequence[Tensor], protect: bool) -> list[Tensor]:
+        part, normalizer = self.parts[k]
+        offsets = [*(starts[0] for starts in self.batch.snapshot_offsets), self.batch.snapshot_size]
+        snapshot = values.snapshot[offsets[part.start] : offsets[part.stop]]
+        own = Values(values.normalized[part], snapshot, values.sigma[part])
+        results = normalizer.attach(own, weights[part], protect=protect)
+        for graph in [w.grad_fn for w in results if w.grad_fn is not None][:1]:
+            # Autograd runs what was recorded last first, and this was recorded before all layers' own operations.
+            cast(Any, graph)._set_sequence_nr(_AS_SOON_AS_POSSIBLE)
+        return results
+
+    def gradients(
+        self, values: Values, weights: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Return dL/dW where grads, dL/d(normalised weight), are given."""
+        batch = self.batch
+        if not self.dense:
+            weights = [w if is_dense(w) else w.contiguous() for w in weights]
+        sigma, dtype = values.sigma, weights[0].dtype
+        if (
+            not batch.fits(weights)
+            or compute_dtype(dtype) != sigma.dtype
+            or weights[0].device != sigma.device
+            or any(w.dtype != dtype for w in weights)
+        ):
+            raise RuntimeError(
+                "bssn_fast: between the forward and the backward pass a weight was given another shape, precision, "
+                "device or memory format; run the forward pass after such changes"
+            )
+        given = [
+            g if g.stride() == strides else _with_strides(g, w)
+            for g, w, strides in zip(grads, weights, batch.strides, strict=True)
+            if g is not None
+        ]
+        layers = [j for j, g in enumerate(grads) if g is not None]
+        if not layers:
+            return [None] * len(weights)
+        if len(layers) == len(weights):
+            # By now nobody holds the normalised weights, as a rule: the gradients come to lie where they were.
+            pool = self._outputs if given[0].dtype == weights[0].dtype else self._grads
+            results = pool.take(weights[0].dtype, weights[0].device)
+        else:
+            results = _in_one_buffer([weights[j] for j in layers])
+        ops.normalize_backward(
+            batch,
+            given,
+            weights,
+            layers,
+            self.scale,
+            values.snapshot,
+            values.sigma,
+            results,
+            self.backend,
+        )
+        found: list[Tensor | None] = [None] * len(weights)
+        for j, result in zip(layers, results, strict=True):
+            found[j] = result
+        return found
+
+    def differentiable_gradients(
+        self, values: Values, weights: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The same in torch operations, for gradients of gradients: sigma = <S, W> is a function of W."""
+        found: list[Tensor | None] = []
+        for w, g, vectors, dim in zip(
+            weights, grads, self.batch.snapshot_views(values.snapshot), self.batch.dims, strict=True
+        ):
+            if g is None:
+                found.append(None)
+                continue
+            sigma = reference.spectral_norm(w.to(values.sigma.dtype), vectors, dim)
+            found.append(reference.normalize_backward(g, w, vectors, sigma, dim, self.scale))
+        return found
+
+
+def _ranges(sizes: Sequence[int], count: int) -> list[slice]:
+    """Return at most `count` ranges that cover the sizes, each with about the same sum."""
+    bounds = list(accumulate(sizes, initial=0))
+    ideal = [bounds[-1] * k / count for k in range(count + 1)]
+    cuts = {min(range(len(bounds)), key=lambda j: abs(bounds[j] - x)) for x in ideal}
+    return [slice(a, b) for a, b in pairwise(sorted(cuts))]
+
+
+def _in_one_buffer(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return a new tensor like each weight. They share a buffer: their distances are the same at every call."""
+    batch = Batch.of(weights, [0] * len(weights), [False] * len(weights))
+    return batch.views(torch.empty(batch.size, dtype=weights[0].dtype, device=weights[0].device))
+
+
+def _with_strides(grad: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient laid out in memory as its weight is."""
+    if same_strides(grad, weight):
+        return grad
+    return torch.empty_strided(weight.shape, weight.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
+
+
+def _past_saved_tensor_hooks() -> contextlib.AbstractContextManager[None]:
+    """Keep hooks for saved tensors away from the weights.
+
+    They are parameters: there is nothing to offload. And torch.utils.checkpoint counts what is saved in the forward and
+    again in the recomputation, where a model call's normalisation is not repeated.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+class _Attach(torch.autograd.Function):
+    """Autograd's view of the operation, whose values have been computed before."""
+
+    # With `setup_context` as a method of its own, every call would inspect the signature of `forward`: tens of
+    # microseconds.
+    @staticmethod
+    def forward(ctx: Any, normalizer: Normalizer, values: Values, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.normalizer = normalizer
+        ctx.values = Values([], values.snapshot, values.sigma)
+        ctx.save_for_backward(*weights)
+        ctx.set_materialize_grads(False)
+        needed = ctx.needs_input_grad[2:]
+        if not all(needed):
+            ctx.mark_non_differentiable(*[w for w, wanted in zip(values.normalized, needed, strict=True) if not wanted])
+        return tuple(values.normalized)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)]
+        differentiate = ctx.normalizer.gradients
+        if torch.is_grad_enabled() or not all(map(_has_memory, grads)):
+            differentiate = ctx.normalizer.differentiable_gradients
+        return None, None, *differentiate(ctx.values, ctx.saved_tensors, wanted)
+
+
+def _has_memory(grad: Tensor | None) -> bool:
+    """Whether kernels can read a gradient: not where vmap runs a backward pass for many of them at a time."""
+    return grad is None or (torch._C._has_storage(grad) and not has_tangents([grad]))
+
+
+def _attached(normalizer: Normalizer, values: Values, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return what `_Attach.apply` does, with half of its overhead where no transform of torch.func has been.
+
+    It goes through its arguments, in Python, for tensors that a transform has wrapped and left behind.
+    """
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if in_transform() or any(map(wrapped, weights)):
+        return list(_Attach.apply(normalizer, values, *weights))
+    return list(super(torch.autograd.Function, _Attach).apply(normalizer, values, *weights))

@@ -1,0 +1,320 @@
+"""Layers that are normalised together: how they are grouped, and what of the last evaluation can be used again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from operator import attrgetter, is_
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bssn_fast.calls import composite
+from bssn_fast.calls.arguments import check_weight
+from bssn_fast.calls.contents import contents_of, version
+from bssn_fast.calls.estimation import are_units, belong, estimate_vectors, write
+from bssn_fast.calls.normalizer import Normalizer, Values
+from bssn_fast.distributed.sharded import is_managed, refuse_flattened
+from bssn_fast.layout import compute_dtype, is_dense, result_dtype
+
+_dtype = attrgetter("dtype")
+
+
+class Measured:
+    """Sigma of a layer's last normalisation, `sigma[index]`; None where only computing it again would tell."""
+
+    __slots__ = ("index", "sigma")
+
+    def __init__(self, sigma: Tensor | None = None, index: int = 0) -> None:
+        self.sigma, self.index = sigma, index
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of a layer takes one number along
+        return Measured, (None if self.sigma is None else self.sigma[self.index : self.index + 1].clone(),)
+
+
+class Member(Protocol):
+    """A layer as calls see it; `modules.parametrization.SpectralNormalization` is the one there is."""
+
+    name: str
+    settings: Any  # scale, eps, n_power_iterations, backend, gradient_groups
+    dim: int
+    two_sided: bool
+    autocast: bool
+    measured: Measured
+    vector_names: tuple[str, ...]
+    _buffers: dict[str, Tensor | None]
+
+    def vectors(self, weight: Tensor) -> list[Tensor]: ...
+
+    def chosen_by_hand(self, weight: Tensor) -> bool | None: ...
+
+
+def signature(weights: Iterable[Tensor]) -> tuple[object, ...]:
+    """Return what a plan for these weights depends on."""
+    return tuple([(w.shape, w.stride(), w.dtype, w.device) for w in weights])
+
+
+def partition(members: Sequence[Member], weights: Sequence[Tensor], flags: Sequence[object]) -> list[list[int]]:
+    """Return the indices of the members that can share a call: same device, dtypes, settings and flag.
+
+    The results' dtype is that of the moment: embeddings do not follow autocast.
+    """
+    groups: dict[object, list[int]] = {}
+    for j, (m, w, flag) in enumerate(zip(members, weights, flags, strict=True)):
+        s, dtype = m.settings, result_dtype(w, m.autocast)
+        key = (w.device, w.dtype, dtype, s.scale, s.eps, s.n_power_iterations, s.backend, flag)
+        groups.setdefault(key, []).append(j)
+    return list(groups.values())
+
+
+def parted_by_autocast(members: Sequence[Member], weights: Sequence[Tensor]) -> list[int]:
+    """Return one member that follows autocast for each device type and dtype of which other members do not.
+
+    Whether autocast casts their results decides how the members are parted.
+    """
+    kinds: dict[object, dict[bool, int]] = {}
+    for j, (m, w) in enumerate(zip(members, weights, strict=True)):
+        kinds.setdefault((w.device.type, w.dtype), {}).setdefault(m.autocast, j)
+    return [found[True] for found in kinds.values() if len(found) == 2]
+
+
+class Results(NamedTuple):
+    """The normalised weights, with a graph if one was wanted, and what tells which vectors they were made with."""
+
+    normalized: list[Tensor]
+    normalizer: Normalizer
+    values: Values | None
+    used: list[tuple[Tensor, ...]]  # in plain operations
+
+    def vectors(self, j: int) -> tuple[Tensor, ...]:
+        """Return copies of the vectors that the j-th weight was normalised with; nobody else writes into them."""
+        if self.values is None:
+            return self.used[j]
+        return self.normalizer.batch.snapshot_views(self.values.snapshot)[j]
+
+
+class Plan:
+    """Normalises members of one device, dtype and settings in one call of the operation."""
+
+    def __init__(self, members: Sequence[Member], weights: Sequence[Tensor]) -> None:
+        for member, weight in zip(members, weights, strict=True):
+            refuse_flattened(weight, member)
+            check_weight(weight, member.dim, f"bssn_fast: {member.name}")
+        self.members = list(members)
+        self.signature = signature(weights)
+        self.settings = members[0].settings
+        self._normalizer = Normalizer(
+            weights,
+            [m.dim for m in members],
+            [m.two_sided for m in members],
+            scale=self.settings.scale,
+            eps=self.settings.eps,
+            backend=self.settings.backend,
+            gradient_groups=self.settings.gradient_groups,
+        )
+        self._measured = [m.measured for m in members]
+        self._unchecked = True
+        self._vectors: list[Tensor] = []
+        self._layout: list[object] = []  # of the vectors and the weights, as they were found to be right
+        self._seen: tuple[list[Tensor], list[int], list[int]] = ([], [], [])  # weights, versions, those of vectors
+        self._kept: _Kept | None = None
+
+    def normalize(
+        self,
+        weights: Sequence[Tensor],
+        *,
+        iterate: bool,
+        keep: bool,
+        protect: bool = False,
+        vectors: Sequence[Sequence[Tensor]] | None = None,
+    ) -> Results:
+        """Return the normalised weights, with a graph if one is wanted.
+
+        iterate: run the members' power iterations first, which changes their vectors.
+        keep: hold on to the values, and use those of the last such call again while nothing has changed.
+        protect: let torch refuse to write into the results differentiably.
+        vectors: of each member, to evaluate with in place of its own.
+        """
+        if composite.wants_plain_operations(weights):
+            return self._in_plain_operations(weights, iterate, vectors)
+        dtype = result_dtype(weights[0], self.members[0].autocast)
+        own = self._current_vectors(weights)
+        if vectors is not None:
+            values = self._normalizer.compute(weights, [v for group in vectors for v in group], 0, dtype)
+            return self._attached(values, weights, protect)
+        kept, self._kept = self._kept, None  # in an error's case it is gone
+        if keep and not iterate and kept is not None and kept.current(weights, own, dtype):
+            self._kept = kept
+            return self._attached(kept.values.aliases(), weights, protect)
+        if self._unchecked or not iterate:
+            self._mend(weights, own, kept, iterate)
+        values = self._normalizer.compute(weights, own, self.settings.n_power_iterations if iterate else 0, dtype)
+        for j, measured in enumerate(self._measured):
+            measured.sigma, measured.index = values.sigma, j
+        if keep and not any(map(is_managed, self.members)):  # FSDP puts other values into the same parameters
+            self._kept = _Kept.of(weights, own, dtype, values)
+        return self._attached(values, weights, protect)
+
+    def _attached(self, values: Values, weights: Sequence[Tensor], protect: bool) -> Results:
+        return Results(self._normalizer.attach(values, weights, protect=protect), self._normalizer, values, [])
+
+    def _in_plain_operations(
+        self, weights: Sequence[Tensor], iterate: bool, vectors: Sequence[Sequence[Tensor]] | None
+    ) -> Results:
+        found = [
+            composite.normalize(m, w, iterate=iterate, vectors=v)
+            for m, w, v in zip(self.members, weights, vectors or [None] * len(weights), strict=True)
+        ]
+        return Results([w for w, _ in found], self._normalizer, None, [v for _, v in found])
+
+    def _current_vectors(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Return the members' vectors, after a look at what the kernels will read and write.
+
+        The memory behind a tensor can change while the object stays the same: by `tensor.data = ...`, `resize_`, `set_`
+        and by what happens to its storage.
+        """
+        found = [m._buffers[name] for m in self.members for name in m.vector_names]
+        same = len(found) == len(self._vectors) and all(map(is_, found, self._vectors))
+        if same and self._layout == _layout(weights, self._vectors):
+            return self._vectors
+        self._vectors = [v for m, w in zip(self.members, weights, strict=True) for v in m.vectors(w)]
+        for m, w in zip(self.members, weights, strict=True):
+            check_memory(w, f"bssn_fast: the weight of {m.name}")
+        self._layout = _layout(weights, self._vectors)
+        return self._vectors
+
+    def _mend(self, weights: Sequence[Tensor], vectors: list[Tensor], kept: _Kept | None, iterate: bool) -> None:
+        """Estimate vectors where they cannot belong to the weight.
+
+        Looked for before the first use, and in evaluation where someone else has written into vectors, as moving
+        averages do, or only into the weights.
+        """
+        first, self._unchecked = self._unchecked, False
+        if torch.compiler.is_compiling():
+            return
+        weights_changed, vectors_changed = self._changes(weights, vectors, kept)
+        if not iterate:
+            self._seen = list(weights), list(map(version, weights)), list(map(version, vectors))
+        units = iter(are_units(vectors) if first or vectors_changed else [True] * len(vectors))
+        for member, weight in zip(self.members, weights, strict=True):
+            own = member.vectors(weight)
+            good = all([next(units) for _ in own])
+            if first:
+                # None for weights that stand in for the layer's own, as in torch.func.functional_call: they must not
+                # change its vectors.
+                chosen = member.chosen_by_hand(weight)
+                good = good and (chosen is not False or belong(weight, own, member.dim, self.settings.eps))
+            elif weights_changed and not vectors_changed:
+                good = belong(weight, own, member.dim, self.settings.eps)
+            if not good:
+                write(own, self._estimated(member, weight, own))
+
+    def _estimated(self, member: Member, weight: Tensor, hints: list[Tensor]) -> list[Tensor]:
+        s = self.settings
+        return estimate_vectors(weight, member.dim, member.two_sided, hints=hints, eps=s.eps, backend=s.backend)
+
+    def _changes(self, weights: Sequence[Tensor], vectors: Sequence[Tensor], kept: _Kept | None) -> tuple[bool, bool]:
+        """Whether weights have been written to, and vectors, since the last evaluation; if there was none, vectors.
+
+        Weights that stand in for the layer's own are no change of these.
+        """
+        seen, versions, vector_versions = self._seen
+        same = len(seen) == len(weights) and all(map(is_, seen, weights))
+        if kept is not None:
+            changed, vectors_changed = kept.changes(weights, vectors)
+            return same and changed, vectors_changed
+        return same and list(map(version, weights)) != versions, list(map(version, vectors)) != vector_versions
+
+
+def _layout(weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[object]:
+    """Return all that decides, with a weight's shape and strides, which memory the kernels touch."""
+    return [
+        *map(Tensor.data_ptr, weights),
+        *map(Tensor.is_neg, weights),
+        *map(Tensor.data_ptr, vectors),
+        *map(Tensor.numel, vectors),
+        *map(_dtype, vectors),
+        *map(Tensor.is_contiguous, vectors),
+    ]
+
+
+def check_memory(tensor: Tensor, what: str) -> None:
+    """Raise RuntimeError for a tensor that reaches beyond its memory, or whose memory has been freed."""
+    if tensor.device.type == "meta":
+        return
+    reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + reach) * tensor.element_size()
+    if tensor.numel() and tensor.untyped_storage().nbytes() < needed:
+        raise RuntimeError(
+            f"{what} needs {needed} bytes of a storage of {tensor.untyped_storage().nbytes()}: its memory has been "
+            "freed or made smaller. Bring it back before the layer is used"
+        )
+
+
+class _Kept:
+    """Values, and all that they depend on, to tell whether they still hold."""
+
+    def __init__(
+        self, weights: Sequence[Tensor], vectors: Sequence[Tensor], dtype: torch.dtype, values: Values
+    ) -> None:
+        self.values = values.aliases()
+        # As long as the old weights are held here, new ones cannot come to lie at the same address.
+        self.weights = [w.detach() for w in weights]
+        self.vectors, self.dtype = list(vectors), dtype
+        self.contents = self.latest = contents_of([*weights, *vectors, *values.normalized])
+
+    @staticmethod
+    def of(weights: Sequence[Tensor], vectors: Sequence[Tensor], dtype: torch.dtype, values: Values) -> _Kept | None:
+        """Return the values to keep; None where it could not be told later whether they still hold."""
+        if not all(map(is_dense, weights)):
+            return None
+        kept = _Kept(weights, vectors, dtype, values)
+        return None if kept.contents is None else kept
+
+    def _same_tensors(self, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> bool:
+        return all(map(is_, vectors, self.vectors)) and [w.data_ptr() for w in weights] == [
+            w.data_ptr() for w in self.weights
+        ]
+
+    def current(self, weights: Sequence[Tensor], vectors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+        """Whether weights, vectors and results are what they were, every element of them.
+
+        Results too: whoever got them may have written into them.
+        """
+        if not self._same_tensors(weights, vectors):
+            self.latest = None
+            return False
+        self.latest = contents_of([*weights, *vectors, *self.values.normalized])
+        return self.latest == self.contents and self.dtype == dtype
+
+    def changes(self, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> tuple[bool, bool]:
+        """Whether weights, and whether vectors, have changed, after `current` has looked."""
+        n, m = 8 * len(weights), 8 * len(vectors)
+        before, now = self.contents, self.latest or contents_of([*weights, *vectors])
+        assert before is not None, "made by `of`"
+        return now is None or now[:n] != before[:n], now is None or now[n : n + m] != before[n : n + m]
+
+
+def checked_vectors(vectors: list[Tensor], weight: Tensor, sizes: Sequence[int], name: str) -> list[Tensor]:
+    """Return the vectors in the dtype, on the device and in the layout that the weight needs: the same if they fit.
+
+    Raises ValueError if their sizes do not belong to the weight's shape, RuntimeError if their memory is gone.
+    """
+    if [tuple(v.shape) for v in vectors] != [(size,) for size in sizes]:
+        raise ValueError(
+            f"bssn_fast: {name}: a weight of shape {tuple(weight.shape)} does not fit its layer's vectors, which are "
+            "those of another shape. Call bssn_fast.remove before a weight changes shape, and apply again"
+        )
+    if not composite.in_transform():
+        for vector in vectors:
+            check_memory(vector, f"bssn_fast: a vector of {name}")
+    dtype = compute_dtype(weight.dtype)
+    if all(v.dtype == dtype and v.device == weight.device and v.is_contiguous() for v in vectors):
+        return vectors
+    return [_moved(v, weight.device, dtype) for v in vectors]
+
+
+def _moved(vector: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if vector.device.type == "meta" and device.type != "meta":
+        return torch.zeros(vector.shape, device=device, dtype=dtype)  # no unit vector: estimated at the first use
+    return vector.to(device, dtype).contiguous()

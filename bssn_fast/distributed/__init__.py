@@ -1,0 +1,1 @@
+"""Weights that torch.distributed shards. Imports nothing of the package."""

@@ -1,0 +1,404 @@
+"""The layers of one `apply`, normalised together when the model is called."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from threading import get_ident
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils.hooks import RemovableHandle
+
+from bssn_fast.calls import composite
+from bssn_fast.calls.plan import Plan, parted_by_autocast, partition, signature
+from bssn_fast.distributed.sharded import (
+    ShardedWeightError,
+    gathering_modules,
+    is_sharded,
+    refuse_flattened,
+    refuse_sharded,
+)
+from bssn_fast.layout import result_dtype
+from bssn_fast.modules import blocks, recomputation, writes
+from bssn_fast.modules.call import Call, Source, frame_of_call
+from bssn_fast.modules.parametrization import SpectralNormalization, original_of
+from bssn_fast.tracing.recording import is_exporting
+
+
+class _Planned:
+    """Plans for all layers of a call, each with the layers' positions, and what they depend on.
+
+    parted: the layers that tell, by whether autocast casts their results, which of the plans to take. There are plans
+        for each case, as a model may be called with and without autocast in turn.
+    """
+
+    def __init__(self, key: object = None, parted: Sequence[int] = ()) -> None:
+        self.key, self.parted = key, parted
+        self.plans: dict[tuple[bool, ...], list[tuple[Plan, list[int]]]] = {}
+
+
+class _Chosen:
+    """Layers that are to be normalised in a call, by their indices in the group."""
+
+    def __init__(self, indices: list[int], members: list[SpectralNormalization], weights: list[Tensor]) -> None:
+        self.indices, self.members, self.weights = indices, members, weights
+        self.iterating = [m.training for m in members]
+        self.vectors: list[Sequence[Tensor] | None] | None = None  # those of a forward that is repeated
+
+
+class Group:
+    """Hooks of a model that normalise its layers before a call and end their use after it.
+
+    calls: the running call of each thread, by the thread's number. The only thing that `begin` and `end` change.
+    published: the latest call's results, for compiled code.
+    indices: of the layers, by the id of their parametrization.
+    """
+
+    def __init__(self, layers: Iterable[ParametrizationList]) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._parent: Group | None = None  # whose calls of the model end those of this one
+        self._children = 0
+        self._set_layers(layers)
+        self._start()
+        self._model_called = self._warned_alone = self._warned_unknown = False
+        self._reads_alone = self._iterations = 0
+        self._calls_to_watch = _CALLS_TO_WATCH
+
+    def _start(self) -> None:
+        self.calls: dict[int, Call] = {}
+        self.published: list[Tensor | None] | None = None
+
+    def _set_layers(self, layers: Iterable[ParametrizationList]) -> None:
+        layers, self._copied = list(layers), []
+        # Weak: what torch's own remove_parametrizations has taken off is gone.
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self.members: list[SpectralNormalization] = [cast(SpectralNormalization, layer[0]) for layer in layers]
+        self.indices = {id(m): j for j, m in enumerate(self.members)}
+        self._planned = _Planned()  # replaced at once, as other threads may be calling the model
+        for m in self.members:
+            if self not in m.groups:
+                m.groups = (*m.groups, self)
+        self._shared = any(len(m.groups) > 1 for m in self.members)
+
+    def layers(self) -> list[ParametrizationList]:
+        """Return torch's lists of parametrizations of the layers that are still there."""
+        if self._copied:
+            self._set_layers(self._copied)
+        found = [ref() for ref in self._layers]
+        return [layer for layer in found if layer is not None]
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy makes its plans anew, for its own layers
+        state = {**self.__dict__, "_layers": self.layers()}
+        for name in ("_planned", "_copied", "calls", "published", "members", "indices"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+        self._copied = self._layers  # whose parts may not all have been copied yet
+        self._layers, self.members, self.indices, self._planned = [], [], {}, _Planned()
+
+    def hook(self, model: nn.Module, *, first: bool = True) -> None:
+        """Take part in the model's calls, before or after other pre-hooks that are there."""
+        self._handles = [
+            model.register_forward_pre_hook(self.begin, prepend=first),
+            model.register_forward_hook(self.end, always_call=True),
+        ]
+
+    def discard(self, norms: Iterable[SpectralNormalization]) -> None:
+        """Leave out some layers, and those that are gone; remove the hooks when none is left."""
+        gone = set(map(id, norms))
+        left = [layer for layer in self.layers() if id(layer[0]) not in gone]
+        for m in self.members:
+            m.groups = tuple([g for g in m.groups if g is not self])
+        self._set_layers(left)
+        if not left and not self._children:
+            for handle in self._handles:
+                handle.remove()
+
+    def begin(self, model: nn.Module, args: object) -> None:
+        """Before a call of the model: normalise what no call around this one has normalised already."""
+        if is_dynamo_compiling() or is_exporting():
+            self._begin_recorded()
+            return
+        frame = frame_of_call()
+        before = self.calls.get(get_ident())
+        if before is not None and not before.running():
+            before = None
+        if before is not None and not before.inherited:
+            return  # a call inside a call
+        writes.settle(forget=True)
+        self._model_called = True
+        if self._copied:
+            self._set_layers(self._copied)
+        call = Call(frame, len(self._layers))
+        try:
+            chosen = self._choose(call, before)
+            if chosen.members:
+                self._normalize(call, chosen)
+        except ShardedWeightError:
+            self._hand_over(model)
+            return self.begin(model, args)
+        if self._calls_to_watch > 0 and any(m.training for m in self.members):
+            self._calls_to_watch -= 1
+            call.reads = set()
+        self.calls[get_ident()] = call
+        self.published = call.results
+
+    def _choose(self, call: Call, before: Call | None) -> _Chosen:
+        """Return the layers that are to be normalised, and put what others have left into the call.
+
+        before: the call of a part of a model that has ended while the whole model's call goes on.
+        """
+        layers = [ref() for ref in self._layers]
+        if None in layers:
+            self.discard([])
+            call.__init__(call.frame, len(self._layers))  # type: ignore[misc]
+            layers = [ref() for ref in self._layers]
+        try:
+            weights = cast("list[Tensor]", [layer._parameters["original"] for layer in layers if layer is not None])
+        except KeyError:
+            refuse_flattened(None, self.members[0])
+            raise
+        members, indices = self.members, list(range(len(weights)))
+        if any([w.device.type == "meta" for w in weights]):
+            indices = [
+                j for j, w in enumerate(weights) if w.device.type != "meta"
+            ]  # they may come before they are used
+        held: set[int] = set()
+        if before is not None or self._shared or blocks.any_block():
+            indices, held = self._found_elsewhere(call, before, indices, weights)
+        if len(indices) != len(members):
+            members, weights = [members[j] for j in indices], [weights[j] for j in indices]
+        chosen = _Chosen(indices, members, weights)
+        if held:
+            chosen.iterating = [t and j not in held for t, j in zip(chosen.iterating, indices, strict=True)]
+        if recomputation.in_backward():
+            chosen.iterating = [False] * len(members)
+            self._recall(chosen)
+        return chosen
+
+    def _found_elsewhere(
+        self, call: Call, before: Call | None, indices: list[int], weights: list[Tensor]
+    ) -> tuple[list[int], set[int]]:
+        """Put what other calls and blocks have of these layers into the call; return those that are left.
+
+        And, of them, those that need no other iteration.
+        """
+        left, held = [], set()
+        for j in indices:
+            norm, weight = self.members[j], weights[j]
+            ready = before.find(j, weight) if before is not None else None
+            if ready is None and len(norm.groups) > 1 and norm.find(weight) is not None:
+                continue  # the layer asks all its groups
+            block = blocks.block_of(norm) if ready is None else None
+            if block is not None:
+                entry = block.find(norm, weight)
+                if entry is not None:
+                    ready, call.sources[j] = entry.result, entry.source
+                elif block.iterated(norm, weight) or norm.traced.iterated:
+                    held.add(j)
+            if ready is not None:
+                call.put(j, weight, ready)
+                continue
+            if (before is not None and before.iterated(j, weight)) or norm.iterated_in_call(weight):
+                held.add(j)
+            left.append(j)
+        return left, held
+
+    def _recall(self, chosen: _Chosen) -> None:
+        """In a backward pass: find out which vectors the layers had in the forward that is repeated."""
+        known = [recomputation.recall(m, in_call=True) if m.training else None for m in chosen.members]
+        if any(v is not None for v in known):
+            chosen.vectors = [
+                v if v is not None else m.vectors(w)
+                for v, m, w in zip(known, chosen.members, chosen.weights, strict=True)
+            ]
+        if any(v is None and m.training for v, m in zip(known, chosen.members, strict=True)):
+            self.count_unknown()
+
+    def _normalize(self, call: Call, chosen: _Chosen) -> None:
+        plans = self._plans(chosen)
+        for plan, part in plans:
+            iterate = chosen.iterating[part[0]]
+            cached = [blocks.block_of(chosen.members[p]) for p in part] if blocks.any_block() else []
+            results = plan.normalize(
+                [chosen.weights[p] for p in part],
+                iterate=iterate,
+                keep=chosen.vectors is None and (not iterate or (bool(cached) and None not in cached)),
+                protect=any(block is not None for block in cached),
+                vectors=None if chosen.vectors is None else [chosen.vectors[p] or () for p in part],
+            )
+            for position, (p, normalized) in enumerate(zip(part, results.normalized, strict=True)):
+                j = chosen.indices[p]
+                call.put(j, chosen.weights[p], normalized)
+                call.sources[j] = Source(results, position)
+            for position, block in enumerate(cached):
+                self._keep(block, call, chosen.indices[part[position]])
+        for m in chosen.members:
+            if not m.used:
+                m.used = True
+        if any(chosen.iterating):
+            self._iterations += 1
+        if recomputation.maybe_in_checkpoint():
+            self._note(call, chosen)
+
+    def _plans(self, chosen: _Chosen) -> list[tuple[Plan, list[int]]]:
+        members, weights, iterating = chosen.members, chosen.weights, chosen.iterating
+        flags = iterating if len(set(iterating)) > 1 else None
+        key = (members, signature(weights), flags, [m.settings for m in members])
+        planned = self._planned
+        if key != planned.key:
+            planned = self._planned = _Planned(key, parted_by_autocast(members, weights))
+        casts = tuple([result_dtype(weights[p], True) != weights[p].dtype for p in planned.parted])
+        plans = planned.plans.get(casts)
+        if plans is None:
+            parts = partition(members, weights, iterating)
+            plans = [(Plan([members[p] for p in part], [weights[p] for p in part]), part) for part in parts]
+            planned.plans[casts] = plans
+        return plans
+
+    def _keep(self, block: blocks.Block | None, call: Call, j: int) -> None:
+        """Keep a result for other calls in the block, unless a backward pass will free its graph."""
+        weight, result = call.weights[j], call.results[j]
+        if block is None or weight is None or result is None or recomputation.in_backward():
+            return
+        if composite.in_transform():
+            self.members[j].traced.iterated = True  # the result belongs to the transform
+        else:
+            block.keep(self.members[j], weight, result, call.sources[j])
+
+    def _note(self, call: Call, chosen: _Chosen) -> None:
+        """Let a checkpoint around the call know the vectors that its layers have."""
+        for j, norm in zip(chosen.indices, chosen.members, strict=True):
+            source = call.sources[j]
+            if norm.training and source is not None:
+                recomputation.note(norm, source.vectors, in_call=True)
+
+    def _hand_over(self, model: nn.Module) -> None:
+        """Leave layers whose weights are sharded at the beginning of a call to the submodules that will gather them."""
+        left = [layer for layer in self.layers() if is_sharded(original_of(layer))]
+        for module in gathering_modules(model):
+            inside = {id(m) for m in module.modules()}
+            found = [layer for layer in left if id(layer) in inside]
+            if found:
+                left = [layer for layer in left if id(layer) not in inside]
+                self._children += 1
+                self.discard([cast(SpectralNormalization, layer[0]) for layer in found])
+                child = Group(found)
+                child._parent = self
+                child.hook(module, first=False)  # FSDP's own hook gathers the weights
+        for layer in left:
+            names = {id(m): name for name, m in model.named_modules()}
+            name = names[id(layer)].rpartition("parametrizations.")[0].rstrip(".")
+            refuse_sharded(original_of(layer), name or type(model).__name__)
+
+    def _begin_recorded(self) -> None:
+        if is_exporting():
+            return  # every layer normalises itself
+        from bssn_fast.tracing import hooks  # with it comes torch's compiler, which takes long to import
+
+        self._model_called = True
+        hooks.begin(self, self.members, [original_of(layer) for layer in self.layers()])
+
+    def end(self, model: nn.Module, args: object, output: object) -> None:
+        """After a call of the model, whether or not it succeeded: end the use of its results."""
+        if is_dynamo_compiling():
+            if not is_exporting():
+                from bssn_fast.tracing import hooks
+
+                hooks.end(self, self.members)
+            return
+        thread = get_ident()
+        call = self.calls.get(thread)
+        if call is None or (call.frame is not frame_of_call() and call.running()):
+            return  # a call inside a call, or one whose beginning has failed
+        parent = self._parent.calls.get(thread) if self._parent is not None else None
+        if parent is not None and parent.running() and not recomputation.in_backward():
+            call.frame, call.inherited = parent.frame, True  # the results serve until the whole model's call ends
+            parent.children.append(self)
+            return
+        self.calls.pop(thread, None)
+        self.published = None
+        for child in call.children:
+            child.calls.pop(thread, None)
+            child.published = None
+
+    # What users are told.
+
+    def count_read(self, call: Call, module: nn.Module, tensor_name: str) -> None:
+        """Say, once, that a layer is used twice in a call of the model, which torch would iterate twice for."""
+        key = id(module), tensor_name
+        if call.reads is None or key not in call.reads:
+            call.reads = {key} if call.reads is None else call.reads | {key}
+            return
+        norm = module.parametrizations[tensor_name][0]  # type: ignore[index, union-attr]
+        if norm.training and norm.settings.variant == "sn":
+            self._calls_to_watch, call.reads = 0, None
+            warnings.warn(
+                f"bssn_fast: layer {norm.name!r} is used more than once in a call of the model. Its weight is "
+                "normalised once for the call, with one power iteration, where torch's spectral_norm makes one for "
+                "each use; results differ a little until the vectors have converged. update='access' gives torch's "
+                "numbers, and takes longer",
+                stacklevel=3,
+            )
+
+    def count_alone(self) -> None:
+        """Warn, once, if a whole model is normalised layer by layer."""
+        self._reads_alone += 1
+        n = len(self.members)
+        if n > 1 and not self._model_called and not self._warned_alone and self._reads_alone >= 2 * n:
+            self._warned_alone = True
+            warnings.warn(
+                "bssn_fast: the layers are normalised one by one, which is slow, because the module given to "
+                "`bssn_fast.apply` is never called itself. Apply it to the module whose forward is called "
+                "(`model(x)`, not `model.forward(x)`), or choose update='access' if one by one is what you want.",
+                stacklevel=2,
+            )
+
+    def count_unknown(self) -> None:
+        """Warn, once, where a backward pass asks for weights and it is not known which forward's are meant."""
+        several, self._iterations = self._iterations > 1, 0
+        if several and not self._warned_unknown:
+            self._warned_unknown = True
+            warnings.warn(
+                "bssn_fast: a backward pass computes with the model again, outside of torch.utils.checkpoint, after "
+                "several forwards. It uses the vectors as they are now, which are those of the latest forward. Run the "
+                "forwards in `with bssn_fast.cached(model):` to have all use the same",
+                stacklevel=2,
+            )
+
+
+_CALLS_TO_WATCH = 3
+"""In so many of a model's first calls in training, a layer that is used twice is noticed."""
+
+
+def _call_eagerly(*functions: Callable[..., None]) -> None:
+    """Have torch.compile leave functions alone where nothing that it compiles calls them: hooks of a compiled module.
+
+    It would make a graph of each, in which layers that are not used get gradients of zeros. That is what happens with
+    versions of torch that do not have what is asked for here.
+    """
+    try:
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+    except ImportError:
+        return
+    for function in functions:
+        set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+
+
+_call_eagerly(Group.begin, Group.end)
+
+
+def groups_of(model: nn.Module) -> Iterator[Group]:
+    """Yield the groups whose model is this module or one of its submodules."""
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, Group):
+                yield owner

@@ -1,0 +1,363 @@
+"""One layer's spectral normalisation: its vectors, and what torch's parametrize calls when the weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.nn.utils.parametrize import ParametrizationList
+
+from bssn_fast.calls import composite
+from bssn_fast.calls.contents import version
+from bssn_fast.calls.estimation import estimate_vectors, write
+from bssn_fast.calls.normalizer import Normalizer
+from bssn_fast.calls.plan import Measured, Plan, Results, checked_vectors, signature
+from bssn_fast.layout import compute_dtype, needs_two_sides, vector_sizes
+from bssn_fast.modules import blocks, recomputation, writes
+from bssn_fast.modules.call import Source, in_module_call
+from bssn_fast.modules.recomputation import maybe_in_checkpoint
+from bssn_fast.tracing.recording import Traced, is_exporting, traced_result
+
+if TYPE_CHECKING:
+    from bssn_fast.modules.group import Group
+
+VARIANTS = {
+    # name: (both directions, multiplied by a constant)
+    "sn": (False, False),
+    "ssn": (False, True),
+    "bsn": (True, False),
+    "bssn": (True, True),
+}
+
+
+FIRST_ITERATIONS = 15
+"""Power iterations on random first vectors: as many as torch's parametrization does."""
+
+
+class Settings(NamedTuple):
+    """What `apply` was told for a layer; its arguments' meanings are documented there."""
+
+    variant: str
+    scale: float
+    eps: float
+    n_power_iterations: int
+    update: str
+    backend: str
+    gradient_groups: int
+
+
+class _Beginning(NamedTuple):
+    """A weight and vectors as they were when the vectors were computed for it, until the layer is first used."""
+
+    weight: Tensor
+    version: int
+    vectors: list[Tensor]
+
+    @staticmethod
+    def of(weight: Tensor, vectors: Sequence[Tensor]) -> _Beginning:
+        return _Beginning(weight, version(weight), [v.detach().clone() for v in vectors])
+
+
+class SpectralNormalization(nn.Module):
+    """Parametrization that gives c W / sigma(W), sigma being a spectral norm or the mean of the two unfoldings'.
+
+    Buffers, in float32 (float64 for float64 weights), also after `.half()`: `_u` [c_out] and `_v` [c_in k], the names
+    of torch.nn.utils.parametrizations.spectral_norm; for two directions also `_u_in` [c_in] and `_v_in` [c_out k].
+    """
+
+    _u: Tensor
+    _v: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        settings: Settings,
+        *,
+        name: str,
+        dim: int,
+        autocast: bool,
+        known: Sequence[Tensor] = (),
+    ) -> None:
+        super().__init__()
+        self.name = name  # of the layer, for messages
+        self.dim, self.autocast = dim, autocast
+        self.layers = 1  # that share the weight
+        self.groups: tuple[Group, ...] = ()  # in whose calls of a model the layer is normalised
+        self.used = False  # a model or layer has computed with the weight
+        self.measured, self.traced = Measured(), Traced()
+        self.vector_names: tuple[str, ...] = ()
+        self._beginning: _Beginning | None = None
+        self._plan: Plan | None = None
+        self.configure(weight, settings, known)
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy begins with nothing at hand
+        return {**self.__dict__, "groups": (), "_plan": None, "_beginning": None, "traced": Traced()}
+
+    def configure(self, weight: Tensor, settings: Settings, known: Sequence[Tensor] = ()) -> None:
+        """Change the settings, and compute the vectors that are not there yet.
+
+        known: the first vectors, in the order of `vector_names`, if they do not come from the buffers.
+        """
+        two_sided = VARIANTS[settings.variant][0] and needs_two_sides(weight.shape)
+        known = known or self._stored()
+        names = ("_u", "_v", "_u_in", "_v_in") if two_sided else ("_u", "_v")
+        kept = [vector.detach().clone() for vector in known[: len(names)]]
+        sizes = vector_sizes(weight.shape, self.dim, two_sided)
+        new = [*(k.clone() for k in kept), *(random_direction(weight, size) for size in sizes[len(kept) :])]
+        for name in self.vector_names:
+            del self._buffers[name]
+        self.settings, self.two_sided, self.vector_names = settings, two_sided, names
+        for name, vector in zip(names, new, strict=True):
+            self.register_buffer(name, vector)
+        block = blocks.block_of(self)
+        if block is not None:  # it may have a result of the settings before
+            block.forget(self)
+        if composite.wants_plain_operations([weight]):
+            return  # nothing can be computed yet
+        if len(kept) < len(names):
+            self._compute(weight, FIRST_ITERATIONS)
+            write(self._stored()[: len(kept)], kept)
+        self.evaluate(weight)
+
+    def begin_with(self, weight: Tensor) -> None:
+        """Remember what the vectors were computed for, until the layer is first used."""
+        self._beginning = _Beginning.of(weight, self._stored())
+
+    def chosen_by_hand(self, weight: Tensor) -> bool | None:
+        """Whether a user seems to have chosen the vectors for this weight; the first use asks, and nothing after.
+
+        They have changed since they were computed, and the weight has not. Who writes into both may have loaded or
+        broadcast a model, whose vectors need not be good ones. None if this is not the layer's own weight.
+        """
+        beginning = self._beginning
+        if beginning is None or beginning.weight is not weight:
+            return None
+        self._beginning = None
+        found = self._stored()
+        changed = len(found) != len(beginning.vectors) or any(
+            not torch.equal(v, old.to(v)) for v, old in zip(found, beginning.vectors, strict=True)
+        )
+        return changed and version(weight) == beginning.version
+
+    def _compute(self, weight: Tensor, n_power_iterations: int) -> Tensor:
+        s = self.settings
+        normalizer = Normalizer([weight], [self.dim], [self.two_sided], scale=s.scale, eps=s.eps, backend=s.backend)
+        values = normalizer.compute([weight.detach()], self.vectors(weight), n_power_iterations, weight.dtype)
+        self.measured.sigma, self.measured.index = values.sigma, 0
+        return values.normalized[0]
+
+    def evaluate(self, weight: Tensor) -> Tensor:
+        """Return the normalised weight, without a graph, that the vectors as they are give."""
+        if composite.wants_plain_operations([weight]):
+            return composite.normalize(self, weight.detach(), iterate=False)[0]
+        return self._compute(weight, 0)
+
+    def sigma_of(self, weight: Tensor) -> Tensor:
+        """Return sigma of the last normalisation; where that was part of compiled code, compute it."""
+        if self.measured.sigma is None:
+            self.evaluate(weight)
+        measured = self.measured
+        if measured.sigma is None:
+            raise RuntimeError(f"bssn_fast: the weight of {self.name} has no values yet; materialise the model first")
+        return measured.sigma[measured.index].clone()
+
+    def _stored(self) -> list[Tensor]:
+        return [cast(Tensor, self._buffers[name]) for name in self.vector_names]
+
+    def vectors(self, weight: Tensor) -> list[Tensor]:
+        """Return the buffers u_out, v_out[, u_in, v_in], made to fit the weight's dtype and device."""
+        found = self._stored()
+        sizes = vector_sizes(weight.shape, self.dim, self.two_sided)
+        checked = checked_vectors(found, weight, sizes, self.name)
+        if checked is not found:
+            for name, vector in zip(self.vector_names, checked, strict=True):
+                self._buffers[name] = vector
+        return checked
+
+    def find(self, weight: Tensor) -> Tensor | None:
+        """Return what a running call of a model has normalised the weight to."""
+        for group in self.groups:
+            call = group.calls.get(get_ident())
+            if call is not None:
+                j = group.indices[id(self)]
+                ready = call.find(j, weight)
+                if ready is not None:
+                    if recomputation.maybe_in_checkpoint():
+                        call.note_read(j, self)
+                    return ready
+        return None
+
+    def iterated_in_call(self, weight: Tensor) -> bool:
+        """Whether a running call of a model has had an iteration for this weight."""
+        for group in self.groups:
+            call = group.calls.get(get_ident())
+            if call is not None and call.iterated(group.indices[id(self)], weight) and call.running():
+                return True
+        return False
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the normalised weight: the one of the current model call, or one made for this access alone."""
+        return self.normalized(weight, None)
+
+    def normalized(self, weight: Tensor, layer: object) -> Tensor:
+        """Return the same for a reader of the layer, torch's list of parametrizations, that holds this one alone."""
+        if is_dynamo_compiling() or is_exporting():
+            from bssn_fast.tracing import hooks  # with it comes torch's compiler, which takes long to import
+
+            return hooks.normalize_alone(self, weight)
+        writes.settle()
+        ready = self.find(weight)
+        if ready is not None:
+            return ready
+        block = blocks.block_of(self) if blocks.any_block() else None
+        backward = recomputation.in_backward()
+        if block is not None and (entry := block.find(self, weight)) is not None:
+            if entry.source is not None and self.training and recomputation.maybe_in_checkpoint():
+                recomputation.note(self, entry.source.vectors, in_call=False)
+            return entry.result
+        inside = in_module_call()
+        results = self._normalize_alone(weight, block, backward, inside)
+        (normalized,) = results.normalized
+        if block is not None and not backward:
+            if composite.in_transform():
+                self.traced.iterated = True  # the result belongs to the transform
+            else:
+                block.keep(self, weight, normalized, Source(results, 0))
+        elif not backward:
+            if inside:
+                self.used = True
+            elif layer is not None:
+                writes.watch(self, layer, weight, normalized)
+        return normalized
+
+    def _normalize_alone(self, weight: Tensor, block: blocks.Block | None, backward: bool, inside: bool) -> Results:
+        """Normalise this layer by itself, and let checkpoints know its vectors."""
+        iterate = self.training and not backward and not self.iterated_in_call(weight)
+        if block is not None:
+            iterate = iterate and not block.iterated(self, weight) and not self.traced.iterated
+        known = recomputation.recall(self, in_call=False) if backward and self.training else None
+        for group in self.groups:
+            if iterate and inside:
+                group.count_alone()
+            elif backward and known is None and self.training and torch.is_grad_enabled():
+                group.count_unknown()
+        plan = self._plan
+        if plan is None or plan.settings is not self.settings or plan.signature != signature([weight]):
+            plan = self._plan = Plan([self], [weight])
+        # It may be written to, which `writes` sees, or be shared: neither goes together with autograd.
+        results = plan.normalize(
+            [weight],
+            iterate=iterate,
+            keep=known is None and (not iterate or block is not None),
+            protect=True,
+            vectors=None if known is None else [known],
+        )
+        if self.training and recomputation.maybe_in_checkpoint():
+            recomputation.note(self, Source(results, 0).vectors, in_call=False)
+        return results
+
+    def adopt(self, weight: Tensor, value: Tensor) -> None:
+        """Make a value the weight before normalisation, and estimate its vectors."""
+        with torch.no_grad():
+            weight.copy_(value)
+        self.estimate(weight)
+
+    def estimate(self, weight: Tensor) -> None:
+        """Estimate the vectors of a weight that has nothing to do with the one before."""
+        vectors, s = self.vectors(weight), self.settings
+        if not composite.wants_plain_operations([weight]):
+            write(
+                vectors,
+                estimate_vectors(weight, self.dim, self.two_sided, hints=vectors, eps=s.eps, backend=s.backend),
+            )
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """Return the value itself: who assigns to the layer's weight sets the one before normalisation, as in torch."""
+        return value
+
+    def extra_repr(self) -> str:
+        variant, scale, eps, n_power_iterations, *_ = self.settings
+        shown = f"{variant!r}, dim={self.dim}, n_power_iterations={n_power_iterations}, eps={eps}"
+        return f"{shown}, scale={scale:.4g}" if VARIANTS[variant][1] else shown
+
+    def _replicate_for_data_parallel(self) -> SpectralNormalization:
+        raise RuntimeError(
+            "bssn_fast: torch.nn.DataParallel runs copies of a model whose vectors are thrown away; "
+            "use torch.nn.parallel.DistributedDataParallel"
+        )
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SpectralNormalization:
+        # `.half()` and `.bfloat16()` reach the vectors too, which must keep their precision.
+        kept = self._stored()
+        super()._apply(fn, recurse)
+        for name, old, new in zip(self.vector_names, kept, self._stored(), strict=True):
+            if compute_dtype(new.dtype) != new.dtype:
+                self._buffers[name] = old.to(new.device, torch.float32)
+        return self
+
+
+def parametrizations_of(module: nn.Module, tensor_name: str) -> ParametrizationList:
+    """Return what torch's parametrize keeps for a parametrized tensor of a module."""
+    return cast(ParametrizationList, cast(Any, module).parametrizations[tensor_name])
+
+
+def original_of(layer: ParametrizationList) -> Tensor:
+    """Return the weight before normalisation; quicker than the attribute `original`."""
+    return cast(Tensor, layer._parameters["original"])
+
+
+def quick_access(module: nn.Module, tensor_name: str) -> None:
+    """Let the module's parametrized attribute find the normalised weight of the current model call at once.
+
+    torch's way there leads through two module calls, which cost more than the whole normalisation of a small model.
+    """
+    kind = type(module)  # the class that parametrize has made for this module alone
+    slow = kind.__dict__[tensor_name]
+
+    def get(self: Any) -> Any:
+        layer = self._modules["parametrizations"]._modules[tensor_name]
+        if len(layer._modules) > 1:
+            return slow.fget(self)
+        norm, weight = layer._modules["0"], layer._parameters["original"]
+        if is_dynamo_compiling():
+            ready = traced_result(norm)
+            return layer() if ready is None else ready
+        thread = get_ident()
+        for group in norm.groups:
+            call = group.calls.get(thread)
+            if call is not None:
+                j = group.indices[id(norm)]
+                ready = call.find(j, weight)
+                if ready is not None:
+                    if call.reads is not None:
+                        group.count_read(call, self, tensor_name)
+                    if maybe_in_checkpoint():
+                        call.note_read(j, norm)
+                    return ready
+        return norm.normalized(weight, layer)
+
+    def put(self: Any, value: Tensor) -> None:
+        layer = self.parametrizations[tensor_name]
+        shape = original_of(layer).shape
+        if isinstance(value, Tensor) and value.shape != shape:
+            raise ValueError(
+                f"{kind.__name__}: a weight of shape {tuple(shape)} cannot be replaced by one of shape "
+                f"{tuple(value.shape)}, which its vectors do not fit; call bssn_fast.remove before a weight changes "
+                "shape, and apply again"
+            )
+        slow.fset(self, value)
+        if len(layer) == 1:
+            layer[0].estimate(original_of(layer))
+
+    setattr(kind, tensor_name, property(get, put))
+    writes.settle_before_looks(kind)
+
+
+def random_direction(weight: Tensor, size: int) -> Tensor:
+    """Return a random unit vector [size] as torch draws its u and v: one normal_ on the weight's device."""
+    vector = torch.empty(size, dtype=compute_dtype(weight.dtype), device=weight.device).normal_(0, 1)
+    return nn.functional.normalize(vector, dim=0, eps=1e-12)

@@ -1,0 +1,132 @@
+"""torch.utils.checkpoint repeats forwards in the backward pass: they must use the vectors that they had before.
+
+Which forward is repeated is told by the object that torch keeps for each checkpoint: it is the same one then. With it
+lie the vectors that each layer had in there, in the order in which they were asked for, as long as a graph may repeat
+it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils.checkpoint as torch_checkpoint
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+Vectors = tuple[Tensor, ...]
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread."""
+    return not is_dynamo_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def maybe_in_checkpoint() -> bool:
+    """Whether a checkpoint may be around the code that is running; quick, and right when it says no."""
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+class _Around(NamedTuple):
+    """The checkpoints around the code that is running."""
+
+    first_time: list[Any]  # they may repeat it later
+    repeating: Any  # the innermost one that repeats it now, or None
+
+
+class _Record:
+    """The vectors that each layer had in the forward of one checkpoint.
+
+    By the layer and by who asked: a call of the model, or a reader of the weight alone.
+    """
+
+    def __init__(self) -> None:
+        self.vectors: dict[tuple[int, bool], list[Vectors]] = {}
+        self._positions: dict[tuple[int, bool], int] = {}
+        self._pass = -1
+
+    def next(self, key: tuple[int, bool]) -> Vectors | None:
+        """Return what a layer had at this point of the forward; None if it was not asked for there."""
+        this_pass = torch._C._current_graph_task_id()
+        if self._pass != this_pass:
+            self._pass, self._positions = this_pass, {}
+        found = self.vectors.get(key)
+        if not found:
+            return None
+        position = self._positions.get(key, 0)
+        self._positions[key] = position + 1
+        return found[min(position, len(found) - 1)]
+
+
+_records: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
+
+
+def note(norm: object, vectors: Callable[[], Vectors], *, in_call: bool) -> None:
+    """Remember, in a checkpoint's forward, the vectors that a layer is normalised with.
+
+    in_call: when a call of the model begins, and not when the weight is read.
+    """
+    for checkpoint in _around().first_time:
+        record = _records.get(checkpoint)
+        if record is None:
+            record = _records.setdefault(checkpoint, _Record())
+        record.vectors.setdefault((id(norm), in_call), []).append(vectors())
+
+
+def recall(norm: object, *, in_call: bool) -> Vectors | None:
+    """Return the vectors that a layer had in the forward that is being repeated; None if that is not known."""
+    checkpoint = _around().repeating
+    record = None if checkpoint is None else _records.get(checkpoint)
+    return None if record is None else record.next((id(norm), in_call))
+
+
+def _code(function: Any) -> CodeType:
+    return inspect.unwrap(function).__code__
+
+
+_CHECKPOINT = _code(torch_checkpoint.checkpoint)
+_FORWARD = _code(torch_checkpoint.CheckpointFunction.forward)
+_BACKWARD = _code(torch_checkpoint.CheckpointFunction.backward)
+
+
+def _around() -> _Around:
+    """Find the checkpoints on the stack, the innermost first."""
+    first_time = [*_of_hooks()]
+    for frame in _frames():
+        code = frame.f_code
+        if code is _BACKWARD:
+            return _Around(first_time, frame.f_locals.get("ctx"))
+        if code.co_name == "unpack_hook" and code.co_filename == _CHECKPOINT.co_filename:
+            return _Around(first_time, frame.f_locals.get("frame"))
+        found = None
+        if code is _FORWARD:
+            found = frame.f_locals.get("ctx")
+        elif code is _CHECKPOINT:
+            generator = getattr(frame.f_locals.get("gen"), "gi_frame", None)
+            found = None if generator is None else generator.f_locals.get("new_frame")
+        if found is not None and all(found is not other for other in first_time):
+            first_time.append(found)
+    return _Around(first_time, None)
+
+
+def _of_hooks() -> Iterator[Any]:
+    """Yield the checkpoint whose hooks see what is saved now: also one that is no function on the stack.
+
+    `torch.distributed._composable.checkpoint` works by hooks of modules.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    code = getattr(hooks[0], "__code__", None) if hooks else None
+    if code is not None and code.co_filename == _CHECKPOINT.co_filename and "frame" in code.co_freevars:
+        yield hooks[0].__closure__[code.co_freevars.index("frame")].cell_contents
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -1,0 +1,167 @@
+"""What users write into the result of `layer.weight`, as in `torch.nn.init.normal_(layer.weight)`.
+
+Before anything has been computed with the layer it is an initialisation, and becomes the weight. Later it is refused:
+an increment, as of `layer.weight.data += d`, would be one of the normalised weight. Results are looked after when they
+were made outside of all calls of modules, until a model is called or somebody looks at the layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+import weakref
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bssn_fast.calls.composite import wants_plain_operations
+from bssn_fast.calls.contents import contents_of, version
+
+
+class _Member(Protocol):
+    name: str
+    used: bool
+
+    def adopt(self, weight: Tensor, value: Tensor) -> None: ...
+
+
+class _Result(NamedTuple):
+    """A result that somebody may write into, and what it was when it was given away."""
+
+    member: weakref.ref[Any]
+    layer: weakref.ref[Any]  # dead once the parametrization has been taken off
+    initialising: bool  # the layer has not been used, or the reader is its `reset_parameters`
+    weight: Tensor
+    weight_version: int
+    result: Tensor
+    version: int
+    address: int
+    contents: bytes | Tensor | None
+    sharers: int  # of the memory
+
+    def held(self) -> bool:
+        """Whether somebody else still has the result, or a tensor or array that shares its memory."""
+        return sys.getrefcount(self.result) > 2 or _sharers(self.result) > self.sharers
+
+    def written(self) -> bool:
+        """Whether someone has written into the result. With gradients torch refuses to, as the result is a view."""
+        if self.result.data_ptr() != self.address or version(self.result) != self.version:
+            return True
+        if isinstance(self.contents, Tensor):
+            return not torch.equal(self.contents, self.result.detach())
+        return contents_of([self.result]) != self.contents
+
+
+_watched: dict[int, _Result] = {}  # by the order in which they were given away
+_numbers = itertools.count()
+
+
+def _sharers(tensor: Tensor) -> int:
+    if not hasattr(torch._C, "_storage_Use_Count"):
+        return 0
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+
+
+def watch(member: _Member, layer: object, weight: Tensor, result: Tensor) -> None:
+    """Look after a result that is given away outside of all calls."""
+    if torch.compiler.is_compiling() or wants_plain_operations([weight]):
+        return
+    initialising = not member.used or _resetting()
+    contents: bytes | Tensor | None = contents_of([result])
+    if contents is None:  # on a GPU: to be compared element by element, once, when somebody looks
+        contents = result.detach().clone()
+    _watched[next(_numbers)] = _Result(
+        weakref.ref(member),
+        weakref.ref(layer),
+        initialising,
+        weight,
+        version(weight),
+        result,
+        version(result),
+        result.data_ptr(),
+        contents,
+        _sharers(result),
+    )
+
+
+def _resetting() -> bool:
+    """Whether a module's `reset_parameters` is running, which can only mean to set its weights."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "reset_parameters" and isinstance(frame.f_locals.get("self"), nn.Module):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def settle(*, forget: bool = False) -> None:
+    """Make what was written into results, before their layers were used, the weights of these layers.
+
+    forget: the results are not looked after any longer.
+
+    Raises RuntimeError for what was written into the result of a layer that is in use, and where the weight before
+    normalisation has been written to as well. The write counts for nothing then.
+    """
+    if not _watched or torch.compiler.is_compiling():
+        return
+    latest: dict[int, _Result] = {}  # the last one, of those that share memory
+    for number, result in list(_watched.items()):
+        gone = result.layer() is None
+        if not gone and result.written():
+            latest[id(result.weight)] = result
+        elif not gone and not forget and result.held():
+            continue
+        _watched.pop(number, None)
+    for result in latest.values():
+        _adopt(result)
+
+
+def _adopt(result: _Result) -> None:
+    member = result.member()
+    if member is None:
+        return
+    if version(result.weight) != result.weight_version:
+        raise RuntimeError(
+            f"bssn_fast: {member.name}: a normalised weight of shape {tuple(result.weight.shape)} was written to in "
+            "place, and the weight before normalisation too; only one of them can count. Write to `layer.weight` alone"
+        )
+    if not result.initialising:
+        raise RuntimeError(
+            f"bssn_fast: {member.name}: what `layer.weight` gave was written to in place, and the layer is in use: it "
+            "is the normalised weight, and nothing tells what the weight before normalisation should be. Write into "
+            "`layer.parametrizations.weight.original`, assign `layer.weight = ...`, or write into a copy "
+            "(`layer.weight.clone()`). This write has changed nothing"
+        )
+    if result.result.shape != result.weight.shape:
+        raise RuntimeError(
+            f"bssn_fast: {member.name}: `layer.weight.data` was given the shape {tuple(result.result.shape)}, and the "
+            f"weight has {tuple(result.weight.shape)}; call bssn_fast.remove before a weight changes shape"
+        )
+    member.adopt(result.weight, result.result.detach())
+
+
+def settle_before_looks(kind: Any) -> None:
+    """Let all ways to a layer's parameters settle first; kind is the class that parametrize made for the layer."""
+    if "parametrizations" in vars(kind):
+        return
+
+    def parametrizations(self: nn.Module) -> Any:
+        settle()
+        return self._modules["parametrizations"]
+
+    for name in ("named_modules", "state_dict", "_apply", "__deepcopy__"):
+        setattr(kind, name, _settling(getattr(kind, name)))
+    kind.parametrizations = property(parametrizations)
+
+
+def _settling(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def settled(*args: Any, **kwargs: Any) -> Any:
+        settle()
+        return method(*args, **kwargs)
+
+    return settled

@@ -1,0 +1,114 @@
+"""What torch.compile and torch.export find in place of the bookkeeping of `modules`.
+
+A compiler runs this code once, with tensors that hold no values yet, and what it learns from Python objects becomes a
+condition for using the result again. So nothing that changes from step to step is read here: no versions of tensors, no
+counters. What is written is what the code outside needs to know of the call.
+
+Under torch.export there are plain torch operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from bssn_fast.calls import composite
+from bssn_fast.calls.arguments import check_weight
+from bssn_fast.calls.plan import Member, checked_vectors, partition
+from bssn_fast.layout import result_dtype, vector_sizes
+from bssn_fast.tracing.node import normalize
+from bssn_fast.tracing.recording import Traced, is_exporting
+
+
+class Layer(Member, Protocol):
+    """A layer as recorded code sees it."""
+
+    training: bool
+    traced: Traced
+
+
+class Published(Protocol):
+    """Where a call's results lie for its layers to find."""
+
+    published: list[Tensor | None] | None
+
+
+def begin(group: Published, members: Sequence[Any], weights: Sequence[Tensor]) -> None:
+    """Normalise the layers of a model that is being called, and publish the results until `end`."""
+    iterating = [_iterates(m) for m in members]
+    found: list[Tensor | None] = [None] * len(members)
+    for part in partition(members, weights, iterating):
+        results = _normalize([members[j] for j in part], [weights[j] for j in part], iterate=iterating[part[0]])
+        for j, normalized in zip(part, results, strict=True):
+            found[j] = normalized
+    group.published = found
+
+
+def end(group: Published, members: Sequence[Any]) -> None:
+    """Withdraw what `begin` has published."""
+    group.published = None
+    for member in members:
+        _finish(member)
+
+
+def normalize_alone(member: Any, weight: Tensor) -> Tensor:
+    """Return the normalised weight of a layer that is used outside a call of its model."""
+    if is_exporting():
+        return _exported(member, weight)
+    (normalized,) = _normalize([member], [weight], iterate=_iterates(member))
+    _finish(member)
+    return normalized
+
+
+def _iterates(member: Layer) -> bool:
+    """Whether a normalisation begins with power iterations: in training, the first one of a `cached` block."""
+    return member.training and not (member.traced.in_block and member.traced.iterated)
+
+
+def _finish(member: Layer) -> None:
+    if member.traced.in_block:
+        member.traced.iterated = True
+
+
+def _normalize(members: list[Any], weights: list[Tensor], *, iterate: bool) -> list[Tensor]:
+    """Normalise layers of one device, dtype and settings in one call."""
+    vectors = []
+    for member, weight in zip(members, weights, strict=True):
+        check_weight(weight, member.dim, f"bssn_fast: {member.name}")
+        vectors += _vectors(member, weight)
+        member.measured.sigma = None  # whoever asks for it computes it
+    settings = members[0].settings
+    *normalized, _ = normalize(
+        weights,
+        vectors,
+        [m.dim for m in members],
+        [m.two_sided for m in members],
+        settings.scale,
+        settings.eps,
+        settings.n_power_iterations if iterate else 0,
+        result_dtype(weights[0], members[0].autocast),
+        settings.backend,
+        settings.gradient_groups,
+    )
+    return normalized
+
+
+def _vectors(member: Layer, weight: Tensor) -> list[Tensor]:
+    vectors = [cast(Tensor, member._buffers[name]) for name in member.vector_names]
+    sizes = vector_sizes(weight.shape, member.dim, member.two_sided)
+    checked = checked_vectors(vectors, weight, sizes, member.name)
+    # Asked of the tensors: torch 2.11's compiler cannot tell whether two lists are the same.
+    if any(new is not old for new, old in zip(checked, vectors, strict=True)):
+        raise RuntimeError(
+            f"bssn_fast: the weight of {member.name} has been moved or converted without its vectors. Call the model "
+            "once without torch.compile, which moves them too"
+        )
+    return vectors
+
+
+def _exported(member: Any, weight: Tensor) -> Tensor:
+    if member.training:
+        raise RuntimeError("bssn_fast: a model in training mode cannot be exported; call `model.eval()` first")
+    return composite.normalize(member, weight, iterate=False)[0]

@@ -1,0 +1,59 @@
+"""The node that torch.compile puts into its graphs for one call of the operation.
+
+Its inside (memory, autograd) is left to AOTAutograd: it sees that the vectors change, and which layers get a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._higher_order_ops.wrap import TagActivationCheckpoint
+
+from bssn_fast.calls.normalizer import Normalizer
+
+
+@torch.compiler.allow_in_graph
+def normalize(
+    weights: list[Tensor],
+    vectors: list[Tensor],
+    dims: list[int],
+    two_sided: list[bool],
+    scale: float,
+    eps: float,
+    n_power_iterations: int,
+    dtype: torch.dtype,
+    backend: str,
+    gradient_groups: int,
+) -> tuple[Tensor, ...]:
+    """Return the normalised weights, with a graph, and then sigma [n]; `Normalizer` documents the arguments."""
+    if n_power_iterations and _in_checkpoint():
+        raise RuntimeError(
+            "bssn_fast: torch.utils.checkpoint around the normalisation of weights cannot be compiled, as the backward "
+            "pass would iterate again and find other weights. Use it inside the module given to bssn_fast.apply, "
+            "around parts of it, or leave the call of the checkpoint out of what is compiled"
+        )
+    normalizer = Normalizer(
+        weights, dims, two_sided, scale=scale, eps=eps, backend=backend, gradient_groups=gradient_groups
+    )
+    values = normalizer.compute(weights, vectors, n_power_iterations, dtype)
+    return (*normalizer.attach(values, weights), values.sigma)
+
+
+def _in_checkpoint() -> bool:
+    """Whether what Dynamo traces now will be repeated in the backward pass.
+
+    Dynamo itself refuses this as soon as Python objects change, which is not always, and which
+    `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint` allows.
+    """
+    try:
+        tracer: Any = InstructionTranslator.current_tx().output.current_tracer
+    except AttributeError:  # nothing is being traced
+        return False
+    while tracer is not None:
+        if isinstance(tracer.source_target, TagActivationCheckpoint):
+            return True
+        tracer = tracer.parent
+    return False
