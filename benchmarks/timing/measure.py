@@ -65,8 +65,7 @@ def prepare(name: str, problem: Problem) -> peers.Peer:
     """
     with _empty_compiler_cache() if name in peers.COMPILED else nullcontext():
         start = perf_counter()
-        peer = peers.make(name, problem)
-        peak = peak_memory(peer.first_run, problem.device)
+        peer, peak = _first_results(name, problem)
         peer.prepare_seconds = perf_counter() - start
         peer.check(name)
         if name in peers.COMPILED:  # the first run's memory was the compiler's
@@ -74,6 +73,18 @@ def prepare(name: str, problem: Problem) -> peers.Peer:
             peer.release()
     peer.peak_megabytes = None if peak is None else peak / 1e6
     return peer
+
+
+def _first_results(name: str, problem: Problem) -> tuple[peers.Peer, int | None]:
+    """Return a peer after its first run, and the memory that this took; for a graph's replays its capture took it."""
+    made: list[peers.Peer] = []
+
+    def make() -> None:
+        made.append(peers.make(name, problem))
+
+    peak_of_making = peak_memory(make, problem.device) if is_gpu(problem.device) else make()
+    peak = peak_memory(made[0].first_run, problem.device)
+    return made[0], peak_of_making if name.endswith("graph") else peak
 
 
 @contextmanager
@@ -187,21 +198,25 @@ def gan_steps(
     steps: dict[tuple[str, str], Callable[[], None]] = {
         key: training_step.Step(model, batch, device, width or 64) for key, model in models.items()
     }
+    peaks: dict[tuple[str, str], int | None] = {}
     if on_gpu:
+        peaks = {key: peak_memory(step, device) for key, step in steps.items()}
         for (variant, peer), model in training_step.discriminators(kind, device, width).items():
-            step = training_step.Step(model, batch, device, width or 64, capturable=True)
-            steps[variant, training_step.captured_name(peer)] = training_step.Replay(step)
+            key = variant, training_step.captured_name(peer)
+            replay = training_step.Replay(training_step.Step(model, batch, device, width or 64, capturable=True))
+            peaks[key] = peak_memory(replay.capture, device)
+            steps[key] = replay
     runs = {key: partial(clock_for(device).lap, [step]) for key, step in steps.items()}
     for run in runs.values():
         run()
-    peaks = {key: peak_memory(step, device) if on_gpu else None for key, step in steps.items()}
     laps = round_robin(runs, seconds, discard=0, keep=1)
     layers = len(training_step.weight_layers(models[training_step.NONE, training_step.NONE]))
     records = []
     for (variant, peer), found in laps.items():
         record = Record("gan", f"{kind}, batch {batch}", variant, peer, "step", layers, 0.0)
         record.fill([x.device[0] for x in found], [x.host[0] for x in found] if on_gpu else None)
-        record.peak_megabytes = None if peaks[variant, peer] is None else peaks[variant, peer] / 1e6
+        peak = peaks.get((variant, peer))
+        record.peak_megabytes = None if peak is None else peak / 1e6
         plain = laps[training_step.NONE, training_step.without_normalisation(peer)]
         added = [100 * (x.device[0] / p.device[0] - 1) for x, p in zip(found, plain, strict=True)]
         record.added, (record.added_low, record.added_high) = statistics.median(added), median_interval(added)

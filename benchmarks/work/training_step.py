@@ -83,10 +83,14 @@ class Step:
 
 
 class Replay:
-    """A step captured in a CUDA graph, which writes where the step's tensors are: it keeps them alive."""
+    """A step, replayed once `capture` has made a CUDA graph of it. The graph writes where the step's tensors are."""
 
     def __init__(self, step: Step) -> None:
-        self._step, (self._graph,) = step, capture([step])
+        self._step = step
+
+    def capture(self) -> None:
+        """Run the step a few times and capture it."""
+        (self._graph,) = capture([self._step])
 
     def __call__(self) -> None:
         self._graph.replay()
