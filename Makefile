@@ -3,12 +3,14 @@
 # make bench   speed on this machine's CPU, and the report in docs/performance.md; nothing else should run
 # make bench-compare   the same against this machine's kept figures
 # make evidence   the paper's claims, tried in many small trainings: docs/evidence.md; ARGS=--quick shows that it works
-# make gpu     correctness and speed on this machine's GPU in ten minutes, with the Python and torch that it already has
+# make gpu     correctness and speed on this machine's GPU in ten minutes, with the Python and torch that it already has;
+#              OUTPUT=folder for its files. A second run goes on where the first ended
+# make gpu-prepare   on a machine without a GPU: compiles into build/gpu what make gpu on another one would begin with
 # make asan    the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make docs    the site, in build/docs
 # make wheel   a wheel for manylinux_2_28 with the CUDA kernels, and the source distribution, in dist
 # make format  lay out Python and C++
-# All but gpu use .venv, which they create if need be, with the package installed in it for editing.
+# All but gpu and gpu-prepare use .venv, which they create if need be, with the package installed in it for editing.
 
 PYTHON ?= python3
 ARGS ?=
@@ -22,7 +24,7 @@ WITH_ASAN = PYTHONPATH=$(ASAN_DIR) PYTHONSAFEPATH=1 BSSN_FAST_BACKEND=cpu \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
-.PHONY: train test lint bench bench-compare evidence gpu asan docs wheel format env build clean
+.PHONY: train test lint bench bench-compare evidence gpu gpu-prepare asan docs wheel format env build clean
 .DELETE_ON_ERROR:
 
 # The CUDA kernels take minutes to compile, and where they are missing Triton serves GPUs. Whoever wants them sets
@@ -46,13 +48,17 @@ evidence: build
 	$(BIN)/python -m experiments $(ARGS)
 
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(ARGS)
+	$(PYTHON) -m benchmarks.gpu $(if $(OUTPUT),--output $(OUTPUT)) $(ARGS)
+
+gpu-prepare:
+	$(PYTHON) -m benchmarks.gpu.prepare $(ARGS)
 
 lint: build
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 format: env
 	$(BIN)/ruff check --fix

@@ -18,11 +18,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import gan, layer_sets, machine, measure, peers, report
-from benchmarks.clock import EventTimer, clock_for
-from benchmarks.networks import DISCRIMINATORS
-from benchmarks.problem import VARIANTS, Problem
-from benchmarks.results import Results
+from benchmarks import report
+from benchmarks.against import peers
+from benchmarks.shown.results import Results
+from benchmarks.timing import machine, measure
+from benchmarks.timing.clock import EventTimer, clock_for
+from benchmarks.work import layer_sets, training_step
+from benchmarks.work.networks import DISCRIMINATORS
+from benchmarks.work.problem import VARIANTS, Problem
 
 RESULTS = pytest.StashKey[Results]()
 TIMER = pytest.StashKey[EventTimer]()
@@ -65,7 +68,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("caches", ("hot", "cold") if device == "cuda" else ("hot",))
     if "discriminator" in metafunc.fixturenames:
         metafunc.parametrize("discriminator", DISCRIMINATORS)
-        metafunc.parametrize("normalization", gan.CASES, ids="-".join)
+        metafunc.parametrize("normalization", training_step.CASES, ids="-".join)
 
 
 @cache  # fixtures are used again where their parameter is the same object

@@ -24,8 +24,9 @@ from torch.nn.functional import relu
 from torch.nn.parallel import DistributedDataParallel
 
 import bssn_fast
-from benchmarks import layer_sets, machine
-from benchmarks.networks import DISCRIMINATORS
+from benchmarks.timing import machine
+from benchmarks.work import layer_sets
+from benchmarks.work.networks import DISCRIMINATORS
 
 GROUPS = (1, 2, 4, 8)
 SETS = ("sngan_d32", "bsn_cnn_d32", "bsn_resnet_d128", "biggan_d128")

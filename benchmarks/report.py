@@ -15,10 +15,14 @@ from time import perf_counter
 
 import torch
 
-from benchmarks import compare, gan, layer_sets, machine, measure, page, peers, plots, results, tables
-from benchmarks.problem import VARIANTS
-from benchmarks.record import Record
-from benchmarks.targets import targets
+from benchmarks.against import peers
+from benchmarks.shown import compare, page, plots, results, tables
+from benchmarks.shown.targets import targets
+from benchmarks.timing import machine, measure
+from benchmarks.timing.record import Record
+from benchmarks.work import layer_sets, training_step
+from benchmarks.work.devices import is_gpu
+from benchmarks.work.problem import VARIANTS
 
 SET_PARTS = ("layers", *layer_sets.GRID)
 PARTS = (*SET_PARTS, "gan")
@@ -46,11 +50,11 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def measurements(args: argparse.Namespace) -> Iterator[tuple[str, list[Record]]]:
     """Yield what was measured, and the records of it, as they are made."""
     seconds = 0 if args.check_only else args.seconds
-    caches = ("hot", "cold") if torch.device(args.device).type == "cuda" else ("hot",)
+    caches = ("hot", "cold") if is_gpu(args.device) else ("hot",)
     for part in args.parts:
         if part == "gan":
-            batch = args.batch or gan.batch_size(args.device)
-            for kind in gan.DISCRIMINATORS:
+            batch = args.batch or training_step.batch_size(args.device)
+            for kind in training_step.DISCRIMINATORS:
                 if not args.sets or kind in args.sets:
                     yield kind, measure.gan_steps(kind, device=args.device, batch=batch, seconds=4 * seconds)
             continue

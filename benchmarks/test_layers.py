@@ -8,11 +8,12 @@ from time import perf_counter
 
 import pytest
 
-from benchmarks.clock import EventTimer, clock_for, launches
-from benchmarks.peers import Peer
-from benchmarks.problem import Problem
-from benchmarks.record import BOTH, MOVED, Record
-from benchmarks.results import Results
+from benchmarks.against.peers import Peer
+from benchmarks.shown.results import Results
+from benchmarks.timing.clock import EventTimer, clock_for, launches
+from benchmarks.timing.record import BOTH, MOVED, Record
+from benchmarks.work.devices import is_gpu
+from benchmarks.work.problem import Problem
 
 SECONDS_OF_A_SET, SECONDS_OF_A_POINT = 1.0, 0.1  # about so long for each case
 FEWEST, MOST = 5, 200  # rounds
@@ -43,7 +44,7 @@ class Case:
         run()
         seconds = SECONDS_OF_A_SET if self.part == "layers" else SECONDS_OF_A_POINT
         rounds = int(min(max(seconds / (perf_counter() - start), FEWEST), MOST))
-        on_gpu = self.problem.device.type == "cuda"
+        on_gpu = is_gpu(self.problem.device)
         host: list[float] = []
         if on_gpu:
             run, before = self._queued(run, before, host)

@@ -13,6 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from bssn_fast import backends
 from bssn_fast.calls.arguments import check_settings, whole_number
 from bssn_fast.modules import blocks
+from bssn_fast.modules.call import Caller
 from bssn_fast.modules.changes import all_or_nothing
 from bssn_fast.modules.group import Group, groups_of
 from bssn_fast.modules.parametrization import VARIANTS, Settings, SpectralNormalization, original_of
@@ -154,7 +155,7 @@ def _put_on(model: nn.Module, places: list[Place], existing: dict[Place, Norm], 
     lists = {id(norm): layer for layer, norm in normalized(model) if id(norm) in norms}
     for key, layer in lists.items():
         norms[key].begin_with(original_of(layer))  # parametrize has touched weights
-    groups = list(groups_of(model))
+    groups: list[Caller] = list(groups_of(model))
     if settings.update == "access":  # not part of any model's calls
         groups = list(dict.fromkeys([*groups, *(g for norm in norms.values() for g in norm.groups)]))
     for group in groups:

@@ -16,7 +16,7 @@ from typing import Any
 
 from gan import data
 
-from benchmarks import layer_sets
+from benchmarks.work import layer_sets
 from experiments import inception, plan, report, spectra
 from experiments.trials import run_all
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import bssn_fast
-from benchmarks.machine import processor
+from benchmarks.timing.machine import processor
 from experiments import plots, spectra, tables
 from experiments.plan import NO_NORM, VARIANTS, Profile
 from experiments.tables import Records

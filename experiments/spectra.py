@@ -15,8 +15,8 @@ from gan.networks import PaperDiscriminator, normalize, weight_layers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import layer_sets
-from benchmarks.layer_sets import Layer
+from benchmarks.work import layer_sets
+from benchmarks.work.layer_sets import Layer
 from bssn_fast.diagnostics import initial_variances
 from bssn_fast.layout import channels
 

@@ -6,17 +6,14 @@ For tensors that have no memory of their own, for those who record, and for weig
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from bssn_fast import reference
+from bssn_fast.calls.member import Member
 from bssn_fast.layout import compute_dtype, result_dtype
-
-if TYPE_CHECKING:
-    from bssn_fast.calls.plan import Member
 
 _WITH_MEMORY = {Tensor, torch.nn.Parameter}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from operator import attrgetter, is_
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,40 +13,12 @@ from bssn_fast.calls import composite
 from bssn_fast.calls.arguments import check_weight
 from bssn_fast.calls.contents import contents_of, version
 from bssn_fast.calls.estimation import are_units, belong, estimate_vectors, write
+from bssn_fast.calls.member import Member
 from bssn_fast.calls.normalizer import Normalizer, Values
 from bssn_fast.distributed.sharded import is_managed, refuse_flattened, refuse_sharded
 from bssn_fast.layout import compute_dtype, fits_kernels, is_dense, result_dtype
 
 _dtype = attrgetter("dtype")
-
-
-class Measured:
-    """Sigma of a layer's last normalisation, `sigma[index]`; None where only computing it again would tell."""
-
-    __slots__ = ("index", "sigma")
-
-    def __init__(self, sigma: Tensor | None = None, index: int = 0) -> None:
-        self.sigma, self.index = sigma, index
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy of a layer takes one number along
-        return Measured, (None if self.sigma is None else self.sigma[self.index : self.index + 1].clone(),)
-
-
-class Member(Protocol):
-    """A layer as calls see it; `modules.parametrization.SpectralNormalization` is the one there is."""
-
-    name: str
-    settings: Any  # scale, eps, n_power_iterations, backend, gradient_groups
-    dim: int
-    two_sided: bool
-    autocast: bool
-    measured: Measured
-    vector_names: tuple[str, ...]
-    _buffers: dict[str, Tensor | None]
-
-    def vectors(self, weight: Tensor) -> list[Tensor]: ...
-
-    def chosen_by_hand(self, weight: Tensor) -> bool | None: ...
 
 
 def signature(weights: Iterable[Tensor]) -> tuple[object, ...]:

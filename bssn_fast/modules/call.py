@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -130,3 +130,22 @@ def serves(ready: Tensor, weight: Tensor) -> bool:
         # What was made for autocast is of no use where a model switches autocast off.
         ready.dtype == weight.dtype or ready.dtype == result_dtype(weight, True)
     )
+
+
+class Caller(Protocol):
+    """Who normalises layers in calls of a model, as its layers see it; `group.Group` is the one there is.
+
+    calls: the running call of each thread, by the thread's number.
+    published: the latest call's results, for compiled code.
+    """
+
+    calls: dict[int, Call]
+    published: list[Tensor | None] | None
+
+    def discard(self, norms: Iterable[Any]) -> None: ...
+
+    def count_read(self, call: Call, module: nn.Module, tensor_name: str) -> None: ...
+
+    def count_alone(self) -> None: ...
+
+    def count_unknown(self) -> None: ...

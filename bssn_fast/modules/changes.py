@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bssn_fast.modules.group import Group, groups_of
+from bssn_fast.modules.group import groups_of
 from bssn_fast.modules.parametrization import SpectralNormalization
 
 _CONTAINERS = (dict, OrderedDict, list)
@@ -23,10 +23,10 @@ def all_or_nothing(model: nn.Module, contents: Iterable[Tensor] = ()) -> Iterato
     What lies in the modules is put back, not what lies in their tensors: vectors are replaced and not written to.
     """
     objects: list[Any] = [*model.modules()]
-    groups = {id(g): g for g in groups_of(model)}
-    groups |= {id(g): g for m in objects if isinstance(m, SpectralNormalization) for g in m.groups}
-    objects += groups.values()
-    objects += [m for g in groups.values() for m in g.members if isinstance(g, Group)]  # they know their groups
+    groups: list[Any] = [*groups_of(model)]
+    groups += [g for m in objects if isinstance(m, SpectralNormalization) for g in m.groups]
+    objects += groups
+    objects += [m for g in groups for m in g.members]  # they know their groups
     before = [_State(x) for x in {id(x): x for x in objects}.values()]
     values = [(x, x.detach().clone()) for x in contents]
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,14 @@ from torch.nn.utils.parametrize import ParametrizationList
 from bssn_fast.calls import composite
 from bssn_fast.calls.contents import version
 from bssn_fast.calls.estimation import estimate_vectors, write
+from bssn_fast.calls.member import Measured
 from bssn_fast.calls.normalizer import Normalizer
-from bssn_fast.calls.plan import Measured, Plan, Results, checked_vectors, signature
+from bssn_fast.calls.plan import Plan, Results, checked_vectors, signature
 from bssn_fast.layout import compute_dtype, fits_kernels, needs_two_sides, vector_sizes
 from bssn_fast.modules import blocks, recomputation, writes
-from bssn_fast.modules.call import Source, in_module_call
+from bssn_fast.modules.call import Caller, Source, in_module_call
 from bssn_fast.modules.recomputation import maybe_in_checkpoint
 from bssn_fast.tracing.recording import Traced, is_exporting, traced_result
-
-if TYPE_CHECKING:
-    from bssn_fast.modules.group import Group
 
 VARIANTS = {
     # name: (both directions, multiplied by a constant)
@@ -88,7 +86,7 @@ class SpectralNormalization(nn.Module):
         self.dim, self.autocast = dim, autocast
         self.layers = 1  # that share the weight
         # The groups in whose calls of a model the layer is normalised, and its index in each.
-        self.slots: tuple[tuple[Group, int], ...] = ()
+        self.slots: tuple[tuple[Caller, int], ...] = ()
         self.used = False  # a model or layer has computed with the weight
         self.measured, self.traced = Measured(), Traced()
         self.vector_names: tuple[str, ...] = ()
@@ -100,7 +98,7 @@ class SpectralNormalization(nn.Module):
         return {**self.__dict__, "slots": (), "_plan": None, "_beginning": None, "traced": Traced()}
 
     @property
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> tuple[Caller, ...]:
         """The groups in whose calls of a model the layer is normalised."""
         return tuple([group for group, _ in self.slots])
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bssn_fast.calls import composite
 from bssn_fast.calls.arguments import check_weight
-from bssn_fast.calls.plan import Member, checked_vectors, partition
+from bssn_fast.calls.member import Member
+from bssn_fast.calls.plan import checked_vectors, partition
 from bssn_fast.layout import fits_kernels, result_dtype, vector_sizes
 from bssn_fast.tracing.node import normalize
 from bssn_fast.tracing.recording import Traced, is_exporting

@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare, gan, layer_sets, machine, measure, networks, page, peers, plots, report, tables, targets
-from benchmarks.clock import CpuClock
-from benchmarks.problem import VARIANTS, Problem, WrongResultError
-from benchmarks.record import BOTH, MOVED, Record, median_interval
-from benchmarks.results import Results, load
+from benchmarks import report
+from benchmarks.against import peers
+from benchmarks.shown import compare, page, plots, tables, targets
+from benchmarks.shown.results import Results, load
+from benchmarks.timing import machine, measure
+from benchmarks.timing.clock import CpuClock
+from benchmarks.timing.record import BOTH, MOVED, Record, median_interval
+from benchmarks.work import layer_sets, networks, training_step
+from benchmarks.work.problem import VARIANTS, Problem, WrongResultError
 
 ROOT = Path(__file__).parents[2]
 QUICK_PEERS = [name for name in peers.names() if name not in peers.COMPILED]
@@ -124,7 +128,7 @@ def test_a_peer_that_fails_is_reported(monkeypatch, tmp_path):
     def fail(problem, mode):
         raise RuntimeError("no compiler\nat all")
 
-    monkeypatch.setattr(peers.rivals, "torch_compiled", fail)
+    monkeypatch.setattr(peers.in_torch, "torch_compiled", fail)
     names = [peers.COPY, peers.COMPILE]
     records = measure.layer_set("layers", layer_sets.tiny(), "sn", names, seconds=1e-9)
     assert [r.error for r in records if r.peer == peers.COMPILE] == ["RuntimeError: no compiler"]
@@ -146,7 +150,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch, what):
                     changed = {
                         "weight": peer.outputs[0],
                         "gradient": (peer.gradients or [None])[-1],
-                        "v": peer._rival.vectors()[2][1],
+                        "v": peer._normalisation.vectors()[2][1],
                     }[what]
                     changed.mul_(1.0001)
 
@@ -162,10 +166,10 @@ def test_a_wrong_result_is_not_timed(monkeypatch, what):
 
 def test_gan_steps_are_timed_with_and_without_normalisation():
     records = measure.gan_steps("cnn", batch=2, seconds=1e-9, width=4)
-    assert [(r.variant, r.peer) for r in records] == list(gan.CASES)
+    assert [(r.variant, r.peer) for r in records] == list(training_step.CASES)
     assert records[0].added == 0
     with pytest.raises(WrongResultError, match="differ"):
-        gan._check_equal("x", torch.ones(3), torch.tensor([1, 1, 1.01]))
+        training_step._check_equal("x", torch.ones(3), torch.tensor([1, 1, 1.01]))
 
 
 def invented(time_of_ours: float = 1.0, device: str = "Some CPU") -> Results:
@@ -180,7 +184,7 @@ def invented(time_of_ours: float = 1.0, device: str = "Some CPU") -> Results:
                     r.fill([median / 1e3] * 9)
                     r.low, r.high = 0.9 * median, 1.1 * median
                     results.records.append(r)
-    for variant, peer in gan.CASES:
+    for variant, peer in training_step.CASES:
         step = Record("gan", "cnn", variant, peer, "step", 2, 0, median=10.0, runs=9, added=0.0)
         results.records.append(step)
     return results
@@ -223,7 +227,7 @@ def test_noise_does_not_decide_who_is_slower(time_of_ours, holds, text):
 def test_interval_of_the_median():
     assert median_interval([3.0]) == (3, 3)
     assert median_interval([5.0, 1, 2, 4, 3]) == (1, 5)
-    assert median_interval(range(100)) == (40, 59)  # between the 41st and the 60th: 95.4 % by the binomial distribution
+    assert median_interval(range(100)) == (39, 60)  # the 40th and the 61st, by the binomial distribution
 
 
 def test_report_round_trip(tmp_path):
@@ -252,10 +256,10 @@ def test_the_page_shows_all_machines(tmp_path):
     gpu.machine["cuda"] = "13"
     gpu.save(tmp_path / "results" / machine.key(gpu.machine))
     (tmp_path / "docs").mkdir()
-    path = tmp_path / "docs" / "page.md"
+    path = tmp_path / "docs" / "performance.md"
     path.write_text("before\n<!-- begin results: cpu -->\nold\n<!-- end results: cpu -->\nafter\n")
     for _ in range(2):
-        page.renew("cpu", path, tmp_path / "results")
+        page.renew("cpu", tmp_path / "docs", tmp_path / "results")
     text = path.read_text()
     assert text.startswith("before\n")
     assert text.endswith("-->\nafter\n")
@@ -266,7 +270,7 @@ def test_the_page_shows_all_machines(tmp_path):
     assert f"{row}**4.0; a plain copy 8.0** | 13.3; a plain copy 8.0 |" in text
     assert "[All tables](../results/amd-epyc-2-threads/torch-2/report.md)" in text
     with pytest.raises(ValueError, match="begin results: cuda"):
-        page.renew("cuda", path, tmp_path / "results")
+        page.renew("cuda", tmp_path / "docs", tmp_path / "results")
 
 
 def test_tables_of_a_gpu():
@@ -278,7 +282,7 @@ def test_tables_of_a_gpu():
         r.launches = 1
         results.records.append(r)
     text = tables.render(results)
-    assert "| a | bssn_fast triton | 20.0 | 50.0 | 30 | 1 | 1.50 | 1920 | 40 % |" in text
+    assert "| a | float32 | bssn_fast triton | 20 | 50 | 30 | 1 | 1.50 | 1920 | 40 % |" in text
     assert machine.key(about) == "nvidia-h200/torch-2"
     assert targets.targets(results) == []
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import machine
-from benchmarks.clock import CudaClock, EventTimer
+from benchmarks.timing import machine
+from benchmarks.timing.clock import CudaClock, EventTimer
 
 
 class Gpu:
@@ -47,9 +47,18 @@ def test_laps_are_the_devices_time(gpu):
     lap = clock.lap([gpu.work, gpu.work])
     assert lap.device == pytest.approx([0.25, 0.25])
     assert all(0 < seconds < 0.25 for seconds in lap.host)
-    clock.host_took(1.0)
-    clock.lap([gpu.work])
-    assert gpu.pauses == pytest.approx([0.01, 1.5])
+    clock.host_took(0.01)
+    clock.prepare()
+    clock.host_took(1.0)  # the host waits for the end of the pause where the queue is full: it must not grow with that
+    clock.prepare()
+    assert gpu.pauses == pytest.approx([0.001, 0.015, 0.1])
+
+
+def test_what_a_lap_starts_from_does_not_count(gpu):
+    runs = []
+    lap = CudaClock(torch.device("cpu")).lap([lambda: runs.append("run")], before=lambda: runs.append("before"))
+    assert runs == ["before", "run"] * 2  # for the host's time and for the device's
+    assert lap.device == [0]
 
 
 def test_cold_laps_overwrite_the_cache(gpu):

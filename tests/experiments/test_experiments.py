@@ -18,7 +18,7 @@ from gan import data
 from gan.metrics import Judge, classifier_score, precision_recall
 from torch.nn.functional import conv2d, pad
 
-from benchmarks.layer_sets import Layer, LayerSet
+from benchmarks.work.layer_sets import Layer, LayerSet
 from experiments import __main__ as program
 from experiments import inception, plan, spectra, tables, trials
 from experiments.statistics import compare, median_interval

@@ -1,14 +1,14 @@
-"""The backends that serve GPUs here, each with its ways of launching."""
+"""The backends that serve GPUs, each with its ways of launching."""
 
 import torch
 
 from bssn_fast import backends
 
-WAYS = [  # a backend and its way of launching
+WAYS = [  # a backend and its way of launching; without a GPU all, to be listed
     (backend, mode)
     for backend in ("triton", "cuda")
     for mode in ("single", "phases")
-    if torch.cuda.is_available() and backends.why_unavailable(backend, "cuda") is None
+    if not torch.cuda.is_available() or backends.why_unavailable(backend, "cuda") is None
 ]
 
 SINGLE = [way for way in WAYS if way[1] == "single"]

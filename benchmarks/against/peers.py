@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 import bssn_fast
-from benchmarks import rivals
-from benchmarks.problem import EPS, Problem
-from benchmarks.rivals import Rival
+from benchmarks.against import in_torch
+from benchmarks.against.in_torch import Normalisation
+from benchmarks.work.captured import capture
+from benchmarks.work.devices import is_gpu
+from benchmarks.work.problem import EPS, Problem
 from bssn_fast import backends
 
 COPY = "copy"
@@ -28,13 +32,13 @@ class Peer:
     prepare_seconds: float | None = None  # what it took until the first results were there
     peak_megabytes: float | None = None  # memory of one forward and backward beyond what there was before
 
-    def __init__(self, problem: Problem, rival: Rival) -> None:
-        self._problem, self._rival = problem, rival
+    def __init__(self, problem: Problem, normalisation: Normalisation) -> None:
+        self._problem, self._normalisation = problem, normalisation
         self.outputs: Sequence[Tensor] | None = None
         self.gradients: Sequence[Tensor] | None = None
 
     def forward(self) -> None:
-        self.outputs = self._rival.run()
+        self.outputs = self._normalisation.run()
 
     def backward(self) -> None:
         self.gradients = torch.autograd.grad(self.outputs, self._problem.weights, self._problem.grads)
@@ -49,7 +53,7 @@ class Peer:
 
     def check(self, name: str) -> None:
         """Raise WrongResultError if the first run gave anything but the right results."""
-        self._problem.check(name, list(self.outputs or ()), self._rival.vectors(), list(self.gradients or ()))
+        self._problem.check(name, list(self.outputs or ()), self._normalisation.vectors(), list(self.gradients or ()))
         self.release()
 
 
@@ -76,25 +80,13 @@ class CopyPeer(Peer):
 class GraphPeer(Peer):
     """Another peer's two stages, each captured in a CUDA graph and replayed."""
 
-    def __init__(self, problem: Problem, rival: Rival) -> None:
-        super().__init__(problem, rival)
-        kept = [tuple(v.clone() for v in vectors) for vectors in rival.vectors()]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what is allocated or compiled in first calls cannot be captured
-            for _ in range(3):
-                super().forward()
-                super().backward()
-                self.release()
-        torch.cuda.current_stream().wait_stream(side)
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward):
-            super().forward()
-        with torch.cuda.graph(self._backward, pool=self._forward.pool()):
-            super().backward()
+    def __init__(self, problem: Problem, normalisation: Normalisation) -> None:
+        super().__init__(problem, normalisation)
+        kept = [tuple(v.clone() for v in vectors) for vectors in normalisation.vectors()]
+        self._forward, self._backward = capture([super().forward, super().backward], self.release)
         self._static = self.outputs, self.gradients
         with torch.no_grad():
-            for vectors, old in zip(rival.vectors(), kept, strict=True):
+            for vectors, old in zip(normalisation.vectors(), kept, strict=True):
                 for vector, value in zip(vectors, old, strict=True):
                     vector.copy_(value)
 
@@ -107,7 +99,36 @@ class GraphPeer(Peer):
         self.gradients = self._static[1]
 
 
-def _ours(problem: Problem, backend: str) -> Rival:
+class PhasesPeer(Peer):
+    """Ours with one launch for each phase instead of one for all of them."""
+
+    def __init__(self, problem: Problem, normalisation: Normalisation, backend: str) -> None:
+        super().__init__(problem, normalisation)
+        self._variable = f"BSSN_FAST_{backend.upper()}_LAUNCH"
+
+    def forward(self) -> None:
+        with self._in_phases():
+            super().forward()
+
+    def backward(self) -> None:
+        with self._in_phases():
+            super().backward()
+
+    @contextmanager
+    def _in_phases(self) -> Iterator[None]:
+        """Set the environment variable, by hand: `patch.dict` copies all of them, which takes the host's time."""
+        was = os.environ.get(self._variable)
+        os.environ[self._variable] = "phases"
+        try:
+            yield
+        finally:
+            if was is None:
+                del os.environ[self._variable]
+            else:
+                os.environ[self._variable] = was
+
+
+def _ours(problem: Problem, backend: str) -> Normalisation:
     model: nn.Module = problem.model()
     scale = None if problem.variant == "sn" else problem.scale
     bssn_fast.apply(model, problem.variant, scale=scale, eps=EPS, backend=backend)
@@ -122,32 +143,34 @@ def _ours(problem: Problem, backend: str) -> Rival:
         for mine, given in zip(vectors(), problem.vectors, strict=True):
             for vector, value in zip(mine, given, strict=True):
                 vector.copy_(value)
-    return Rival(model, vectors)
+    return Normalisation(model, vectors)
 
 
 _ANYWHERE: dict[str, Callable[[Problem], Peer]] = {
     COPY: CopyPeer,
-    TORCH: lambda problem: Peer(problem, rivals.torch_eager(problem)),
-    COMPILE: lambda problem: Peer(problem, rivals.torch_compiled(problem, None)),
-    "foreach": lambda problem: Peer(problem, rivals.foreach(problem)),
-    REFERENCE: lambda problem: Peer(problem, rivals.reference_loop(problem)),
+    TORCH: lambda problem: Peer(problem, in_torch.torch_eager(problem)),
+    COMPILE: lambda problem: Peer(problem, in_torch.torch_compiled(problem, None)),
+    "foreach": lambda problem: Peer(problem, in_torch.foreach(problem)),
+    REFERENCE: lambda problem: Peer(problem, in_torch.reference_loop(problem)),
 }
 _ON_CUDA: dict[str, Callable[[Problem], Peer]] = {
-    REDUCE_OVERHEAD: lambda problem: Peer(problem, rivals.torch_compiled(problem, "reduce-overhead")),
-    "torch graph": lambda problem: GraphPeer(problem, rivals.torch_eager(problem)),
+    REDUCE_OVERHEAD: lambda problem: Peer(problem, in_torch.torch_compiled(problem, "reduce-overhead")),
+    "torch graph": lambda problem: GraphPeer(problem, in_torch.torch_eager(problem)),
 }
 COMPILED = (COMPILE, REDUCE_OVERHEAD)
+OUR_WAYS = ("", " phases", " graph")
+"""Of calling a backend on a GPU: one launch each way, one for each phase, and one captured in a CUDA graph."""
 
 
 def names(device: torch.device | str = "cpu") -> list[str]:
     """Return the peers there are for a device; ours, with its backend in the name, come last."""
     kind = torch.device(device).type
+    default = backends.default(kind)
     mine = [b for b in backends.NAMES if b != "reference" and backends.why_unavailable(b, kind) is None]
-    found = [*_ANYWHERE, *(_ON_CUDA if kind == "cuda" else ())]
+    mine.sort(key=lambda name: name != default)
+    found = [*_ANYWHERE, *(_ON_CUDA if is_gpu(device) else ())]
     for backend in mine:
-        found.append(f"{OURS} {backend}")
-        if kind == "cuda":
-            found.append(f"{OURS} {backend} graph")
+        found += [f"{OURS} {backend}{way}" for way in (OUR_WAYS if is_gpu(device) else ("",))]
     return found
 
 
@@ -157,6 +180,8 @@ def make(name: str, problem: Problem) -> Peer:
         return _ANYWHERE[name](problem)
     if name in _ON_CUDA:
         return _ON_CUDA[name](problem)
-    _, backend, *graph = name.split()
-    rival = _ours(problem, backend)
-    return GraphPeer(problem, rival) if graph else Peer(problem, rival)
+    _, backend, *way = name.split()
+    normalisation = _ours(problem, backend)
+    if way == ["graph"]:
+        return GraphPeer(problem, normalisation)
+    return PhasesPeer(problem, normalisation, backend) if way else Peer(problem, normalisation)

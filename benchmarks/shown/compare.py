@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks.peers import COPY, OURS
-from benchmarks.results import Results, geometric_mean
+from statistics import geometric_mean
+
+from benchmarks.against.peers import COPY, OURS
+from benchmarks.shown.results import Results
 
 TOLERATED = 1.25
 """A case that takes this many times as long as before is a regression, and named."""

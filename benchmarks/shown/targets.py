@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import geometric_mean
 
-from benchmarks.layer_sets import square
-from benchmarks.peers import COMPILE, COPY, OURS, REFERENCE, TORCH
-from benchmarks.record import BOTH, Record
-from benchmarks.results import Results, geometric_mean
+from benchmarks.against.peers import COMPILE, COPY, OURS, REFERENCE, TORCH
+from benchmarks.shown.results import Results
+from benchmarks.timing.record import BOTH, Record
+from benchmarks.work.layer_sets import square
 
 CPU = f"{OURS} cpu"
 NOT_MEASURED = "not measured"
@@ -72,7 +73,7 @@ def never_slower(results: Results) -> Target:
     timed = {r.key: r for r in results.records if r.median is not None and r.part != "gan"}
     slower, close, count = {}, 0, 0
     for r in timed.values():
-        ours = timed.get((r.part, r.set, r.variant, CPU, r.phase, r.caches))
+        ours = timed.get((r.part, r.set, r.variant, CPU, r.phase, r.caches, r.dtype))
         if ours is None or r.peer == COPY or r.peer.startswith(OURS):
             continue
         count += 1

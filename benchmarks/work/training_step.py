@@ -10,16 +10,34 @@ from torch.nn.functional import relu
 from torch.nn.utils.parametrizations import spectral_norm
 
 import bssn_fast
-from benchmarks.networks import DISCRIMINATORS, NOISE, Generator, weight_layers
-from benchmarks.problem import EPS, VARIANTS, WrongResultError
-from benchmarks.rivals import BidirectionalNorm, parametrized
+from benchmarks.against.in_torch import BidirectionalNorm, parametrized
+from benchmarks.work.captured import capture
+from benchmarks.work.networks import DISCRIMINATORS, NOISE, Generator, weight_layers
+from benchmarks.work.problem import EPS, VARIANTS, WrongResultError
 
 NONE = "none"
 CASES = ((NONE, NONE), *((variant, peer) for variant in VARIANTS for peer in ("torch", "bssn_fast")))
 """(variant, peer) of all discriminators that are compared."""
 
-TOLERANCE = 1e-5
-"""Largest relative difference between the scores, and the weights' gradients, of ours and torch's discriminators."""
+GRAPH = "graph"
+"""Ends the names of peers whose whole step is captured in a CUDA graph and replayed."""
+
+
+def captured_name(peer: str) -> str:
+    """Return the name of a peer's captured step."""
+    return GRAPH if peer == NONE else f"{peer} {GRAPH}"
+
+
+def without_normalisation(peer: str) -> str:
+    """Return the name of the step without normalisation that this one is compared with: captured as well, or not."""
+    return GRAPH if peer.endswith(GRAPH) else NONE
+
+
+TOLERANCE, TOLERANCE_ON_GPU = 1e-5, 1e-4
+"""Largest relative difference between the scores, and the weights' gradients, of ours and torch's discriminators.
+
+On a GPU the layers' own sums are in another order each time.
+"""
 
 
 def batch_size(device: torch.device | str) -> int:
@@ -27,17 +45,29 @@ def batch_size(device: torch.device | str) -> int:
     return 64 if torch.device(device).type == "cuda" else 8
 
 
-class GanStep:
-    """One step of the discriminator and one of the generator: hinge loss, Adam."""
+class Step:
+    """One step of the discriminator and one of the generator: hinge loss, Adam.
 
-    def __init__(self, discriminator: nn.Module, batch: int, device: torch.device | str, width: int = 64) -> None:
+    capturable: whether Adam keeps its count of steps on the GPU, as a CUDA graph needs it.
+    """
+
+    def __init__(
+        self,
+        discriminator: nn.Module,
+        batch: int,
+        device: torch.device | str,
+        width: int = 64,
+        *,
+        capturable: bool = False,
+    ) -> None:
         torch.manual_seed(1)
+        capturable &= torch.device(device).type == "cuda"
         self._d = discriminator
         self._g = Generator(width).to(device)
         self._real = torch.rand(batch, 3, 32, 32, device=device) * 2 - 1
         self._noise = torch.randn(2, batch, NOISE, device=device)
-        self._optimize_d = torch.optim.Adam(discriminator.parameters(), 2e-4, (0.0, 0.9))
-        self._optimize_g = torch.optim.Adam(self._g.parameters(), 2e-4, (0.0, 0.9))
+        self._optimize_d = torch.optim.Adam(discriminator.parameters(), 2e-4, (0.0, 0.9), capturable=capturable)
+        self._optimize_g = torch.optim.Adam(self._g.parameters(), 2e-4, (0.0, 0.9), capturable=capturable)
 
     def __call__(self) -> None:
         with torch.no_grad():
@@ -50,6 +80,20 @@ class GanStep:
         self._optimize_g.zero_grad()
         loss.backward()
         self._optimize_g.step()
+
+
+class Replay:
+    """A step, replayed once `capture` has made a CUDA graph of it. The graph writes where the step's tensors are."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+
+    def capture(self) -> None:
+        """Run the step a few times and capture it."""
+        (self._graph,) = capture([self._step])
+
+    def __call__(self) -> None:
+        self._graph.replay()
 
 
 def discriminators(
@@ -84,13 +128,15 @@ def discriminators(
 
 
 def _outcome(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Return the scores, and the gradient of each parameter by their sum."""
-    scores = model(images)
+    """Return the scores, and the gradient of each parameter by their sum, from layers in full precision."""
     names, parameters = zip(*model.named_parameters(), strict=True)
-    return {"scores": scores.detach(), **dict(zip(names, torch.autograd.grad(scores.sum(), parameters), strict=True))}
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        scores = model(images)
+        gradients = torch.autograd.grad(scores.sum(), parameters)
+    return {"scores": scores.detach(), **dict(zip(names, gradients, strict=True))}
 
 
 def _check_equal(what: str, a: Tensor, b: Tensor) -> None:
     error = torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)
-    if not error <= TOLERANCE:
+    if not error <= (TOLERANCE_ON_GPU if a.is_cuda else TOLERANCE):
         raise WrongResultError(f"{what} differ by {error:.1e}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import sqrt
+
+from scipy.stats import quantile_test
 
 BOTH = "forward + backward"
 MOVED = {"forward": 2, "backward": 3, BOTH: 5}
@@ -25,6 +26,7 @@ class Record:
     layers: int
     megabytes: float  # of the weights
     caches: str = "hot"
+    dtype: str = "float32"  # of the weights
     runs: int = 0
     median: float | None = None
     low: float | None = None  # 95 % interval of the median
@@ -45,7 +47,7 @@ class Record:
 
     @property
     def key(self) -> tuple[str, ...]:
-        return self.part, self.set, self.variant, self.peer, self.phase, self.caches
+        return self.part, self.set, self.variant, self.peer, self.phase, self.caches, self.dtype
 
     def fill(self, device: Sequence[float], host: Sequence[float] | None = None, *, per_turn: int = 1) -> None:
         """Set all that follows from the seconds of the runs; consecutive `per_turn` of them belong to one turn."""
@@ -68,10 +70,11 @@ class Record:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the values between which the median lies with a probability of about 95 %, whatever the distribution.
+    """Return the values between which the median lies with a probability of 95 %, whatever the distribution.
 
-    The number of values below the median is binomial; all values are the interval of fewer than six.
+    Fewer than six values cannot say that of any interval: theirs is all of them.
     """
-    ordered = sorted(values)
-    left_out = max(0, int((len(ordered) - 1.96 * sqrt(len(ordered))) / 2))
-    return ordered[left_out], ordered[-1 - left_out]
+    if len(values) < 6:
+        return min(values), max(values)
+    interval = quantile_test(values, q=0.5).confidence_interval(0.95)
+    return float(interval.low), float(interval.high)

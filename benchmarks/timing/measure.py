@@ -16,12 +16,14 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks import gan, peers
-from benchmarks.clock import CpuClock, CudaClock, Lap, clock_for, launches, peak_memory
-from benchmarks.layer_sets import LayerSet
-from benchmarks.machine import last_level_cache
-from benchmarks.problem import Problem, WrongResultError
-from benchmarks.record import BOTH, Record, median_interval
+from benchmarks.against import peers
+from benchmarks.timing.clock import CpuClock, CudaClock, Lap, clock_for, launches, peak_memory
+from benchmarks.timing.machine import last_level_cache
+from benchmarks.timing.record import BOTH, Record, median_interval
+from benchmarks.work import training_step
+from benchmarks.work.devices import is_gpu
+from benchmarks.work.layer_sets import LayerSet
+from benchmarks.work.problem import Problem, WrongResultError
 
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
 
@@ -32,7 +34,7 @@ Case = TypeVar("Case", bound=Hashable)
 
 
 def round_robin(
-    runs: dict[Case, Callable[[], Lap]], seconds: float, *, discard: int, keep: int
+    runs: dict[Case, Callable[[], Lap]], seconds: float, *, discard: int, keep: int, fewest: int = FEWEST_ROUNDS
 ) -> dict[Case, list[Lap]]:
     """Let each run several times in turn, for about this many seconds in all.
 
@@ -41,7 +43,7 @@ def round_robin(
     laps: dict[Case, list[Lap]] = {case: [] for case in runs}
     start = perf_counter()
     for turn in range(MOST_ROUNDS):
-        if turn >= FEWEST_ROUNDS and perf_counter() - start > seconds:
+        if turn >= fewest and perf_counter() - start > seconds:
             break
         for case, run in runs.items():
             for _ in range(discard):
@@ -63,8 +65,7 @@ def prepare(name: str, problem: Problem) -> peers.Peer:
     """
     with _empty_compiler_cache() if name in peers.COMPILED else nullcontext():
         start = perf_counter()
-        peer = peers.make(name, problem)
-        peak = peak_memory(peer.first_run, problem.device)
+        peer, peak = _first_results(name, problem)
         peer.prepare_seconds = perf_counter() - start
         peer.check(name)
         if name in peers.COMPILED:  # the first run's memory was the compiler's
@@ -72,6 +73,18 @@ def prepare(name: str, problem: Problem) -> peers.Peer:
             peer.release()
     peer.peak_megabytes = None if peak is None else peak / 1e6
     return peer
+
+
+def _first_results(name: str, problem: Problem) -> tuple[peers.Peer, int | None]:
+    """Return a peer after its first run, and the memory that this took; for a graph's replays its capture took it."""
+    made: list[peers.Peer] = []
+
+    def make() -> None:
+        made.append(peers.make(name, problem))
+
+    peak_of_making = peak_memory(make, problem.device) if is_gpu(problem.device) else make()
+    peak = peak_memory(made[0].first_run, problem.device)
+    return made[0], peak_of_making if name.endswith("graph") else peak
 
 
 @contextmanager
@@ -90,12 +103,19 @@ def layer_set(
     names: Iterable[str],
     *,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     seconds: float = 5.0,
     caches: Iterable[str] = ("hot",),
+    count_launches: bool = True,
 ) -> list[Record]:
-    """Check and time all peers on one set, with hot caches, cold ones or both; `seconds` 0 checks only."""
-    problem = Problem(chosen, variant, device)
-    new = partial(Record, part, chosen.name, variant, layers=len(chosen.layers), megabytes=problem.bytes / 1e6)
+    """Check and time all peers on one set, with hot caches, cold ones or both; `seconds` 0 checks only.
+
+    On a GPU `count_launches` asks torch's profiler as well, which takes a tenth of a second for each peer and phase.
+    """
+    problem = Problem(chosen, variant, device, dtype)
+    layers, megabytes = len(chosen.layers), problem.bytes / 1e6
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    new = partial(Record, part, chosen.name, variant, layers=layers, megabytes=megabytes, dtype=name_of_dtype)
     ready: dict[str, peers.Peer] = {}
     records: list[Record] = []
     for name in names:
@@ -109,6 +129,8 @@ def layer_set(
     gc.collect()
     for state in caches if seconds else ():
         records += _timed(ready, problem, seconds, partial(new, caches=state), cold=state == "cold")
+    if count_launches and is_gpu(device):
+        _count_launches(ready, records)
     return records
 
 
@@ -117,35 +139,40 @@ def _timed(
 ) -> list[Record]:
     """Let peers take turns, and return the records of all phases."""
     records: list[Record] = []
-    on_gpu = problem.device.type == "cuda"
+    on_gpu = is_gpu(problem.device)
     beyond_caches = not on_gpu and problem.bytes > (last_level_cache() or 0)
-    keep = 1 if beyond_caches else 2 if on_gpu else 4  # on a GPU every lap begins with a pause
+    # On a GPU each lap runs everything twice, and the first time warms up.
+    keep, discard, fewest = (1, 0, 7) if on_gpu else (1, 0, FEWEST_ROUNDS) if beyond_caches else (4, 1, FEWEST_ROUNDS)
     cases = [(name, stages) for name, peer in ready.items() for stages in dict.fromkeys((("forward",), peer.stages))]
     runs = {case: partial(_lap, clock_for(problem.device, cold=cold), ready[case[0]], case[1]) for case in cases}
-    laps = round_robin(runs, seconds, discard=0 if beyond_caches else 1, keep=keep)
+    laps = round_robin(runs, seconds, discard=discard, keep=keep, fewest=fewest)
     for name, stages in cases:
         peer, found = ready[name], laps[name, stages]
-        counts = _launches(peer, stages) if on_gpu else None
         for phase, indices in ({"forward": [0]} if len(stages) == 1 else {"backward": [1], BOTH: [0, 1]}).items():
             record = new(name, phase, peak_megabytes=peer.peak_megabytes, prepare_seconds=peer.prepare_seconds)
             host = [sum(x.host[j] for j in indices) for x in found] if on_gpu else None
             record.fill([sum(x.device[j] for j in indices) for x in found], host, per_turn=keep)
-            record.launches = counts and sum(counts[j] for j in indices)
             records.append(record)
     _compare_with_copy(records)
     return records
 
 
 def _lap(clock: CpuClock | CudaClock, peer: peers.Peer, stages: Sequence[str]) -> Lap:
-    lap = clock.lap([getattr(peer, stage) for stage in stages])
+    lap = clock.lap([getattr(peer, stage) for stage in stages], before=peer.release)
     peer.release()
     return lap
 
 
-def _launches(peer: peers.Peer, stages: Sequence[str]) -> list[int]:
-    counts = [launches(getattr(peer, stage)) for stage in stages]
-    peer.release()
-    return counts
+def _count_launches(ready: dict[str, peers.Peer], records: Sequence[Record]) -> None:
+    """Set how many kernels, copies and fills each phase of each peer sends to the GPU."""
+    counts: dict[tuple[str, str], int] = {}
+    for name, peer in ready.items():
+        for stage in peer.stages:
+            counts[name, stage] = launches(getattr(peer, stage))
+        counts[name, BOTH] = sum(counts[name, stage] for stage in peer.stages)
+        peer.release()
+    for record in records:
+        record.launches = counts.get((record.peer, record.phase))
 
 
 def _compare_with_copy(records: list[Record]) -> None:
@@ -163,22 +190,34 @@ def gan_steps(
     seconds: float = 20.0,
     width: int | None = None,
 ) -> list[Record]:
-    """Check and time whole training steps without normalisation, with torch's and with ours."""
-    models = gan.discriminators(kind, device, width)
+    """Check and time whole training steps without normalisation, with torch's and ours; on a GPU also captured."""
+    models = training_step.discriminators(kind, device, width)
     if not seconds:
         return []
-    steps = {key: gan.GanStep(model, batch, device, width or 64) for key, model in models.items()}
+    on_gpu = is_gpu(device)
+    steps: dict[tuple[str, str], Callable[[], None]] = {
+        key: training_step.Step(model, batch, device, width or 64) for key, model in models.items()
+    }
+    peaks: dict[tuple[str, str], int | None] = {}
+    if on_gpu:
+        peaks = {key: peak_memory(step, device) for key, step in steps.items()}
+        for (variant, peer), model in training_step.discriminators(kind, device, width).items():
+            key = variant, training_step.captured_name(peer)
+            replay = training_step.Replay(training_step.Step(model, batch, device, width or 64, capturable=True))
+            peaks[key] = peak_memory(replay.capture, device)
+            steps[key] = replay
     runs = {key: partial(clock_for(device).lap, [step]) for key, step in steps.items()}
     for run in runs.values():
         run()
     laps = round_robin(runs, seconds, discard=0, keep=1)
-    plain = laps[gan.NONE, gan.NONE]
+    layers = len(training_step.weight_layers(models[training_step.NONE, training_step.NONE]))
     records = []
     for (variant, peer), found in laps.items():
-        layers = len(gan.weight_layers(models[variant, peer]))
         record = Record("gan", f"{kind}, batch {batch}", variant, peer, "step", layers, 0.0)
-        on_gpu = torch.device(device).type == "cuda"
         record.fill([x.device[0] for x in found], [x.host[0] for x in found] if on_gpu else None)
+        peak = peaks.get((variant, peer))
+        record.peak_megabytes = None if peak is None else peak / 1e6
+        plain = laps[training_step.NONE, training_step.without_normalisation(peer)]
         added = [100 * (x.device[0] / p.device[0] - 1) for x, p in zip(found, plain, strict=True)]
         record.added, (record.added_low, record.added_high) = statistics.median(added), median_interval(added)
         records.append(record)

@@ -11,13 +11,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks import machine
-from benchmarks.gan import NONE
-from benchmarks.layer_sets import GRID, square
-from benchmarks.peers import COMPILE, COPY, REDUCE_OVERHEAD, REFERENCE, TORCH
-from benchmarks.problem import VARIANTS
-from benchmarks.record import BOTH, Record
-from benchmarks.results import Results
+from benchmarks.against.peers import COMPILE, COPY, REDUCE_OVERHEAD, REFERENCE, TORCH
+from benchmarks.shown.results import Results
+from benchmarks.timing import machine
+from benchmarks.timing.record import BOTH, Record
+from benchmarks.work.layer_sets import GRID, square
+from benchmarks.work.problem import VARIANTS
+from benchmarks.work.training_step import NONE
 
 NAMES = {
     "speedup": "How many times as fast, for each model",
@@ -26,7 +26,7 @@ NAMES = {
     "gan": "What normalisation adds to a training step",
 }
 COLORS = {TORCH: "C0", "foreach": "C1", REFERENCE: "C2", COMPILE: "C4", REDUCE_OVERHEAD: "C5", "torch graph": "C6"}
-OUR_COLORS = ("C3", "C9", "C8", "C7")
+OUR_COLORS = ("C3", "C9", "C8", "C7", "salmon", "tan")
 
 
 def save(results: Results, folder: Path) -> list[Path]:

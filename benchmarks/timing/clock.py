@@ -11,7 +11,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.work.devices import is_gpu
+
 Stage = Callable[[], None]
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,9 @@ class CpuClock:
     def __init__(self, device: torch.device, *, cold: bool = False) -> None:
         self._flush = torch.zeros(self.cold_bytes // 4, device=device) if cold else None
 
-    def lap(self, stages: Sequence[Stage]) -> Lap:
-        """Run the stages once, one after another."""
+    def lap(self, stages: Sequence[Stage], before: Stage = _nothing) -> Lap:
+        """Run `before`, which does not count, and then the stages once, one after another."""
+        before()
         if self._flush is not None:
             self._flush.add_(1)
         marks = [time.perf_counter()]
@@ -46,11 +53,12 @@ class CudaClock:
     """Events on the stream. Launches queue up behind a pause, so that the device never waits for the host."""
 
     CYCLES_PER_SECOND = 2_500_000_000  # at most, of the clock that pauses are counted by
+    SHORTEST, LONGEST = 0.001, 0.1  # pauses, in seconds: a queue that is full makes the host wait for their end
 
     def __init__(self, device: torch.device, *, cold: bool = False) -> None:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         self._flush = torch.empty(4 * cache, dtype=torch.int8, device=device) if cold else None
-        self._pause = 0.01  # seconds; longer than the slowest lap that the host has made so far
+        self._pause = 0.01
 
     def prepare(self) -> None:
         """Finish all work, empty the cache if that is asked for, and let the device pause before what comes next."""
@@ -60,29 +68,34 @@ class CudaClock:
         torch.cuda._sleep(int(self._pause * self.CYCLES_PER_SECOND))
 
     def host_took(self, seconds: float) -> None:
-        """Let later pauses be longer than this."""
-        self._pause = max(self._pause, 1.5 * seconds)
+        """Let the next pause be longer than this."""
+        self._pause = min(max(self.SHORTEST, 1.5 * seconds), self.LONGEST)
 
-    def lap(self, stages: Sequence[Stage]) -> Lap:
-        """Run the stages once, one after another."""
+    def lap(self, stages: Sequence[Stage], before: Stage = _nothing) -> Lap:
+        """Run the stages twice, `before` each time: for the host's time, without a pause, and for the device's."""
+        before()
+        torch.cuda.synchronize()
+        host = []
+        for stage in stages:
+            start = time.perf_counter()
+            stage()
+            host.append(time.perf_counter() - start)
+        before()
+        self.host_took(sum(host))
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(stages) + 1)]
         self.prepare()
-        marks = [time.perf_counter()]
         events[0].record()
         for stage, event in zip(stages, events[1:], strict=True):
             stage()
             event.record()
-            marks.append(time.perf_counter())
-        self.host_took(marks[-1] - marks[0])
         torch.cuda.synchronize()
-        device = [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
-        return Lap(device, [b - a for a, b in pairwise(marks)])
+        return Lap([a.elapsed_time(b) / 1e3 for a, b in pairwise(events)], host)
 
 
 def clock_for(device: torch.device | str, *, cold: bool = False) -> CpuClock | CudaClock:
     """Return the clock of a device; cold: with caches that hold nothing of the last run."""
     device = torch.device(device)
-    return (CudaClock if device.type == "cuda" else CpuClock)(device, cold=cold)
+    return (CudaClock if is_gpu(device) else CpuClock)(device, cold=cold)
 
 
 class EventTimer:
@@ -121,7 +134,7 @@ class EventTimer:
 def peak_memory(run: Callable[[], None], device: torch.device | str) -> int | None:
     """Run once and return by how many bytes memory in use was higher at its highest than before; None if unknown."""
     device = torch.device(device)
-    if device.type == "cuda":
+    if is_gpu(device):
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

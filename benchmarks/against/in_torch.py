@@ -11,21 +11,26 @@ from torch.nn.functional import normalize
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
-from benchmarks.layer_sets import Weights
-from benchmarks.problem import EPS, Problem
+from benchmarks.work.layer_sets import Weights
+from benchmarks.work.problem import EPS, Problem
 from bssn_fast import reference
 from bssn_fast.reference import unfold
 
 
 @dataclass(frozen=True)
-class Rival:
+class Normalisation:
     """A call that returns the normalised weights, and a look at the vectors, for each weight its own."""
 
     run: Callable[[], Sequence[Tensor]]
     vectors: Callable[[], list[tuple[Tensor, ...]]]
 
 
-def torch_eager(problem: Problem) -> Rival:
+def _rounded(vectors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return copies in the weights' dtype, which is that of the vectors of torch's own parametrization."""
+    return tuple(v.to(dtype, copy=True) for v in vectors)
+
+
+def torch_eager(problem: Problem) -> Normalisation:
     """torch's own parametrization for "sn"; for "bssn" the same thing for two directions."""
     model = problem.model()
     if problem.variant != "sn":
@@ -37,10 +42,10 @@ def torch_eager(problem: Problem) -> Rival:
             norm._u.copy_(vectors[0])
             norm._v.copy_(vectors[1])
     norms = [layer.parametrizations.weight[0] for layer in model.layers]
-    return Rival(model, lambda: [(n._u, n._v) for n in norms])
+    return Normalisation(model, lambda: [(n._u, n._v) for n in norms])
 
 
-def torch_compiled(problem: Problem, mode: str | None) -> Rival:
+def torch_compiled(problem: Problem, mode: str | None) -> Normalisation:
     """All layers in one graph of torch.compile, with vectors that go in and come out.
 
     Parametrizations that write into buffers, torch's own among them, get wrong gradients in some layers when compiled
@@ -48,7 +53,7 @@ def torch_compiled(problem: Problem, mode: str | None) -> Rival:
     operations on buffers that have changed since.
     """
     torch._dynamo.reset()  # or the limit of recompilations makes the next model's code eager
-    vectors = [tuple(v.clone() for v in group) for group in problem.vectors]
+    vectors = [_rounded(group, problem.dtype) for group in problem.vectors]
 
     @torch.compile(mode=mode, fullgraph=True)
     def normalize_all(
@@ -65,20 +70,21 @@ def torch_compiled(problem: Problem, mode: str | None) -> Rival:
         vectors = [tuple(v.clone() if mode else v for v in group) for group in new]
         return outputs
 
-    return Rival(run, lambda: vectors)
+    return Normalisation(run, lambda: vectors)
 
 
-def reference_loop(problem: Problem) -> Rival:
+def reference_loop(problem: Problem) -> Normalisation:
     """The definition, `bssn_fast.reference`, as a parametrization of each layer."""
     return _parametrized(problem, problem.model(), ReferenceNorm)
 
 
-def _parametrized(problem: Problem, model: Weights, kind: type[_Vectors]) -> Rival:
+def _parametrized(problem: Problem, model: Weights, kind: type[_Vectors]) -> Normalisation:
+    own = torch.float32 if kind is ReferenceNorm else problem.dtype
     norms = [
-        parametrized(layer, kind(vectors, dim, problem.scale))
+        parametrized(layer, kind(_rounded(vectors, own), dim, problem.scale))
         for layer, vectors, dim in zip(model.layers, problem.vectors, problem.dims, strict=True)
     ]
-    return Rival(model, lambda: [n.vectors() for n in norms])
+    return Normalisation(model, lambda: [n.vectors() for n in norms])
 
 
 def parametrized(layer: nn.Module, norm: _Vectors) -> _Vectors:
@@ -145,7 +151,7 @@ class ForeachNorm(nn.Module):
         super().__init__()
         self.weights = nn.ParameterList(problem.weights)
         self.dims, self.scale = problem.dims, problem.scale
-        self.vectors = [tuple(v.clone() for v in vectors) for vectors in problem.vectors]
+        self.vectors = [_rounded(vectors, problem.dtype) for vectors in problem.vectors]
         self.shared = [j for j, two in enumerate(problem.two_sided) if two]
 
     def forward(self) -> list[Tensor]:
@@ -177,7 +183,7 @@ def _update(vectors: list[Tensor], new: list[Tensor]) -> None:
     torch._foreach_copy_(vectors, new)
 
 
-def foreach(problem: Problem) -> Rival:
+def foreach(problem: Problem) -> Normalisation:
     """One module for all layers, with torch._foreach_ operations."""
     module = ForeachNorm(problem)
-    return Rival(module, lambda: module.vectors)
+    return Normalisation(module, lambda: module.vectors)

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,19 +29,20 @@ class Layer:
         """The output dimension of the weight."""
         return int(self.kind == "convT")
 
-    def module(self, device: torch.device | str = "cpu") -> nn.Module:
+    def module(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return a torch layer, without bias, whose weight has this shape."""
         a, b, *kernel = self.shape
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
         if self.kind == "conv":
             convolution = _CONVOLUTIONS[len(self.shape)]
-            return convolution(b * self.groups, a, tuple(kernel), groups=self.groups, bias=False, device=device)
+            return convolution(b * self.groups, a, tuple(kernel), groups=self.groups, bias=False, **at)
         if self.kind == "convT":
             transposed = _TRANSPOSED[len(self.shape)]
-            return transposed(a, b * self.groups, tuple(kernel), groups=self.groups, bias=False, device=device)
+            return transposed(a, b * self.groups, tuple(kernel), groups=self.groups, bias=False, **at)
         if self.kind == "linear":
-            return nn.Linear(b, a, bias=False, device=device)
+            return nn.Linear(b, a, bias=False, **at)
         if self.kind == "embedding":
-            return nn.Embedding(a, b, device=device)
+            return nn.Embedding(a, b, **at)
         raise ValueError(f"unknown kind of layer {self.kind!r}")
 
 
@@ -61,9 +63,11 @@ class LayerSet:
 class Weights(nn.Module):
     """The layers of a set; calling it reads the weight of each once, as a forward pass of the real model does."""
 
-    def __init__(self, layer_set: LayerSet, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, layer_set: LayerSet, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layer.module(device) for layer in layer_set.layers)
+        self.layers = nn.ModuleList(layer.module(device, dtype) for layer in layer_set.layers)
 
     def forward(self) -> list[Tensor]:
         return [layer.weight for layer in self.layers]

@@ -6,14 +6,13 @@ import csv
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from math import exp, log
 from pathlib import Path
 
-from benchmarks import machine
-from benchmarks.peers import OURS
-from benchmarks.record import Record
+from benchmarks.against.peers import OURS
+from benchmarks.timing import machine
+from benchmarks.timing.record import Record
 
-FOLDER = Path(__file__).with_name("results")
+FOLDER = Path(__file__).parents[1] / "results"
 JSON, CSV = "results.json", "results.csv"
 
 
@@ -32,17 +31,26 @@ class Results:
     def merge(self, records: Iterable[Record]) -> None:
         """Add records; those of the same case are replaced."""
         records = list(records)
-        done = {(r.part, r.set, r.variant, r.peer, r.caches) for r in records}
-        self.records = [r for r in self.records if (r.part, r.set, r.variant, r.peer, r.caches) not in done] + records
+        done = {_case(r) for r in records}
+        self.records = [r for r in self.records if _case(r) not in done] + records
 
     def merge_phase(self, record: Record) -> None:
         """Add a record whose other phases are measured by themselves; one of the same case and phase is replaced."""
         self.records = [r for r in self.records if r.key != record.key] + [record]
 
-    def find(self, part: str, set_name: str, variant: str, peer: str, phase: str, caches: str = "hot") -> Record | None:
+    def find(
+        self,
+        part: str,
+        set_name: str,
+        variant: str,
+        peer: str,
+        phase: str,
+        caches: str = "hot",
+        dtype: str = "float32",
+    ) -> Record | None:
         """Return the record of one case, if it has a time."""
         for r in self.records:
-            if r.key == (part, set_name, variant, peer, phase, caches):
+            if r.key == (part, set_name, variant, peer, phase, caches, dtype):
                 return r if r.median is not None else None
         return None
 
@@ -81,6 +89,11 @@ class Results:
             writer.writerows(rows)
 
 
+def _case(r: Record) -> tuple[str, ...]:
+    """Return what the records of all phases that were measured together share."""
+    return r.part, r.set, r.variant, r.peer, r.caches, r.dtype
+
+
 def load(folder: Path) -> Results:
     """Read what `save` has written."""
     data = json.loads((folder / JSON).read_text())
@@ -90,9 +103,3 @@ def load(folder: Path) -> Results:
 def everything(folder: Path = FOLDER) -> list[Results]:
     """Return the results of all machines that have been kept, in the order of their folders' names."""
     return [load(path.parent) for path in sorted(folder.glob(f"*/*/{JSON}"))]
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    """Return the geometric mean of at least one positive number."""
-    logs = [log(v) for v in values]
-    return exp(sum(logs) / len(logs))

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import geometric_mean
 
-from benchmarks import machine
-from benchmarks.gan import NONE
-from benchmarks.layer_sets import GRID, square
-from benchmarks.peers import COPY, OURS, TORCH
-from benchmarks.problem import VARIANTS
-from benchmarks.record import BOTH, Record
-from benchmarks.results import Results, geometric_mean
-from benchmarks.targets import targets
+from benchmarks.against.peers import COPY, OURS, TORCH
+from benchmarks.shown import gpu_tables
+from benchmarks.shown.markdown import ms, table
+from benchmarks.shown.results import Results
+from benchmarks.shown.targets import targets
+from benchmarks.timing import machine
+from benchmarks.timing.record import BOTH, Record
+from benchmarks.work.layer_sets import GRID, square
+from benchmarks.work.problem import VARIANTS
+from benchmarks.work.training_step import NONE
 
 PHASES = ("forward", "backward", BOTH)
 
 
 def render(results: Results, plots: Iterable[Path] = ()) -> str:
     """Return the report as Markdown, with plots that lie in its folder."""
-    layers = gpu_layers if results.kind == "cuda" else cpu_layers
+    on_gpu = results.kind == "cuda"
+    layers = gpu_tables.layers if on_gpu else cpu_layers
     parts = [f"# {machine.title(results.machine)}", about(results), goals(results)]
     parts += [f"![{path.stem}]({path.name})" for path in plots]
+    parts += [gpu_tables.kernels(results, v, p) for v in VARIANTS for p in gpu_tables.FLOORS] if on_gpu else []
     parts += [bounds([results]), *(layers(results, v, p) for v in VARIANTS for p in PHASES)]
+    parts += [gpu_tables.host([results])]
     parts += [memory(results), preparation(results)]
     parts += [grid(results, kind, phase) for kind in GRID for phase in ("forward", BOTH)]
     parts += [gan_steps(results), failures(results)]
@@ -92,27 +98,6 @@ def cpu_layers(results: Results, variant: str, phase: str) -> str:
     return f"{title}\n\n" + table(["set", "layers", "MB", "copy", *ours, *others], rows)
 
 
-def gpu_layers(results: Results, variant: str, phase: str) -> str:
-    """Return one row per model and peer, with hot and cold caches, host time and launches in columns of their own."""
-    peak = results.machine.get("peak_gb_s")
-    rows = []
-    for name in results.sets("layers", variant):
-        for peer in results.peers("layers"):
-            hot, cold = (results.find("layers", name, variant, peer, phase, state) for state in ("hot", "cold"))
-            either = cold or hot
-            if either is None:
-                continue
-            row = [name, peer, *(f"{1e3 * r.median:.1f}" if r else "" for r in (hot, cold))]
-            row += [f"{1e3 * either.host:.0f}" if either.host else "", str(either.launches or "")]
-            row += [f"{either.copies:.2f}" if either.copies else "", f"{either.gb_s:.0f}"]
-            row += [f"{100 * either.gb_s / float(str(peak)):.0f} %" if peak and cold else ""]
-            rows.append(row)
-    if not rows:
-        return ""
-    headings = ["set", "peer", "L2 hot", "L2 cold", "host", "launches", "copies", "GB/s", "of the data sheet's"]
-    return f"## `{variant}`, {phase}: microseconds\n\n" + table(headings, rows)
-
-
 def memory(results: Results) -> str:
     names = [n for n in results.peers("layers") if n != COPY]
     rows = []
@@ -171,9 +156,14 @@ def gan_steps(results: Results) -> str:
     rows = []
     for r in results.records:
         if r.part == "gan" and r.median:
-            rows.append([r.set, r.variant, r.peer if r.variant != NONE else "", ms(r.median), added(r)])
+            row = [r.set, r.variant, r.peer if r.peer != NONE else "", ms(r.median), added(r)]
+            if results.kind == "cuda":
+                row += [ms(r.host) if r.host else "", f"{r.peak_megabytes:.0f}" if r.peak_megabytes else ""]
+            rows.append(row)
     title = f"## Whole training steps (added: {added_is(results.records)})"
-    return f"{title}\n\n" + table(["discriminator", "normalisation", "by", "ms", "added"], rows) if rows else ""
+    headings = ["discriminator", "normalisation", "by", "ms", "added"]
+    headings += ["host, ms", "peak memory, MB"] if results.kind == "cuda" else []
+    return f"{title}\n\n" + table(headings, rows) if rows else ""
 
 
 def added_is(records: Iterable[Record]) -> str:
@@ -198,14 +188,3 @@ def failures(results: Results) -> str:
 
 def _against(record: Record | None, ours: float) -> str:
     return f"{ms(record.median)} ({record.median / ours:.1f})" if record else "–"
-
-
-def ms(value: float) -> str:
-    """Return three digits."""
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def table(headings: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (headings, ["---"] * len(headings), *rows)]
-    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""All timings on a GPU, in one process that has it to itself.
+
+    python -m benchmarks.gpu.measurements FOLDER --machine NAME [--compiled]
+
+A unit is what is timed together, with peers that take turns. Units come in the order of what one wants to know first;
+each is appended to the outcomes when it is done. One that has been timed with the same sources is left out, and so is
+one in which an earlier process of this run has died: a unit that hangs, or spoils the GPU for this process, ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.against import peers
+from benchmarks.gpu import outcomes
+from benchmarks.gpu.outcomes import FILE, TIMING
+from benchmarks.gpu.process import FINISHED
+from benchmarks.timing import gpu_plan, measure
+from benchmarks.timing.gpu_plan import CACHES, VARIANTS
+from benchmarks.timing.record import Record
+from benchmarks.work import layer_sets, training_step
+from benchmarks.work.networks import DISCRIMINATORS
+
+LONGEST = 120.0
+"""Seconds after which a unit counts as hung: twenty times as long as it takes if Triton has compiled its kernels."""
+LONGEST_COMPILED = 240.0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A name, and what makes its records."""
+
+    name: str
+    run: Callable[[], list[Record]]
+
+
+def units(device: str = "cuda", seconds: float = 1.0, width: int | None = None, batch: int | None = None) -> list[Unit]:
+    """Return all units in their order: float32 first, host time, training steps, then bfloat16.
+
+    width, batch: of the training steps, if not the usual ones.
+    """
+    first, second = (list(_layers(device, seconds, dtype)) for dtype in gpu_plan.DTYPES)
+    return [*first, *_host(device, seconds), *_training(device, seconds, width, batch), *second]
+
+
+def compiled_units(device: str = "cuda", seconds: float = 1.0) -> list[Unit]:
+    """Return the units of torch.compile beside ours: compiling takes most of a minute for each."""
+    found = []
+    for name in gpu_plan.SETS:
+        chosen = sets()[name]
+        for variant in VARIANTS[::-1]:
+            names = [peers.COPY, *peers.COMPILED, *_default(device)]
+            run = partial(_layer_set, "compiled", chosen, variant, names, "float32", device, seconds)
+            found.append(Unit(f"compiled {name} {variant}", run))
+    return found
+
+
+def sets() -> dict[str, layer_sets.LayerSet]:
+    """Return the layer sets by name."""
+    return layer_sets.load()
+
+
+def _default(device: str) -> list[str]:
+    return [name for name in peers.names(device) if name.startswith(peers.OURS)][:1]
+
+
+def _layers(device: str, seconds: float, dtype: str) -> Iterator[Unit]:
+    names = [name for name in peers.names(device) if name not in peers.COMPILED]
+    for chosen in gpu_plan.SETS:
+        for variant in VARIANTS:
+            run = partial(_layer_set, "layers", sets()[chosen], variant, names, dtype, device, seconds)
+            yield Unit(f"layers {chosen} {variant} {dtype}", run)
+
+
+def _host(device: str, seconds: float) -> Iterator[Unit]:
+    names = [name for name in peers.names(device) if name not in peers.COMPILED]
+    for n in gpu_plan.MANY:
+        chosen = layer_sets.square("linear", n, 4)
+        for variant in VARIANTS:
+            run = partial(_layer_set, "host", chosen, variant, names, "float32", device, seconds, ("hot",))
+            yield Unit(f"host {chosen.name} {variant}", run)
+
+
+def _training(device: str, seconds: float, width: int | None, batch: int | None) -> Iterator[Unit]:
+    batch = batch or training_step.batch_size(device)
+    for kind in DISCRIMINATORS:
+        step = partial(measure.gan_steps, kind, device=device, batch=batch, seconds=3 * seconds, width=width)
+        yield Unit(f"training step {kind}", step)
+
+
+def _layer_set(
+    part: str,
+    chosen: layer_sets.LayerSet,
+    variant: str,
+    names: Sequence[str],
+    dtype: str,
+    device: str,
+    seconds: float,
+    caches: Sequence[str] = CACHES,
+) -> list[Record]:
+    part = "layers" if part == "compiled" else part
+    count = part == "host" or (chosen.name == gpu_plan.SETS[0] and dtype == "float32")
+    return measure.layer_set(
+        part, chosen, variant, names,
+        device=device, dtype=getattr(torch, dtype), seconds=seconds, caches=caches, count_launches=count,
+    )  # fmt: skip
+
+
+def run(chosen: Sequence[Unit], folder: Path, machine: str, longest: float) -> int:
+    """Run the units that are left, and return the process's exit status."""
+    file = folder / FILE
+    lines = list(outcomes.read(file))
+    tried = {line["name"] for line in outcomes.of_this_run(lines) if line["kind"] in ("begun", "unit")}
+    left_out = tried | set(outcomes.measured(lines, machine))
+    failed = [name for name in tried if name not in outcomes.measured(lines, machine)]
+    for unit in chosen:
+        if unit.name in left_out:
+            continue
+        outcomes.append(file, "begun", name=unit.name)
+        faulthandler.dump_traceback_later(longest, exit=True)
+        found: dict[str, object]
+        try:
+            found = {"records": [record.to_dict() for record in unit.run()]}
+        except Exception as error:  # the other units must not miss their turn
+            found = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
+            failed.append(unit.name)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        outcomes.append(file, "unit", name=unit.name, sources=outcomes.sources(machine, *TIMING), **found)
+        print(unit.name, found.get("error", "done"), flush=True)
+        gc.collect()
+        if _is_spoiled():
+            return 1  # another process can go on
+    return FINISHED if failed else 0
+
+
+def _is_spoiled() -> bool:
+    """Whether the GPU answers nothing but an error to this process any more."""
+    try:
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"the GPU's context is lost: {error}", flush=True)
+        return True
+    return False
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu.measurements", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--machine", required=True)
+    parser.add_argument("--compiled", action="store_true")
+    args = parser.parse_args(words)
+    chosen, longest = (compiled_units(), LONGEST_COMPILED) if args.compiled else (units(), LONGEST)
+    return run(chosen, args.folder, args.machine, longest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

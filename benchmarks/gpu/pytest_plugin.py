@@ -1,0 +1,80 @@
+"""A plugin of pytest: leaves out tests that need not run again, and appends the others' outcomes as they come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import outcomes
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("gpu")
+    group.addoption("--outcomes", type=Path, help="folder of the outcomes")
+    group.addoption("--machine", help="name of the machine, part of the sources' hash")
+    group.addoption("--not-again", type=Path, help="file with names of tests that are left out")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # one of xdist's workers, whose outcomes the first process hears of
+        config.pluginmanager.register(Outcomes(config))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what need not run again. First come the kernels that are timed, which Triton then finds compiled."""
+    file = config.getoption("not_again")
+    runs = file is not None and file.exists() and not config.getoption("collectonly")
+    done = set(file.read_text().splitlines()) if runs else set()
+    left_out = [item for item in items if item.nodeid in done]
+    items[:] = sorted((i for i in items if i.nodeid not in done), key=lambda item: "test_measured" not in item.nodeid)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+
+
+class Outcomes:
+    """Appends what becomes of each test."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._file = config.getoption("outcomes") / outcomes.FILE
+        self._machine = config.getoption("machine")
+        self._only_names = config.getoption("collectonly")
+        self._failed: set[str] = set()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        if self._only_names:
+            outcomes.append(self._file, "tests", names=[item.nodeid for item in session.items])
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note what the test itself became, and whatever went wrong before, after, or by the end of its process."""
+        if report.passed and report.when != "call":
+            return
+        if report.nodeid in self._failed:
+            return  # the process that ran it has given up
+        if report.failed:
+            self._failed.add(report.nodeid)
+        outcomes.append(
+            self._file,
+            "test",
+            name=report.nodeid,
+            outcome=report.outcome,
+            seconds=round(report.duration, 2),
+            why=_why(report),
+            sources=outcomes.sources_of_test(report.nodeid, self._machine),
+        )
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+            session.exitstatus = pytest.ExitCode.OK  # all of them had run
+
+
+def _why(report: pytest.TestReport) -> str:
+    """Return the error's first line, or the reason of a skip."""
+    if report.passed:
+        return ""
+    if isinstance(report.longrepr, tuple):
+        text = report.longrepr[-1]
+    else:
+        text = getattr(getattr(report.longrepr, "reprcrash", None), "message", None) or str(report.longrepr)
+    return text.strip().splitlines()[0][:300]

@@ -1,0 +1,115 @@
+"""What `make gpu` runs and when. Stages follow one another, the steps of one stage run side by side.
+
+Seconds are the most that a step may take in a run of MINUTES, and more in a longer one. What ends earlier leaves its
+time to the stages behind it; what these lack in the end, a second run does.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.gpu.process import Step
+
+MINUTES = 9 + 1 / 3
+PROFILED = ("sngan_d32", "bsn_resnet_d128")
+SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "InstructionStats", "LaunchStats", "Occupancy")
+GROUPS = {  # of tests: which, number of workers, seconds for one test
+    "cuda": ("not (triton or test_compile)", 1, 60),  # with what concerns no backend: nothing of it compiles
+    "triton": ("triton and not test_compile", 8, 180),
+    "compiled": ("test_compile", 4, 180),
+}
+SANITIZERS = {  # with their options, and the backends they look at
+    "memcheck": (["--report-api-errors", "no"], ["triton", "cuda"]),  # torch asks questions whose answer is an error
+    "racecheck": ([], ["cuda"]),  # Triton lets threads that hold copies of a number all write it
+}
+TOOLS = Path("/usr/local/cuda/bin")
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the steps read and write."""
+
+    output: Path  # what is left in the end
+    scratch: Path  # what is not
+    machine: str
+
+    @property
+    def not_again(self) -> Path:
+        """Names of the tests that are not to run, one a line."""
+        return self.scratch / "not_again.txt"
+
+
+def stages(files: Files) -> list[list[Step]]:
+    """Return all stages: tests first, then the GPU alone for all timings, then what tells more about fewer cases."""
+    found = [
+        [Step("extension", _python("benchmarks.gpu.extension", files.output), 200), names(files)],
+        [tests("cuda", files, 120), tests("triton", files, 120)],
+        [measurements("measurements", files, 210)],
+        *([profile(name)] for name in PROFILED),
+        [measurements("compiled peers", files, 80, "--compiled")],
+        [*map(sanitizer, SANITIZERS), *(tests(group, files, 300) for group in GROUPS)],
+    ]
+    return [[step for step in stage if step is not None] for stage in found]
+
+
+def names(files: Files) -> Step:
+    """Return the step that lists all tests, those of backends that do not work here too."""
+    command = _pytest(files, "--collect-only", "tests/gpu")
+    return Step("names", command, 90, {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def tests(group: str, files: Files, seconds: float) -> Step:
+    """Return the step that runs a group's tests, in workers: one that dies or hangs is replaced, and names its test."""
+    which, workers, limit = GROUPS[group]
+    parallel = ["-n", str(workers), "--maxschedchunk", "1", "--max-worker-restart", "40"]
+    limits = ["--timeout", str(limit), "--timeout-method", "thread"]
+    return Step(f"tests {group}", _pytest(files, *parallel, *limits, "-k", which, "tests/gpu"), seconds)
+
+
+def measurements(name: str, files: Files, seconds: float, *options: str) -> Step:
+    """Return the step that times what has not been timed yet."""
+    command = _python("benchmarks.gpu.measurements", "--machine", files.machine, files.output, *options)
+    return Step(name, command, seconds, persists=True)
+
+
+def profile(name: str) -> Step | None:
+    """Return the step that asks the profiler about a forward and a backward of one layer set, if it is installed."""
+    tool = _tool("ncu")
+    if tool is None:
+        return None
+    sections = [word for section in SECTIONS for word in ("--section", section)]
+    options = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw", *sections]
+    return Step(f"profile {name}", [tool, *options, *_python("benchmarks.gpu.profiled", name)], 30)
+
+
+def sanitizer(name: str) -> Step | None:
+    """Return the step that looks for wrong addresses or races in a small program, if the sanitizer is installed."""
+    tool = _tool("compute-sanitizer")
+    if tool is None:
+        return None
+    options, backends = SANITIZERS[name]
+    program = [sys.executable, "tests/gpu/sanitized.py", *backends]
+    command = [tool, "--tool", name, *options, "--error-exitcode", "9", *program]
+    return Step(name, command, 240, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def missing_tools() -> list[str]:
+    """Return the names of NVIDIA's tools that are not installed: their steps are left out."""
+    return [name for name in ("ncu", "compute-sanitizer") if _tool(name) is None]
+
+
+def _tool(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(TOOLS / name)
+
+
+def _python(module: str, *words: object) -> list[str]:
+    return [sys.executable, "-m", module, *map(str, words)]
+
+
+def _pytest(files: Files, *words: str) -> list[str]:
+    options = ["-q", "-ra", "--confcutdir=tests/gpu", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.pytest_plugin"]
+    ours = ["--outcomes", files.output, "--machine", files.machine, "--not-again", files.not_again]
+    return _python("pytest", *options, *ours, *words)

@@ -1,0 +1,36 @@
+"""A layer as calls see it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Measured:
+    """Sigma of a layer's last normalisation, `sigma[index]`; None where only computing it again would tell."""
+
+    __slots__ = ("index", "sigma")
+
+    def __init__(self, sigma: Tensor | None = None, index: int = 0) -> None:
+        self.sigma, self.index = sigma, index
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of a layer takes one number along
+        return Measured, (None if self.sigma is None else self.sigma[self.index : self.index + 1].clone(),)
+
+
+class Member(Protocol):
+    """A layer as calls see it; `modules.parametrization.SpectralNormalization` is the one there is."""
+
+    name: str
+    settings: Any  # scale, eps, n_power_iterations, backend, gradient_groups
+    dim: int
+    two_sided: bool
+    autocast: bool
+    measured: Measured
+    vector_names: tuple[str, ...]
+    _buffers: dict[str, Tensor | None]
+
+    def vectors(self, weight: Tensor) -> list[Tensor]: ...
+
+    def chosen_by_hand(self, weight: Tensor) -> bool | None: ...
