@@ -47,13 +47,17 @@ class TileReader {
       std::fill_n(t_, layer_.columns(), T(0));
       if (r_ != nullptr) std::fill_n(r_, layer_.columns(), T(0));
     }
+    // Rows of a matrix that are read in place need no room, and blocks of them stay in the second-level cache.
+    const bool steps = iterate_ && layer_.kernel == 1 && r_ == nullptr && layer_.columns() <= kStepColumns;
+    if (steps && direct<T>(layer_, type_)) return read_in_steps(static_cast<const T*>(layer_.vectors[1]), nullptr);
     if (!in_one_piece(layer_)) return read_in_pieces();
     for_pieces(layer_, [&](const Piece& piece) { read_whole_rows(piece); });
   }
 
  private:
   static constexpr int64_t kInputRows = 4;  // rows of input-major layers worked on together
-  static constexpr int64_t kAhead = 12;     // rows of them that are fetched ahead: they are short
+  static constexpr int64_t kStepColumns = 128 * 1024;
+  static constexpr int64_t kAhead = 12;  // rows of them that are fetched ahead: they are short
 
   T* q_of(int64_t row) const { return q_ == nullptr ? nullptr : q_ + row * layer_.kernel; }
 
