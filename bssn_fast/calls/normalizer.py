@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, cast
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from bssn_fast import ops, reference
 from bssn_fast.calls.composite import has_tangents, in_transform
+from bssn_fast.calls.hooks import past_hooks
 from bssn_fast.calls.memory import Pool
 from bssn_fast.layout import Batch, compute_dtype, has_plain_memory, is_dense, is_plain, same_strides
 
@@ -99,7 +99,7 @@ class Normalizer:
             return [w for k in range(len(self.parts)) for w in self._attach_part(k, values, weights, protect)]
         if protect:
             values = values._replace(normalized=[w.view_as(w) for w in values.normalized])
-        with _past_saved_tensor_hooks():
+        with past_hooks():
             return _attached(self, values, weights)
 
     def _attach_part(self, k: int, values: Values, weights: Sequence[Tensor], protect: bool) -> list[Tensor]:
@@ -209,17 +209,6 @@ def _with_strides(grad: Tensor, weight: Tensor) -> Tensor:
     if same_strides(grad, weight) and is_plain(grad):
         return grad
     return torch.empty_strided(weight.shape, weight.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
-
-
-def _past_saved_tensor_hooks() -> contextlib.AbstractContextManager[None]:
-    """Keep hooks for saved tensors away from the weights.
-
-    They are parameters: there is nothing to offload. And torch.utils.checkpoint counts what is saved in the forward and
-    again in the recomputation, where a model call's normalisation is not repeated.
-    """
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-        return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 class _Attach(torch.autograd.Function):

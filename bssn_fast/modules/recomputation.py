@@ -19,6 +19,8 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from bssn_fast.calls import hooks
+
 Vectors = tuple[Tensor, ...]
 
 
@@ -29,7 +31,7 @@ def in_backward() -> bool:
 
 def maybe_in_checkpoint() -> bool:
     """Whether a checkpoint may be around the code that is running; quick, and right when it says no."""
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return not torch.is_grad_enabled() or hooks.innermost() is not None
 
 
 class _Around(NamedTuple):
@@ -119,8 +121,8 @@ def _of_hooks() -> Iterator[Any]:
 
     `torch.distributed._composable.checkpoint` works by hooks of modules.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    pack: Any = hooks[0] if hooks else None
+    found = hooks.innermost()
+    pack: Any = found[0] if found else None
     code = getattr(pack, "__code__", None)
     if code is not None and code.co_filename == _CHECKPOINT.co_filename and "frame" in code.co_freevars:
         yield pack.__closure__[code.co_freevars.index("frame")].cell_contents

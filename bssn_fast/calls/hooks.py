@@ -1,0 +1,29 @@
+"""Hooks for saved tensors: those of torch.utils.checkpoint tell what is going on, and none must see the weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_top: Callable[[bool], tuple[Any, ...] | None] | None = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", None
+)
+
+
+def innermost() -> tuple[Any, ...] | None:
+    """Return the hooks (pack, unpack) that see what is saved now; None without any; () where torch < 2.8 cannot tell."""
+    return () if _top is None else _top(True)
+
+
+def past_hooks() -> contextlib.AbstractContextManager[None]:
+    """Keep hooks for saved tensors away from the weights.
+
+    They are parameters: there is nothing to offload. And torch.utils.checkpoint counts what is saved in the forward and
+    again in the recomputation, where a model call's normalisation is not repeated.
+    """
+    if innermost() is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
