@@ -1,8 +1,14 @@
-// The CUDA kernels on the CPU: the same tile functions, one block after another in the order of their tickets, each
-// block's threads as loops between barriers. Waiting for something that is not there yet is an error, as the order of
-// the tickets is what keeps the kernels from hanging.
+// The CUDA kernels on the CPU: the same tile functions, one block after another, each block's threads as loops between
+// barriers. Tickets run in one of two ways:
+//
+// - In their order. Waiting for something that is not there yet is an error, as this order is what keeps the kernels
+//   from hanging.
+// - In any order that the waits allow, drawn from a seed, with noise in shared memory and registers before each tile.
+//   On a GPU a block may be overtaken by any number of others: what a tile reads must be what it waited for.
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <random>
 #include <vector>
 
 #include "cuda/backward.h"
@@ -14,13 +20,33 @@ namespace {
 
 using namespace bssn::cuda;
 
-enum Error : int { kWaited = 1, kBadType = 2 };
+enum Error : int { kWaited = 1, kBadType = 2, kStuck = 3, kBeyondShared = 4 };
 
 // Whether a block's threads run from the last to the first.
 bool last_thread_first = false;
 
 // How many have there been.
 int launches = 0;
+
+// Of the order of tickets; 0: as they are numbered.
+uint64_t order_seed = 0;
+
+using Random = std::mt19937_64;
+
+// Floats of any size, infinities and NaN among them.
+void fill_with_noise(void* memory, size_t bytes, Random& random) {
+  const uint64_t start = random(), step = random() | 1u;
+  uint64_t value = start;
+  for (size_t x = 0; x < bytes; x += sizeof value, value += step) {
+    std::memcpy(static_cast<unsigned char*>(memory) + x, &value, std::min(sizeof value, bytes - x));
+  }
+}
+
+// A tile has to wait, and has done nothing yet.
+struct Postponed {
+  const uint32_t* counter;
+  uint32_t value;
+};
 
 template <int Threads>
 class HostBlock {
@@ -30,16 +56,21 @@ class HostBlock {
   template <class T>
   class PerThread {
    public:
+    PerThread() {
+      Random random(order_seed);
+      fill_with_noise(static_cast<void*>(values_.data()), Threads * sizeof(T), random);
+    }
     T& operator[](int thread) { return values_[size_t(thread)]; }
 
    private:
     std::vector<T> values_ = std::vector<T>(Threads);
   };
 
-  explicit HostBlock(unsigned char* shared) : shared_(shared) {}
+  HostBlock(unsigned char* shared, bool may_wait) : shared_(shared), may_wait_(may_wait) {}
 
   template <class F>
   void each(F f) {
+    begun_ = true;
     for (int thread = 0; thread < Threads; ++thread) f(last_thread_first ? Threads - 1 - thread : thread);
   }
 
@@ -52,20 +83,37 @@ class HostBlock {
   void wait_for_copies(int) {}
   void publish(uint32_t* counter) { ++*counter; }
   uint32_t arrive(uint32_t* counter) { return (*counter)++; }
-  void wait(const uint32_t* counter, uint32_t value) { failed_ |= *counter < value; }
+  void wait(const uint32_t* counter, uint32_t value) {
+    if (*counter >= value) return;
+    if (may_wait_ && !begun_) throw Postponed{counter, value};
+    failed_ = true;
+  }
   Pack<float, 4> load_l2(const float* address) { return *reinterpret_cast<const Pack<float, 4>*>(address); }
   bool failed() const { return failed_; }
 
  private:
   unsigned char* shared_;
-  bool failed_ = false;
+  bool may_wait_, begun_ = false, failed_ = false;
 };
 
-struct Shared {
-  explicit Shared(uint32_t bytes) : memory(static_cast<unsigned char*>(std::aligned_alloc(16, bytes)), &std::free) {
-    std::memset(memory.get(), 0xff, bytes);  // NaN
+// A block's shared memory, and behind it some where nothing may be written.
+class Shared {
+ public:
+  explicit Shared(uint32_t bytes)
+      : bytes_(uint32_t(round_up(bytes, 16))),
+        memory_(static_cast<unsigned char*>(std::aligned_alloc(16, bytes_ + kBeyond)), &std::free) {
+    std::memset(memory_.get(), 0xff, bytes_ + kBeyond);  // NaN
   }
-  std::unique_ptr<unsigned char, decltype(&std::free)> memory;
+  unsigned char* begin() { return memory_.get(); }
+  void scramble(Random& random) { fill_with_noise(memory_.get(), bytes_, random); }
+  bool is_intact() const {
+    return std::all_of(memory_.get() + bytes_, memory_.get() + bytes_ + kBeyond, [](int x) { return x == 0xff; });
+  }
+
+ private:
+  static constexpr uint32_t kBeyond = 256;
+  uint32_t bytes_;
+  std::unique_ptr<unsigned char, decltype(&std::free)> memory_;
 };
 
 // Calls f with a zero of the weights' element type.
@@ -94,14 +142,67 @@ const Planned* write_table(const std::vector<Planned>& planned, void* workspace,
 }
 
 template <int Threads, class Call, class Process>
-int work_through(const Call& call, uint32_t shared_bytes, Process process) {
-  Shared shared(uint32_t(round_up(shared_bytes, 16)));
+int in_order(const Call& call, Shared& shared, Process process) {
   for (uint32_t ticket = call.first_ticket; ticket < call.end_ticket; ++ticket) {
-    HostBlock<Threads> block(shared.memory.get());
+    HostBlock<Threads> block(shared.begin(), false);
     process(block, ticket);
     if (block.failed()) return kWaited;
   }
   return 0;
+}
+
+struct Pending {
+  uint32_t ticket;
+  Postponed until;
+
+  bool is_ready() const { return until.counter == nullptr || *until.counter >= until.value; }
+};
+
+// Which of the pending tickets, in ascending order, to try next: by the seed any, late ones, early ones, or all sorts.
+size_t choose(size_t n, Random& random) {
+  const size_t any = random() % n, other = random() % n;
+  switch (order_seed % 4) {
+    case 0:
+      return any;
+    case 1:
+      return n - 1;
+    case 2:
+      return std::min({any, other, size_t(random() % n)});
+    default:
+      return random() % 2 ? std::max(any, other) : 0;
+  }
+}
+
+template <int Threads, class Call, class Process>
+int in_any_order(const Call& call, Shared& shared, Process process) {
+  Random random(order_seed);
+  std::vector<Pending> pending;
+  for (uint32_t ticket = call.first_ticket; ticket < call.end_ticket; ++ticket) pending.push_back({ticket, {}});
+  while (!pending.empty()) {
+    const size_t from = choose(pending.size(), random);
+    const auto ready = [](const Pending& one) { return one.is_ready(); };
+    auto chosen = std::find_if(pending.begin() + int64_t(from), pending.end(), ready);
+    if (chosen == pending.end()) chosen = std::find_if(pending.begin(), pending.end(), ready);
+    if (chosen == pending.end()) return kStuck;
+    shared.scramble(random);
+    HostBlock<Threads> block(shared.begin(), true);
+    try {
+      process(block, chosen->ticket);
+      if (block.failed()) return kWaited;
+      pending.erase(chosen);
+    } catch (const Postponed& until) {
+      chosen->until = until;
+    }
+  }
+  return 0;
+}
+
+template <int Threads, class Call, class Process>
+int work_through(const Call& call, uint32_t shared_bytes, Process process) {
+  Shared shared(shared_bytes);
+  const int error =
+      order_seed ? in_any_order<Threads>(call, shared, process) : in_order<Threads>(call, shared, process);
+  return error ? error : shared.is_intact() ? 0 : kBeyondShared;
 }
 
 // Turing's code is the one for 64 KiB of shared memory.
@@ -114,6 +215,8 @@ Device device_of(int multiprocessors, int64_t shared) {
 extern "C" {
 
 void set_last_thread_first(bool value) { last_thread_first = value; }
+
+void set_order(uint64_t seed) { order_seed = seed; }
 
 int count_launches() { return launches; }
 
