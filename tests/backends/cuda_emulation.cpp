@@ -132,13 +132,23 @@ int with_weight_type(DType type, F f) {
 }
 
 template <class Planned>
-const Planned* write_table(const std::vector<Planned>& planned, void* workspace, const Plan& plan) {
-  Planned* const table = reinterpret_cast<Planned*>(static_cast<unsigned char*>(workspace) + plan.table_at);
+const Planned* write_table(const std::vector<Planned>& planned, void* workspace, int64_t at) {
+  Planned* const table = reinterpret_cast<Planned*>(static_cast<unsigned char*>(workspace) + at);
   for_table_chunks(planned.data(), planned.size(), table, [](const TableChunk<Planned>& chunk) {
     for (int thread = 0; thread < 1024; ++thread) chunk.write(thread, 1024);
     return 0;
   });
   return table;
+}
+
+// Layers and segments of a call. Those of more layers than arguments hold are read from the table in the workspace,
+// which is written as the GPU's is.
+template <class Args, class Planned>
+void set_table(Args& args, const std::vector<Planned>& planned, const std::vector<Segment>& segments, void* workspace,
+               const Plan& plan) {
+  const bool in_workspace = planned.size() > size_t(kMaxByValue);
+  args.layers = in_workspace ? write_table(planned, workspace, plan.table_at) : planned.data();
+  args.segments = in_workspace ? write_table(segments, workspace, plan.segments_at) : segments.data();
 }
 
 template <int Threads, class Call, class Process>
@@ -223,7 +233,8 @@ int count_launches() { return launches; }
 uint32_t divide(uint32_t x, int64_t by) { return divisor(by)(x); }
 
 // Of each layer of a forward call: power tiles, their channels, bytes of a step in shared memory (0: the
-// rows are read from global memory), steps in shared memory at a time, threads that share a row.
+// rows are read from global memory), steps in shared memory at a time, threads that share a row, chunks of a row,
+// reduce tiles, those that add up s and q.
 void plan_of(const Geometry* geometry, int n, DType weight_type, int multiprocessors, int64_t shared, int64_t* out) {
   std::vector<Layer> layers;
   for (int j = 0; j < n; ++j) {
@@ -232,15 +243,13 @@ void plan_of(const Geometry* geometry, int n, DType weight_type, int multiproces
   }
   ForwardCall call = {};
   std::vector<ForwardLayer> planned(layers.size());
+  std::vector<Segment> segments(layers.size() * kPhases);
   call.update = true;
-  plan_forward(layers, weight_type, device_of(multiprocessors, shared), call, planned.data());
+  plan_forward(layers, weight_type, device_of(multiprocessors, shared), true, call, planned.data(), segments.data());
   for (const ForwardLayer& layer : planned) {
-    int64_t* const to = out + 5 * (reinterpret_cast<uintptr_t>(layer.weight) / 256);
-    to[0] = layer.tiles[power];
-    to[1] = layer.channels;
-    to[2] = layer.stage_bytes;
-    to[3] = layer.stages;
-    to[4] = layer.group_threads();
+    const int64_t found[] = {layer.tiles[power],    layer.channels, layer.stage_bytes,   layer.stages,
+                             layer.group_threads(), layer.chunks(), layer.tiles[reduce], layer.first_tiles()};
+    std::copy(std::begin(found), std::end(found), out + 8 * (reinterpret_cast<uintptr_t>(layer.weight) / 256));
   }
 }
 
@@ -248,38 +257,43 @@ void plan_of(const Geometry* geometry, int n, DType weight_type, int multiproces
 int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int multiprocessors, int64_t shared) {
   const std::vector<Layer> layers = layers_without_memory(geometry, n);
   std::vector<ForwardLayer> planned(layers.size());
+  std::vector<Segment> segments(layers.size() * kPhases);
   ForwardCall call = {};
   call.update = true;
-  return plan_forward(layers, weight_type, device_of(multiprocessors, shared), call, planned.data()).workspace_bytes;
+  const Device device = device_of(multiprocessors, shared);
+  return plan_forward(layers, weight_type, device, true, call, planned.data(), segments.data()).workspace_bytes;
 }
 
 int64_t backward_workspace(const Geometry* geometry, int64_t n, int multiprocessors, int64_t shared) {
   const std::vector<Layer> layers = layers_without_memory(geometry, n);
   std::vector<BackwardLayer> planned(layers.size());
+  std::vector<Segment> segments(layers.size() * kBackwardPhases);
   BackwardCall call = {};
-  return plan_backward(layers, device_of(multiprocessors, shared), call, planned.data()).workspace_bytes;
+  const Device device = device_of(multiprocessors, shared);
+  return plan_backward(layers, device, true, call, planned.data(), segments.data()).workspace_bytes;
 }
 
-// More layers than arguments hold are read from the table in the workspace, which is written as the GPU's is.
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, float* sigma,
             DType weight_type, DType output_type, double scale, double eps, int64_t iterations, void* workspace,
             bool one_launch, int multiprocessors, int64_t shared) {
   const std::vector<Layer> layers = forward_layers(geometry, n, pointers, snapshot, sigma);
   std::vector<ForwardLayer> planned(layers.size());
+  std::vector<Segment> segments(layers.size() * kPhases);
   ForwardTableArgs args = {};
   ForwardCall& call = args.call;
   call.scale = scale;
   call.eps = eps;
   call.output_type = int32_t(output_type);
   call.update = iterations > 0;
-  const Plan plan = plan_forward(layers, weight_type, device_of(multiprocessors, shared), call, planned.data());
+  const Device device = device_of(multiprocessors, shared);
+  const Plan plan = plan_forward(layers, weight_type, device, one_launch, call, planned.data(), segments.data());
   set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
-  args.layers = n > kMaxByValue ? write_table<ForwardLayer>(planned, workspace, plan) : planned.data();
+  set_table(args, planned, segments, workspace, plan);
   const auto reset = [&] {
     std::memset(call.counters, 0, size_t(plan.counter_bytes));
     return 0;
   };
-  return launch_forward(call, iterations, one_launch, reset, [&] {
+  return launch_forward(call, plan, iterations, reset, [&] {
     ++launches;
     return with_weight_type(weight_type, [&](auto element) {
       return work_through<kThreads>(call, plan.shared_bytes, [&](auto& block, uint32_t ticket) {
@@ -293,15 +307,17 @@ int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* 
              DType grad_type, double scale, void* workspace, bool one_launch, int multiprocessors, int64_t shared) {
   const std::vector<Layer> layers = backward_layers(geometry, n, pointers, snapshot);
   std::vector<BackwardLayer> planned(layers.size());
+  std::vector<Segment> segments(layers.size() * kBackwardPhases);
   BackwardTableArgs args = {};
   BackwardCall& call = args.call;
   call.scale = scale;
   call.grad_type = int32_t(grad_type);
-  const Plan plan = plan_backward(layers, device_of(multiprocessors, shared), call, planned.data());
+  const Device device = device_of(multiprocessors, shared);
+  const Plan plan = plan_backward(layers, device, one_launch, call, planned.data(), segments.data());
   set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
-  args.layers = n > kMaxByValue ? write_table<BackwardLayer>(planned, workspace, plan) : planned.data();
+  set_table(args, planned, segments, workspace, plan);
   std::memset(call.counters, 0, size_t(plan.counter_bytes));
-  return launch_phases(call, kBackwardPhases, one_launch, [&] {
+  return launch_phases(call, plan, [&] {
     ++launches;
     return with_weight_type(weight_type, [&](auto element) {
       return work_through<kBackwardThreads>(call, plan.shared_bytes, [&](auto& block, uint32_t ticket) {

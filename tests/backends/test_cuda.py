@@ -215,7 +215,7 @@ def test_which_rows_are_staged(shape, dtype, staged):
     weight = torch.empty(shape, device="meta")
     for strides in (weight.stride(), place_strides(weight)):
         table = cuda._Table(Batch((shape,), (strides,), (0,), (weight.ndim > 2,)), [0])
-        plan = (ctypes.c_int64 * 5)()
+        plan = (ctypes.c_int64 * 8)()
         cuda_emulated.library().plan_of(table.address, 1, cuda._DTYPES[dtype], *H200.limits, ctypes.addressof(plan))
         assert (plan[2] > 0) == staged
         assert not staged or plan[3] >= 2 or plan[0] * plan[1] == shape[0], "nothing is copied ahead"
