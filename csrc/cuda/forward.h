@@ -24,12 +24,12 @@ BSSN_HD void finish_layer(Block& block, const ForwardCall& call, const ForwardLa
 // Squares of s and q, and their products with the stored vectors.
 template <class Block>
 BSSN_HD const double* sums_of_firsts(Block& block, const ForwardLayer& layer, uint32_t tile) {
-  const uint32_t size = layer.firsts(), first = tile * kFirsts, c_out = uint32_t(layer.c_out);
-  const uint32_t end = size - first < kFirsts ? size : first + kFirsts;
+  const Span span = layer.firsts_of(tile);
+  const uint32_t c_out = uint32_t(layer.c_out);
   return block_sums<kSums>(block, [&](int thread, double* sums) {
     BSSN_UNROLL_BY(kFirsts / kThreads)
-    for (uint32_t j = uint32_t(thread); j < end - first; j += kThreads) {
-      const uint32_t x = first + j;
+    for (uint32_t j = uint32_t(thread); j < span.end - span.first; j += kThreads) {
+      const uint32_t x = span.first + j;
       const bool is_s = x < c_out;
       const uint32_t at = is_s ? x : x - c_out;
       const int vector = is_s ? 0 : 3;

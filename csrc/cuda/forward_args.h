@@ -53,6 +53,10 @@ struct Record {
   int32_t unused;
 };
 
+struct Span {
+  uint32_t first, end;
+};
+
 // The snapshots hold the raw vectors until the write phase.
 struct ForwardLayer {
   const void* weight;
@@ -88,6 +92,10 @@ struct ForwardLayer {
   // Elements of s and q, and how many reduce tiles have their sums: the first ones.
   BSSN_HD uint32_t firsts() const { return uint32_t(c_out) * (two_sided() ? uint32_t(kernel) + 1u : 1u); }
   BSSN_HD uint32_t first_tiles() const { return uint32_t((uint64_t(firsts()) + kFirsts - 1) / kFirsts); }
+  BSSN_HD Span firsts_of(uint32_t tile) const {
+    const uint32_t first = tile * kFirsts, left = firsts() - first;
+    return {first, first + lesser(left, kFirsts)};
+  }
   BSSN_HD uint32_t chunks() const { return uint32_t(c_in - 1) / uint32_t(chunk) + 1u; }
   // Output channels of the power tiles that have the `rows`-th part of them.
   BSSN_HD uint32_t first_channel(uint32_t rows) const { return rows * uint32_t(channels); }

@@ -164,31 +164,31 @@ std::vector<uint32_t> order_segments(const std::vector<std::array<Stage, Phases>
   return phase_first;
 }
 
-// A part of the table of layers on its way to the device: the argument of a kernel that writes it there. As an argument
-// it belongs to the launch, so that the replay of a captured graph needs nothing of the host's memory.
+// A part of the table of layers or segments on its way to the device: the argument of a kernel that writes it there. As
+// an argument it belongs to the launch, so that the replay of a captured graph needs nothing of the host's memory.
 template <class Planned>
 struct TableChunk {
   static constexpr int kCapacity = (kMaxArgumentBytes - 16) / int(sizeof(Planned));
   Planned* target;
   int32_t n;
-  Planned layers[kCapacity];
+  Planned planned[kCapacity];
 
   BSSN_HD void write(int thread, int threads) const {
-    const uint64_t* const from = reinterpret_cast<const uint64_t*>(layers);
+    const uint64_t* const from = reinterpret_cast<const uint64_t*>(planned);
     uint64_t* const to = reinterpret_cast<uint64_t*>(target);
     static_assert(sizeof(Planned) % sizeof(uint64_t) == 0, "whole words");
     for (int x = thread; x < n * int(sizeof(Planned) / sizeof(uint64_t)); x += threads) to[x] = from[x];
   }
 };
 
-// Calls f(chunk) until all layers are on their way or f returns an error.
+// Calls f(chunk) until all are on their way or f returns an error.
 template <class Planned, class F>
-int for_table_chunks(const Planned* layers, size_t n, Planned* table, F f) {
+int for_table_chunks(const Planned* planned, size_t n, Planned* table, F f) {
   TableChunk<Planned> chunk;
   for (size_t begin = 0; begin < n; begin += size_t(chunk.kCapacity)) {
     chunk.target = table + begin;
     chunk.n = int32_t(std::min(n - begin, size_t(chunk.kCapacity)));
-    std::copy_n(layers + begin, chunk.n, chunk.layers);
+    std::copy_n(planned + begin, chunk.n, chunk.planned);
     if (const int error = f(chunk)) return error;
   }
   return 0;

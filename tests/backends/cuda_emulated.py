@@ -30,6 +30,7 @@ SIGNATURES = {
     "count_launches": (I32, ()),
     "divide": (ctypes.c_uint32, (ctypes.c_uint32, I64)),
     "plan_of": (None, (ADDRESS, I32, I64, *DEVICE, ADDRESS)),
+    "order_of": (None, (ADDRESS, I32, I64, *DEVICE, ADDRESS)),
 }
 
 

@@ -247,10 +247,32 @@ void plan_of(const Geometry* geometry, int n, DType weight_type, int multiproces
   call.update = true;
   plan_forward(layers, weight_type, device_of(multiprocessors, shared), true, call, planned.data(), segments.data());
   for (const ForwardLayer& layer : planned) {
-    const int64_t found[] = {layer.tiles[power],    layer.channels, layer.stage_bytes,   layer.stages,
-                             layer.group_threads(), layer.chunks(), layer.tiles[reduce], layer.first_tiles()};
-    std::copy(std::begin(found), std::end(found), out + 8 * (reinterpret_cast<uintptr_t>(layer.weight) / 256));
+    int64_t elements = 0;
+    for (uint32_t tile = 0; tile < layer.first_tiles(); ++tile) {
+      elements += int64_t(layer.firsts_of(tile).end) - layer.firsts_of(tile).first;
+    }
+    const int64_t found[] = {layer.tiles[power],  layer.channels,        layer.stage_bytes,
+                             layer.stages,        layer.group_threads(), layer.chunks(),
+                             layer.tiles[reduce], layer.first_tiles(),   elements};
+    std::copy(std::begin(found), std::end(found), out + 9 * (reinterpret_cast<uintptr_t>(layer.weight) / 256));
   }
+}
+
+// The segments of a forward call in one launch: three numbers for each, layer, phase and first ticket; then the end.
+void order_of(const Geometry* geometry, int n, DType weight_type, int multiprocessors, int64_t shared, int64_t* out) {
+  std::vector<Layer> layers = layers_without_memory(geometry, n);
+  std::vector<ForwardLayer> planned(layers.size());
+  std::vector<Segment> segments(layers.size() * kPhases);
+  ForwardCall call = {};
+  call.update = true;
+  const Device device = device_of(multiprocessors, shared);
+  const Plan plan = plan_forward(layers, weight_type, device, true, call, planned.data(), segments.data());
+  for (const Segment& segment : segments) {
+    *out++ = segment.layer();
+    *out++ = segment.phase();
+    *out++ = segment.first;
+  }
+  *out = plan.phase_first.back();
 }
 
 // Everything as in csrc/cuda/cuda.h, but for the device, given by its limits.
