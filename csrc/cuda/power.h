@@ -65,23 +65,23 @@ BSSN_HD void gather_rows(const ForwardLayer& layer, uint32_t first, int rows, un
   const int of_channel = rows * kernel_pieces, threads = of_channel < kThreads ? kThreads / of_channel : 1;
   const int i0 = of_channel < kThreads ? thread / of_channel : 0;
   const bool rows_together = layer.stride_out < layer.stride_kernel;
-  const W* const source = static_cast<const W*>(layer.weight) + int64_t(first) * layer.stride_out;
+  const W* const source = static_cast<const W*>(layer.weight);
   W* const target = reinterpret_cast<W*>(stage);
   BSSN_UNROLL_BY(1)
   for (int p = thread - i0 * of_channel; p < of_channel && i0 < threads; p += kThreads) {
     const int row = rows_together ? p % rows : p / kernel_pieces;
     const int k = (rows_together ? p / rows : p - row * kernel_pieces) * piece;
-    const W* from = source + int64_t(row) * layer.stride_out + int64_t(i0) * layer.stride_in + k * layer.stride_kernel;
-    W* to = target + row * layer.row() + i0 * layer.kernel + k;
-    BSSN_UNROLL_BY(4)
-    for (int i = i0; i < layer.c_in; i += threads) {
+    // A weight has less than 2^31 elements.
+    int from = (int(first) + row) * layer.stride_out + i0 * layer.stride_in + k * layer.stride_kernel;
+    int to = row * layer.row() + i0 * layer.kernel + k;
+    BSSN_UNROLL_BY(1)
+    for (int i = i0; i < layer.c_in; i += threads, to += threads * layer.kernel) {
       if (layer.pieces) {
-        copy16(to, from);
+        copy16(target + to, source + from);
       } else {
-        copy_element(to, from);
+        copy_element(target + to, source + from);
       }
-      from += int64_t(threads) * layer.stride_in;
-      to += threads * layer.kernel;
+      from += i + threads < layer.c_in ? threads * layer.stride_in : 0;
     }
   }
 }
@@ -208,8 +208,8 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
 
   typename Block::template PerThread<PowerThread<V>> registers;
   block.each([&](int thread) {
-    begin_copy(first, 0, thread);
-    for (int stage = 1; stage < ahead; ++stage) begin_copy(first + stage * groups, stage, thread);
+    BSSN_UNROLL_BY(1)
+    for (int stage = 0; stage == 0 || stage < ahead; ++stage) begin_copy(first + stage * groups, stage, thread);
     PowerThread<V>& my = registers[thread];
     my.at = Lane(layer, thread, V);
     // v_out is in the order [i][k], whatever that of the weight.

@@ -43,7 +43,7 @@ BSSN_HD void split_row(Block& block, const ForwardLayer& layer, int o, int begin
     float s = 0, q = 0;
     for (int k = at.active || !one_round ? at.k : layer.kernel; k < layer.kernel; k += kThreads) {
       q = 0;
-      BSSN_UNROLL_BY(8)
+      BSSN_UNROLL_BY(4)
       for (int i = begin + at.column; i < end; i += at.per_kernel) {
         const float w = element<W>(layer, o, i, k);
         s += w * layer.vectors[1][i * layer.kernel + k];
@@ -72,7 +72,7 @@ BSSN_HD void add_chunks(Block& block, const ForwardCall& call, const ForwardLaye
     BSSN_UNROLL_BY(1)
     for (uint64_t x = uint64_t(thread); x < firsts; x += kThreads) {
       float sum = 0;
-      BSSN_UNROLL_BY(8)
+      BSSN_UNROLL_BY(4)
       for (uint32_t c = 0; c < chunks; ++c) sum += shares[c * uint64_t(firsts) + x];
       const uint64_t c_out = uint64_t(layer.c_out);
       (x < c_out ? layer.snapshot[0][x] : layer.snapshot[3][x - c_out]) = sum;
@@ -117,7 +117,7 @@ BSSN_HD void split_columns(Block& block, const ForwardLayer& layer, int begin, i
         const int i = layer.kernel_major ? x % channels : x / kernel;
         const int k = layer.kernel_major ? x / channels : x - i * kernel;
         float t = 0, r = 0;
-        BSSN_UNROLL_BY(8)
+        BSSN_UNROLL_BY(4)
         for (int o = slice; o < layer.c_out; o += slices) {
           const float w = element<W>(layer, o, begin + i, k);
           t += layer.snapshot[0][o] * w;
