@@ -117,7 +117,7 @@ def order(shapes):
 
 
 def shapes_of(name):
-    return [tuple(shape) for _, shape, count in SETS[name]["layers"] for _ in range(count)]
+    return [tuple(shape) for _, shape, _ in SETS[name]["layers"]]
 
 
 @pytest.mark.parametrize("name", SETS)
