@@ -33,7 +33,7 @@ BSSN_HD float element(const ForwardLayer& layer, int o, int i, int k) {
 
 // The part of s and q of one output channel that input channels [begin, end) make, to s[0] and q[kernel]. Kernels of
 // more positions than a block has threads need several rounds of them, in which one thread sees all input channels, so
-// that its q is complete.
+// that its q is complete. Unsigned, so that a step beyond the end of 2^31 elements is still one.
 template <class W, class Block>
 BSSN_HD void split_row(Block& block, const ForwardLayer& layer, int o, int begin, int end, float* s_out, float* q_out) {
   const LaneSums sums(block);
@@ -41,12 +41,14 @@ BSSN_HD void split_row(Block& block, const ForwardLayer& layer, int o, int begin
   block.each([&](int thread) {
     const SplitLane at(layer, thread);
     float s = 0, q = 0;
-    for (int k = at.active || !one_round ? at.k : layer.kernel; k < layer.kernel; k += kThreads) {
+    const uint32_t kernel = uint32_t(layer.kernel);
+    for (uint32_t k = at.active || !one_round ? uint32_t(at.k) : kernel; k < kernel; k += kThreads) {
       q = 0;
       BSSN_UNROLL_BY(4)
-      for (int i = begin + at.column; i < end; i += at.per_kernel) {
-        const float w = element<W>(layer, o, i, k);
-        s += w * layer.vectors[1][i * layer.kernel + k];
+      for (uint32_t j = uint32_t(at.column); j < uint32_t(end - begin); j += uint32_t(at.per_kernel)) {
+        const int i = begin + int(j);
+        const float w = element<W>(layer, o, i, int(k));
+        s += w * layer.vectors[1][uint32_t(i) * kernel + k];
         if (layer.two_sided()) q += w * layer.vectors[2][i];
       }
       if (layer.two_sided() && !one_round) q_out[k] = q;
@@ -103,46 +105,46 @@ BSSN_HD void power_split(Block& block, const ForwardCall& call, const ForwardLay
 // `slices` threads share an element; their sums, and those of r's kernel positions, are added up in shared memory.
 template <class W, class Block>
 BSSN_HD void split_columns(Block& block, const ForwardLayer& layer, int begin, int channels) {
-  const int kernel = layer.kernel, elements = channels * kernel, slices = layer.slices, lanes = kThreads / slices;
-  const int room = kSplitElements / slices;
+  const uint32_t kernel = uint32_t(layer.kernel), elements = uint32_t(channels) * kernel;
+  const uint32_t slices = layer.slices, lanes = kThreads / slices, room = kSplitElements / slices;
   float* const t_lanes = block.template shared<float>(kAreaAt);  // [slices][room]
   float* const r_lanes = t_lanes + kSplitElements;
-  for (int first = 0; first < elements; first += room) {  // several rounds only of a single channel
-    const int end = elements - first < room ? elements : first + room;
+  for (uint32_t first = 0; first < elements; first += room) {  // several rounds only of a single channel
+    const uint32_t end = first + lesser(elements - first, room);
     block.each([&](int thread) {
-      const int lane = thread % lanes, slice = thread / lanes;
+      const uint32_t lane = uint32_t(thread) % lanes, slice = uint32_t(thread) / lanes;
       if (slice >= slices) return;
       BSSN_UNROLL_BY(1)
-      for (int x = first + lane; x < end; x += lanes) {
-        const int i = layer.kernel_major ? x % channels : x / kernel;
-        const int k = layer.kernel_major ? x / channels : x - i * kernel;
+      for (uint32_t x = first + lane; x < end; x += lanes) {
+        const uint32_t i = layer.kernel_major ? x % uint32_t(channels) : x / kernel;
+        const uint32_t k = layer.kernel_major ? x / uint32_t(channels) : x - i * kernel;
         float t = 0, r = 0;
         BSSN_UNROLL_BY(4)
-        for (int o = slice; o < layer.c_out; o += slices) {
-          const float w = element<W>(layer, o, begin + i, k);
+        for (uint32_t o = slice; o < uint32_t(layer.c_out); o += slices) {
+          const float w = element<W>(layer, int(o), begin + int(i), int(k));
           t += layer.snapshot[0][o] * w;
-          if (layer.two_sided()) r += layer.snapshot[3][int64_t(o) * kernel + k] * w;
+          if (layer.two_sided()) r += layer.snapshot[3][uint64_t(o) * kernel + k] * w;
         }
-        const int at = slice * room + i * kernel + k - first;
+        const uint32_t at = slice * room + i * kernel + k - first;
         t_lanes[at] = t;
         r_lanes[at] = r;
       }
     });
     block.each([&](int thread) {
       BSSN_UNROLL_BY(1)
-      for (int x = first + thread; x < end; x += kThreads) {
+      for (uint32_t x = first + uint32_t(thread); x < end; x += kThreads) {
         float t = 0;
-        for (int slice = 0; slice < slices; ++slice) t += t_lanes[slice * room + x - first];
-        layer.snapshot[1][int64_t(begin) * kernel + x] = t;
+        for (uint32_t slice = 0; slice < slices; ++slice) t += t_lanes[slice * room + x - first];
+        layer.snapshot[1][uint64_t(begin) * kernel + x] = t;
       }
       BSSN_UNROLL_BY(1)
       for (int i = layer.two_sided() ? thread : channels; i < channels; i += kThreads) {
-        const int from = i * kernel > first ? i * kernel : first;
-        const int to = (i + 1) * kernel < end ? (i + 1) * kernel : end;
+        const uint32_t begins = uint32_t(i) * kernel, from = begins > first ? begins : first;
+        const uint32_t to = lesser(begins + kernel, end);
         float r = first > 0 ? layer.snapshot[2][begin + i] : 0.0f;
-        for (int slice = 0; slice < slices; ++slice) {
+        for (uint32_t slice = 0; slice < slices; ++slice) {
           BSSN_UNROLL_BY(4)
-          for (int x = from; x < to; ++x) r += r_lanes[slice * room + x - first];
+          for (uint32_t x = from; x < to; ++x) r += r_lanes[slice * room + x - first];
         }
         layer.snapshot[2][begin + i] = r;
       }
@@ -158,7 +160,8 @@ BSSN_HD const double* sums_of_split_columns(Block& block, const ForwardLayer& la
   split_columns<W>(block, layer, begin, channels);
   return block_sums<kSums>(block, [&](int thread, double* sums) {
     const float* const t_all = layer.snapshot[1] + int64_t(begin) * layer.kernel;
-    for (int x = thread; x < channels * layer.kernel; x += kThreads) sums[4] += double(t_all[x]) * t_all[x];
+    const uint32_t elements = uint32_t(channels) * uint32_t(layer.kernel);
+    for (uint32_t x = uint32_t(thread); x < elements; x += kThreads) sums[4] += double(t_all[x]) * t_all[x];
     if (!layer.two_sided()) return;
     const float* const r_all = layer.snapshot[2] + begin;
     for (int i = thread; i < channels; i += kThreads) sums[5] += double(r_all[i]) * r_all[i];
