@@ -46,7 +46,7 @@ if IS_X86:
         *ISA_FLAGS["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
     ]
-CUDA_ARCHS = ("75", "80", "86", "89", "90", "100", "120")
+CUDA_ARCHS = ("75", "80", "86", "89", "90", "100", "110", "120")
 
 
 class NotBuiltError(Exception):

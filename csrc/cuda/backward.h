@@ -157,12 +157,12 @@ BSSN_HD void dot_tile(Block& block, const BackwardCall& call, const BackwardLaye
 template <class W, class Block, class Args>
 BSSN_HD void backward_ticket(Block& block, const Args& args, uint32_t ticket) {
   const BackwardCall& call = args.call;
-  const int phase = ticket < call.phase_first[1] ? 0 : 1;
-  const int index = layer_of(args.layers, call.n_layers, phase, ticket);
+  const Segment segment = segment_of(args.segments, call.n_segments, ticket);
+  const int index = segment.layer();
   const BackwardLayer& layer = args.layers[index];
-  const uint32_t tile = ticket - layer.first[phase], first = tile * call.tile_elements;
+  const uint32_t tile = ticket - segment.first, first = tile * call.tile_elements;
   const uint32_t end = layer.size - first < call.tile_elements ? layer.size : first + call.tile_elements;
-  if (phase == 0) {
+  if (segment.phase() == 0) {
     dot_tile<W>(block, call, layer, index, tile, first, end);
     return;
   }

@@ -6,8 +6,7 @@
 namespace bssn::cuda {
 
 // Weight, gradient and output of a layer lie in memory in the same dense order, whose dimension 0 is the one with
-// stride
-// 1. Two-sided if vectors[2] is not null.
+// stride 1. Two-sided if vectors[2] is not null.
 struct BackwardLayer {
   const void* weight;
   const void* grad;
@@ -15,11 +14,11 @@ struct BackwardLayer {
   const float* vectors[4];  // those of the forward
   const float* sigma;
   uint32_t size;
-  Divisor inner, plane;      // sizes of dimension 0, and of dimensions 0 and 1 together
-  uint32_t middle;           // size of dimension 1
-  uint32_t steps[4][3];      // how far one step along each dimension leads in each of the vectors
-  uint32_t first[2], tiles;  // tickets; both phases have the same tiles
-  uint32_t sums;             // index of the first tile's sum
+  Divisor inner, plane;  // sizes of dimension 0, and of dimensions 0 and 1 together
+  uint32_t middle;       // size of dimension 1
+  uint32_t steps[4][3];  // how far one step along each dimension leads in each of the vectors
+  uint32_t tiles;        // of each phase
+  uint32_t sums;         // index of the first tile's sum
 
   BSSN_HD bool two_sided() const { return vectors[2] != nullptr; }
 };
@@ -37,23 +36,24 @@ struct BackwardCall {
   BackwardRecord* records;
   double* sums;
   double scale;
-  int32_t n_layers;
+  int32_t n_segments;
   int32_t grad_type;  // DType
   uint32_t tile_elements;
-  uint32_t phase_first[kBackwardPhases + 1];  // tickets
-  uint32_t first_ticket, end_ticket;          // of this launch
+  uint32_t first_ticket, end_ticket;  // of this launch
   uint32_t ticket_counter;
 };
 
 template <int Capacity>
 struct BackwardArgs {
   BackwardCall call;
+  Segment segments[Capacity * kBackwardPhases];
   BackwardLayer layers[Capacity];
 };
 
 struct BackwardTableArgs {
   BackwardCall call;
-  const BackwardLayer* layers;  // in device memory
+  const Segment* segments;  // in device memory
+  const BackwardLayer* layers;
 };
 
 }  // namespace bssn::cuda

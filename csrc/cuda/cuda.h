@@ -18,7 +18,7 @@ int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type
 int64_t backward_workspace(const Geometry* geometry, int64_t n, int device);
 
 // Normalises n layers: puts one launch for each iteration (one_launch), or one for each phase, on the stream. For more
-// than 200 layers small launches before them write a table of layers. `pointers`: n weights, n outputs, then each
+// than 176 layers small launches before them write a table of layers. `pointers`: n weights, n outputs, then each
 // layer's two or four vectors. iterations = 0 evaluates with the vectors as they are. Returns 0 or an error code.
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, float* sigma,
             DType weight_type, DType output_type, double scale, double eps, int64_t iterations, void* workspace,

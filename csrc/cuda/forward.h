@@ -2,7 +2,7 @@
 #pragma once
 
 #include "directions.h"
-#include "power_wide.h"
+#include "power_split.h"
 
 namespace bssn::cuda {
 
@@ -24,13 +24,15 @@ BSSN_HD void finish_layer(Block& block, const ForwardCall& call, const ForwardLa
 // Squares of s and q, and their products with the stored vectors.
 template <class Block>
 BSSN_HD const double* sums_of_firsts(Block& block, const ForwardLayer& layer, uint32_t tile) {
-  const int size = layer.firsts(), first = int(tile) * kFirsts;
-  const int end = size - first < kFirsts ? size : first + kFirsts;
+  const Span span = layer.firsts_of(tile);
+  const uint32_t c_out = uint32_t(layer.c_out);
   return block_sums<kSums>(block, [&](int thread, double* sums) {
     BSSN_UNROLL_BY(kFirsts / kThreads)
-    for (int x = first + thread; x < end; x += kThreads) {
-      const bool is_s = x < layer.c_out;
-      const int at = is_s ? x : x - layer.c_out, vector = is_s ? 0 : 3;
+    for (uint32_t j = uint32_t(thread); j < span.end - span.first; j += kThreads) {
+      const uint32_t x = span.first + j;
+      const bool is_s = x < c_out;
+      const uint32_t at = is_s ? x : x - c_out;
+      const int vector = is_s ? 0 : 3;
       const double value = layer.snapshot[vector][at], square = value * value;
       const double product = value * layer.vectors[vector][at];
       sums[0] += is_s ? square : 0.0;
@@ -93,12 +95,13 @@ BSSN_HD const double* sums_of_columns(Block& block, const ForwardCall& call, con
   });
 }
 
-template <class Block>
+template <class W, class Block>
 BSSN_HD void reduce_tile(Block& block, const ForwardCall& call, const ForwardLayer& layer, int index, uint32_t tile) {
-  block.wait(counter_of(call.counters, index, power_done), layer.tiles[power]);
-  const double* const sums = tile < layer.first_tiles()
-                                 ? sums_of_firsts(block, layer, tile)
-                                 : sums_of_columns(block, call, layer, tile - layer.first_tiles());
+  block.wait(counter_of(call.counters, index, power_done), layer.chunks() > 1 ? 1u : layer.tiles[power]);
+  const uint32_t first_tiles = layer.first_tiles();
+  const double* const sums = tile < first_tiles       ? sums_of_firsts(block, layer, tile)
+                             : layer.stage_bytes == 0 ? sums_of_split_columns<W>(block, layer, tile - first_tiles)
+                                                      : sums_of_columns(block, call, layer, tile - first_tiles);
   block.each([&](int thread) {
     if (thread < kSums) call.sums[layer.sums + tile * kSums + thread] = sums[thread];
   });
@@ -178,31 +181,17 @@ BSSN_HD void write_tile(Block& block, const ForwardCall& call, const ForwardLaye
   });
 }
 
-template <class Layers>
-BSSN_HD int layer_of(const Layers& layers, int n, int phase, uint32_t ticket) {
-  int low = 0, high = n;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (layers[middle].first[phase] <= ticket) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 template <class W, class Block, class Args>
 BSSN_HD void forward_ticket(Block& block, const Args& args, uint32_t ticket) {
   const ForwardCall& call = args.call;
-  const int phase = ticket < call.phase_first[reduce] ? power : ticket < call.phase_first[write] ? reduce : write;
-  const int index = layer_of(args.layers, call.n_layers, phase, ticket);
+  const Segment segment = segment_of(args.segments, call.n_segments, ticket);
+  const int index = segment.layer(), phase = segment.phase();
   const ForwardLayer& layer = args.layers[index];
-  const uint32_t tile = ticket - layer.first[phase];
+  const uint32_t tile = ticket - segment.first;
   if (phase == power) {
     power_tile<W>(block, call, layer, index, tile);
   } else if (phase == reduce) {
-    reduce_tile(block, call, layer, index, tile);
+    reduce_tile<W>(block, call, layer, index, tile);
   } else {
     write_tile<W>(block, call, layer, index, tile);
   }

@@ -1,7 +1,7 @@
 // What the forward kernel is told: one description for each layer, by value, and what all layers of a call share.
 #pragma once
 
-#include "portable.h"
+#include "tickets.h"
 
 namespace bssn::cuda {
 
@@ -34,7 +34,7 @@ constexpr int kVColumns = kFewColumns;
 #endif
 constexpr uint32_t kMoreVBytes = (kManyColumns - kFewColumns) * kThreads * sizeof(float);
 
-// A launch works through tickets 0, 1, 2, ...; all tiles of a phase have smaller numbers than those of the next one.
+// A layer's tiles of each phase build on all of those of the phase before.
 enum Phase : int {
   power = 0,   // some output channels: s, q, and their share of t and r
   reduce = 1,  // some elements of s and q, or of t and r, over all shares; the last tile of a layer makes its record
@@ -42,7 +42,8 @@ enum Phase : int {
   kPhases = 3
 };
 
-constexpr int kFirsts = 4 * kThreads;  // elements of s and q for a reduce tile
+constexpr int kFirsts = 4 * kThreads;         // elements of s and q for a reduce tile
+constexpr int kSplitElements = 6 * kThreads;  // of t and r, of a row that is not staged, for a reduce tile
 
 // What the write phase needs to know of a layer.
 struct Record {
@@ -50,6 +51,10 @@ struct Record {
   float factors[4];   // of u_out, v_out, u_in, v_in: the raw vectors times these are the new ones
   int32_t usable[2];  // output side, input side: whether there are new vectors at all
   int32_t unused;
+};
+
+struct Span {
+  uint32_t first, end;
 };
 
 // The snapshots hold the raw vectors until the write phase.
@@ -61,32 +66,41 @@ struct ForwardLayer {
   float* sigma;
   int32_t c_out, c_in, kernel;
   int32_t stride_out, stride_in, stride_kernel;  // in elements
-  uint32_t first[kPhases], tiles[kPhases];       // tickets
-  uint32_t slots;                                // where its shares of t and r begin, in groups of 4 floats
-  uint32_t sums;                                 // where its sums of squares and products begin, in doubles
-  uint32_t stage_bytes;                          // one step of channels in shared memory; 0: too large for that
-  int32_t channels;                              // of a power tile
-  uint16_t stride;                               // elements of a row between neighbouring packs of one thread
-  uint8_t group_shift;                           // 2^this threads share an output channel
-  uint8_t groups;                                // of them in a block
+  uint32_t tiles[kPhases];
+  uint32_t slots;            // where its tiles' shares begin, in groups of 4 floats
+  uint32_t sums;             // where its sums of squares and products begin, in doubles
+  uint32_t stage_bytes;      // one step of channels in shared memory; 0: see power_split.h
+  int32_t channels;          // of a power tile
+  int32_t chunk;             // input channels of a power tile: all where rows are staged
+  uint16_t stride;           // elements of a row between neighbouring packs of one thread
+  uint16_t column_channels;  // input channels of a reduce tile where rows are not staged
+  uint8_t group_shift;       // 2^this threads share an output channel
+  uint8_t groups;            // of them in a block
   uint8_t stages;
   uint8_t q_parts;  // in which the numbers of a group's threads for one q are added up
   uint8_t slices;   // threads that share an element of a reduce tile
   uint8_t both_sides : 1;
   uint8_t packed : 1;        // staged rows begin at multiples of 16 bytes
   uint8_t kernel_major : 1;  // [o][k][i] rather than [o][i][k]
+  uint8_t gathered : 1;      // rows are put together, as [i][k], from where their elements lie
+  uint8_t pieces : 1;        // of 16 bytes, gathered rows that is
   uint8_t more_v : 1;        // rows have more elements than all GPUs have registers for, of v_out
 
   BSSN_HD bool two_sided() const { return both_sides != 0; }
   BSSN_HD int group_threads() const { return 1 << group_shift; }
   BSSN_HD int row() const { return c_in * kernel; }
   // Elements of s and q, and how many reduce tiles have their sums: the first ones.
-  BSSN_HD int firsts() const { return two_sided() ? c_out + c_out * kernel : c_out; }
-  BSSN_HD uint32_t first_tiles() const { return (uint32_t(firsts()) + kFirsts - 1) / kFirsts; }
-  BSSN_HD int first_channel(uint32_t power_tile) const { return int(power_tile) * channels; }
-  BSSN_HD int end_channel(uint32_t power_tile) const {
-    const int end = first_channel(power_tile) + channels;
-    return end < c_out ? end : c_out;
+  BSSN_HD uint32_t firsts() const { return uint32_t(c_out) * (two_sided() ? uint32_t(kernel) + 1u : 1u); }
+  BSSN_HD uint32_t first_tiles() const { return uint32_t((uint64_t(firsts()) + kFirsts - 1) / kFirsts); }
+  BSSN_HD Span firsts_of(uint32_t tile) const {
+    const uint32_t first = tile * kFirsts, left = firsts() - first;
+    return {first, first + lesser(left, kFirsts)};
+  }
+  BSSN_HD uint32_t chunks() const { return uint32_t(c_in - 1) / uint32_t(chunk) + 1u; }
+  // Output channels of the power tiles that have the `rows`-th part of them.
+  BSSN_HD uint32_t first_channel(uint32_t rows) const { return rows * uint32_t(channels); }
+  BSSN_HD uint32_t end_channel(uint32_t rows) const {
+    return lesser(first_channel(rows) + uint32_t(channels), uint32_t(c_out));
   }
   // Of v_out in shared memory.
   BSSN_HD uint32_t v_bytes() const { return more_v ? kMoreVBytes : 0u; }
@@ -94,8 +108,8 @@ struct ForwardLayer {
   BSSN_HD uint32_t u_bytes() const {
     return two_sided() ? (uint32_t(kernel_major ? c_in : row()) * uint32_t(sizeof(float)) + 15u) & ~15u : 0u;
   }
-  // Floats of one power tile's share: t [row], r [c_in].
-  BSSN_HD uint32_t slot_size() const { return (uint32_t(row()) + uint32_t(c_in) + 3u) & ~3u; }
+  // Floats of a staged power tile's share: t [row], and in two directions r [c_in].
+  BSSN_HD uint32_t slot_size() const { return (uint32_t(row()) + (two_sided() ? uint32_t(c_in) : 0u) + 3u) & ~3u; }
 };
 
 constexpr int kSums = 6;  // of each reduce tile: s s, u_out s, q q, v_in q, t t, r r
@@ -106,9 +120,8 @@ struct ForwardCall {
   double* sums;
   float* slots;
   double scale, eps;
-  int32_t n_layers;
+  int32_t n_segments;
   int32_t output_type;                // DType
-  uint32_t phase_first[kPhases + 1];  // tickets
   uint32_t write_elements;            // of a write tile
   uint32_t first_ticket, end_ticket;  // of this launch
   uint32_t ticket_counter;            // which of the launch
@@ -120,7 +133,7 @@ struct ForwardCall {
   }
 };
 
-enum Counter : int { power_done = 0, reduce_done = 1, recorded = 2, kCounters = 4 };
+enum Counter : int { power_done = 0, reduce_done = 1, recorded = 2, chunks_done = 3, kCounters = 4 };
 
 BSSN_HD uint32_t* counter_of(uint32_t* counters, int layer, int counter) {
   return counters + (kPhases + 1) + layer * kCounters + counter;
@@ -129,12 +142,14 @@ BSSN_HD uint32_t* counter_of(uint32_t* counters, int layer, int counter) {
 template <int Capacity>
 struct ForwardArgs {
   ForwardCall call;
+  Segment segments[Capacity * kPhases];
   ForwardLayer layers[Capacity];
 };
 
 struct ForwardTableArgs {
   ForwardCall call;
-  const ForwardLayer* layers;  // in device memory
+  const Segment* segments;  // in device memory
+  const ForwardLayer* layers;
 };
 
 }  // namespace bssn::cuda

@@ -2,6 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <functional>
+#include <limits>
+#include <queue>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -11,8 +16,8 @@ namespace bssn::cuda {
 
 // Layers that are described by value, in the kernel arguments. These may be 4 KiB long, or 32764 bytes since CUDA 12.1,
 // which takes longer to launch. The descriptions of more layers go to a table in the workspace: see TableChunk.
-constexpr int kSmallCapacity = 24;
-constexpr int kMaxByValue = 200;
+constexpr int kSmallCapacity = 21;
+constexpr int kMaxByValue = 176;
 constexpr int kMaxArgumentBytes = 32764;
 
 // What a plan depends on besides the layers.
@@ -25,8 +30,10 @@ struct Device {
 struct Plan {
   int64_t workspace_bytes;
   int64_t counter_bytes;  // at the start of the workspace, zero before a launch
-  int64_t table_at;       // in the workspace
+  int64_t table_at;       // in the workspace: the layers, then the segments
+  int64_t segments_at;
   uint32_t shared_bytes;
+  std::vector<uint32_t> phase_first;  // where the phases begin if each has a launch, and where the last one ends
 };
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -97,38 +104,91 @@ inline std::vector<Layer> backward_layers(const Geometry* geometry, int64_t n, v
   return ordered_by_size(std::move(layers));
 }
 
-// Reserves room for the table of planned layers behind the rest of the workspace, if they need one.
+// Reserves room for the table of planned layers and segments behind the rest of the workspace, if they need one.
 template <class Planned>
-void plan_table(Plan& plan, size_t n) {
+void plan_table(Plan& plan, int64_t n, int64_t n_segments) {
   plan.table_at = round_up(plan.workspace_bytes, 16);
-  if (n > size_t(kMaxByValue)) plan.workspace_bytes = plan.table_at + int64_t(n * sizeof(Planned));
+  plan.segments_at = plan.table_at + n * int64_t(sizeof(Planned));
+  if (n > kMaxByValue) plan.workspace_bytes = plan.segments_at + n_segments * int64_t(sizeof(Segment));
 }
 
-// A part of the table of layers on its way to the device: the argument of a kernel that writes it there. As an argument
-// it belongs to the launch, so that the replay of a captured graph needs nothing of the host's memory.
+// What a layer has in one phase: tiles, and how much memory each of them moves, in any unit.
+struct Stage {
+  uint32_t tiles;
+  double work;
+};
+
+// Puts the segments of all layers in order and hands out the tickets. stages[layer][phase].
+//
+// In one launch a layer's next phase follows the one before at such a distance that the last tiles of that one will
+// have been finished, while all blocks together move `lag` times what they move during one of these tiles. No sooner,
+// or blocks would wait; no later, or the weights would have left the cache. One launch for each phase: phase by phase.
+template <size_t Phases>
+std::vector<uint32_t> order_segments(const std::vector<std::array<Stage, Phases>>& stages, bool one_launch, int blocks,
+                                     Segment* out) {
+  struct Due {
+    double position;
+    uint32_t phase, layer;
+    bool operator>(const Due& other) const {
+      return std::tie(position, phase, layer) > std::tie(other.position, other.phase, other.layer);
+    }
+  };
+  constexpr double kLag = 1.5;
+  std::priority_queue<Due, std::vector<Due>, std::greater<Due>> due;
+  std::vector<uint32_t> phase_first;
+  uint32_t ticket = 0;
+  double position = 0;
+  const auto emit = [&](uint32_t layer, uint32_t phase) {
+    const Stage& stage = stages[layer][phase];
+    *out++ = Segment::of(ticket, layer, phase);
+    ticket += stage.tiles;
+    position += stage.tiles * stage.work;
+    if (one_launch && phase + 1 < Phases) due.push({position + kLag * blocks * stage.work, phase + 1, layer});
+  };
+  const auto emit_due = [&](double until) {
+    while (!due.empty() && due.top().position <= until) {
+      const Due next = due.top();
+      due.pop();
+      emit(next.layer, next.phase);
+    }
+  };
+  for (uint32_t phase = 0; phase < (one_launch ? 1u : uint32_t(Phases)); ++phase) {
+    phase_first.push_back(ticket);
+    for (uint32_t layer = 0; layer < stages.size(); ++layer) {
+      emit(layer, phase);
+      emit_due(position);
+    }
+  }
+  emit_due(std::numeric_limits<double>::infinity());
+  phase_first.push_back(ticket);
+  return phase_first;
+}
+
+// A part of the table of layers or segments on its way to the device: the argument of a kernel that writes it there. As
+// an argument it belongs to the launch, so that the replay of a captured graph needs nothing of the host's memory.
 template <class Planned>
 struct TableChunk {
   static constexpr int kCapacity = (kMaxArgumentBytes - 16) / int(sizeof(Planned));
   Planned* target;
   int32_t n;
-  Planned layers[kCapacity];
+  Planned planned[kCapacity];
 
   BSSN_HD void write(int thread, int threads) const {
-    const uint64_t* const from = reinterpret_cast<const uint64_t*>(layers);
+    const uint64_t* const from = reinterpret_cast<const uint64_t*>(planned);
     uint64_t* const to = reinterpret_cast<uint64_t*>(target);
     static_assert(sizeof(Planned) % sizeof(uint64_t) == 0, "whole words");
     for (int x = thread; x < n * int(sizeof(Planned) / sizeof(uint64_t)); x += threads) to[x] = from[x];
   }
 };
 
-// Calls f(chunk) until all layers are on their way or f returns an error.
+// Calls f(chunk) until all are on their way or f returns an error.
 template <class Planned, class F>
-int for_table_chunks(const Planned* layers, size_t n, Planned* table, F f) {
+int for_table_chunks(const Planned* planned, size_t n, Planned* table, F f) {
   TableChunk<Planned> chunk;
   for (size_t begin = 0; begin < n; begin += size_t(chunk.kCapacity)) {
     chunk.target = table + begin;
     chunk.n = int32_t(std::min(n - begin, size_t(chunk.kCapacity)));
-    std::copy_n(layers + begin, chunk.n, chunk.layers);
+    std::copy_n(planned + begin, chunk.n, chunk.planned);
     if (const int error = f(chunk)) return error;
   }
   return 0;
@@ -140,12 +200,12 @@ void add_address(T*& pointer, uintptr_t workspace) {
   pointer = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(pointer) + workspace);
 }
 
-// Calls launch() with the tickets of all phases at once, or phase after phase. Returns the first error.
+// Calls launch() for the tickets of each launch. Returns the first error.
 template <class Call, class Launch>
-int launch_phases(Call& call, int phases, bool one_launch, Launch launch) {
-  for (int phase = 0; phase < (one_launch ? 1 : phases); ++phase) {
-    call.first_ticket = call.phase_first[phase];
-    call.end_ticket = call.phase_first[one_launch ? phases : phase + 1];
+int launch_phases(Call& call, const Plan& plan, Launch launch) {
+  for (size_t phase = 0; phase + 1 < plan.phase_first.size(); ++phase) {
+    call.first_ticket = plan.phase_first[phase];
+    call.end_ticket = plan.phase_first[phase + 1];
     call.ticket_counter = uint32_t(phase);
     if (const int error = launch()) return error;
   }

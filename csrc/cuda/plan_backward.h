@@ -31,15 +31,16 @@ inline void plan_memory_order(const Layer& layer, BackwardLayer& out) {
   out.middle = uint32_t(dimensions[1].size);
 }
 
-// out: one for each layer, in the order of `layers`, of which the largest comes first.
-inline Plan plan_backward(const std::vector<Layer>& layers, const Device& device, BackwardCall& call,
-                          BackwardLayer* out) {
+// As plan_forward.
+inline Plan plan_backward(const std::vector<Layer>& layers, const Device& device, bool one_launch, BackwardCall& call,
+                          BackwardLayer* out, Segment* segments) {
   const int64_t total = total_size(layers);
   const int n = int(layers.size());
-  Plan plan = {0, counter_bytes(n), 0, kBackwardShared};
-  call.n_layers = n;
+  Plan plan = {0, counter_bytes(n), 0, 0, kBackwardShared, {}};
+  call.n_segments = n * kBackwardPhases;
   call.tile_elements = flat_tile(total, device, 16384);
   uint32_t tiles = 0;
+  std::vector<std::array<Stage, kBackwardPhases>> stages;
   for (int j = 0; j < n; ++j) {
     const Layer& layer = layers[size_t(j)];
     BackwardLayer& to = out[j];
@@ -51,11 +52,12 @@ inline Plan plan_backward(const std::vector<Layer>& layers, const Device& device
     to.size = uint32_t(layer.size());
     plan_memory_order(layer, to);
     to.tiles = uint32_t(divide_up(layer.size(), call.tile_elements));
-    to.sums = to.first[0] = tiles;
+    to.sums = tiles;
     tiles += to.tiles;
+    const Stage stage = {to.tiles, double(call.tile_elements)};  // both read or write two numbers for each element
+    stages.push_back({{stage, stage}});
   }
-  for (int j = 0; j < n; ++j) out[j].first[1] = tiles + out[j].first[0];
-  for (int phase = 0; phase <= kBackwardPhases; ++phase) call.phase_first[phase] = tiles * uint32_t(phase);
+  plan.phase_first = order_segments(stages, one_launch, device.multiprocessors * kBackwardBlocks, segments);
 
   const int64_t records_at = plan.counter_bytes;
   const int64_t sums_at = records_at + n * int64_t(sizeof(BackwardRecord));
@@ -63,7 +65,7 @@ inline Plan plan_backward(const std::vector<Layer>& layers, const Device& device
   call.records = reinterpret_cast<BackwardRecord*>(records_at);
   call.sums = reinterpret_cast<double*>(sums_at);
   plan.workspace_bytes = sums_at + tiles * int64_t(sizeof(double));
-  plan_table<BackwardLayer>(plan, layers.size());
+  plan_table<BackwardLayer>(plan, n, call.n_segments);
   return plan;
 }
 

@@ -6,12 +6,14 @@
 
 namespace bssn::cuda {
 
+constexpr int64_t kFewestElements = 8192;  // of a power tile, if the layer has as many
+
 // Output channels of a power tile. Each tile writes a share of t and r that is read again, so few large tiles move
 // less; two tiles for each multiprocessor even out better than one.
 inline int64_t channels_per_tile(const Layer& layer, int64_t total, const Device& device) {
   const double share = double(layer.size()) / double(total) * device.multiprocessors;
   const auto channels = [&](double tiles) { return int64_t(std::ceil(double(layer.c_out) / std::max(tiles, 1.0))); };
-  constexpr int64_t kEnough = 16, kFewestElements = 8192;
+  constexpr int64_t kEnough = 16;
   const int64_t wanted = channels(2 * share) >= kEnough ? channels(2 * share) : std::min(channels(share), kEnough);
   return std::min(std::max(wanted, divide_up(kFewestElements, layer.columns())), layer.c_out);
 }
@@ -22,11 +24,18 @@ inline int log2(int64_t x) { return x == 1 ? 0 : 1 + log2(x / 2); }
 // Elements of a row that a thread takes at a time, where the weight itself begins at a multiple of 16 bytes.
 inline int pack_of(const Layer& layer, int64_t element) {
   const bool rows_begin_there = layer.columns() * element % 16 == 0;
-  return rows_begin_there && (layer.channel_major() || layer.c_in % kMaxPack == 0) ? kMaxPack : 1;
+  return rows_begin_there && (!layer.kernel_major() || layer.c_in % kMaxPack == 0) ? kMaxPack : 1;
+}
+
+// Whether gathered rows can be copied in pieces of 16 bytes.
+inline bool has_pieces(const Layer& layer, int64_t element) {
+  const auto fits = [&](int64_t elements) { return elements * element % 16 == 0; };
+  return layer.stride_kernel == 1 && fits(layer.kernel) && (layer.c_in == 1 || fits(layer.stride_in)) &&
+         (layer.c_out == 1 || fits(layer.stride_out)) && reinterpret_cast<uintptr_t>(layer.weight) % 16 == 0;
 }
 
 // Chooses how many threads share a row, and how many steps of rows lie in shared memory; leaves stage_bytes 0 if the
-// rows cannot be staged. Returns the shared memory that the layer needs.
+// rows do not fit there. Returns the shared memory that the layer needs.
 inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels, const Device& device, int pack,
                            ForwardLayer& out) {
   const auto walk = [&](int64_t threads) { return Walk(int(threads), int(layer.kernel), layer.kernel_major(), pack); };
@@ -41,7 +50,8 @@ inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels
   out.packed = pack > 1;
   out.stages = 0;
   out.stage_bytes = 0;
-  if (!layer.channel_major() && !layer.kernel_major()) return kMinShared;
+  out.gathered = !layer.channel_major() && !layer.kernel_major();
+  out.pieces = out.gathered && has_pieces(layer, element);
   const int64_t length = layer.kernel_major() ? layer.c_in : layer.columns();
   const int most = pack == 1 ? kFewColumns : device.columns;
   for (const int64_t threads : {32, 64, 128, 256, kThreads}) {
@@ -65,67 +75,128 @@ inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels
   return kMinShared;
 }
 
-// Fills in `call` and `out` but for the workspace's address (offsets stand in its place) and what is not the plan's.
-// out: one for each layer, in the order of `layers`, of which the largest comes first.
-inline Plan plan_forward(const std::vector<Layer>& layers, DType weight_type, const Device& device, ForwardCall& call,
-                         ForwardLayer* out) {
-  const int64_t total = total_size(layers);
+// Cuts a layer whose rows are not staged: see power_split.h. A power tile has at least kFewestElements of one row, or
+// some whole rows; a reduce tile as many columns as leave enough tiles.
+inline void plan_split(const Layer& layer, int64_t total, const Device& device, ForwardLayer& out) {
+  const int64_t elements = std::max(total / (2 * device.multiprocessors), kFewestElements);
+  const int64_t chunks = std::clamp(layer.columns() / elements, int64_t(1), layer.c_in);
+  out.chunk = int32_t(divide_up(layer.c_in, chunks));
+  out.channels = int32_t(std::clamp(elements / layer.columns(), int64_t(1), layer.c_out));
+  out.tiles[power] = uint32_t(divide_up(layer.c_out, out.channels)) * out.chunks();
+  const double tiles = std::max(2.0 * device.multiprocessors * double(layer.size()) / double(total), 1.0);
+  constexpr int64_t kFewestColumns = 64;
+  const int64_t columns = std::clamp(int64_t(double(layer.columns()) / tiles), kFewestColumns, int64_t(kSplitElements));
+  out.column_channels = uint16_t(std::clamp(columns / layer.kernel, int64_t(1), layer.c_in));
+  const int64_t of_tile = out.column_channels * layer.kernel;
+  out.slices = uint8_t(std::clamp(kThreads / of_tile, int64_t(1), std::min(layer.c_out, kThreads / kFewestColumns)));
+}
+
+inline void plan_rows(const Layer& layer, int64_t channels, ForwardLayer& out) {
+  out.chunk = out.c_in;
+  out.channels = int32_t(std::min(channels, layer.c_out));
+  out.tiles[power] = uint32_t(divide_up(layer.c_out, out.channels));
+  out.slices = 4;
+  while (out.slices < 16 && out.tiles[power] / out.slices > 8) out.slices *= 2;
+}
+
+// Floats that the power tiles leave for the reduce tiles.
+inline int64_t shares_size(const ForwardLayer& layer, bool update) {
+  if (layer.stage_bytes == 0) return layer.chunks() > 1 ? round_up(int64_t(layer.firsts()) * layer.chunks(), 4) : 0;
+  return update ? int64_t(layer.tiles[power]) * layer.slot_size() : 0;
+}
+
+// A layer's tiles, where `pack` neighbouring elements of a row are taken at a time. Returns the shared memory they
+// need.
+inline int64_t plan_tiles(const Layer& layer, int64_t element, int64_t total, const Device& device, int pack,
+                          const ForwardCall& call, ForwardLayer& to) {
+  int64_t channels = channels_per_tile(layer, total, device);
+  const int64_t shared = plan_stages(layer, element, channels, device, pack, to);
+  const int64_t groups = to.groups;
+  const int64_t reduced = call.update ? layer.columns() + (layer.two_sided ? layer.c_in : 0) : 0;
+  to.tiles[reduce] = to.first_tiles();
+  if (to.stage_bytes == 0) {
+    plan_split(layer, total, device, to);
+    to.tiles[reduce] += call.update ? uint32_t(divide_up(layer.c_in, to.column_channels)) : 0;
+  } else {
+    plan_rows(layer, std::max((channels + groups / 2) / groups, int64_t(1)) * groups, to);
+    to.tiles[reduce] += uint32_t(divide_up(reduced, 4 * kThreads / to.slices));
+  }
+  to.tiles[write] = uint32_t(divide_up(layer.size(), call.write_elements));
+  return shared;
+}
+
+// Bytes that a tile moves, for the order of the segments.
+inline std::array<Stage, kPhases> stages_of(const ForwardLayer& layer, const ForwardCall& call, int64_t element) {
+  const double row_bytes = double(layer.row()) * double(element);
+  const double column_tiles = std::max(layer.tiles[reduce] - layer.first_tiles(), 1u);
+  const double power_bytes = double(layer.channels) * row_bytes / layer.chunks();
+  const double reduce_bytes = layer.stage_bytes ? 4.0 * layer.tiles[power] * layer.slot_size() / column_tiles
+                                                : double(layer.c_out) * row_bytes / column_tiles;
+  return {{{layer.tiles[power], power_bytes},
+           {layer.tiles[reduce], reduce_bytes},
+           {layer.tiles[write], 2.0 * double(element) * call.write_elements}}};
+}
+
+inline void copy_pointers(const Layer& layer, ForwardLayer& to) {
+  to.weight = layer.weight;
+  to.output = layer.output;
+  for (int v = 0; v < 4; ++v) {
+    to.vectors[v] = layer.vectors[v];
+    to.snapshot[v] = layer.snapshot[v];
+  }
+  to.sigma = layer.sigma;
+}
+
+inline void copy_sizes(const Layer& layer, ForwardLayer& to) {
+  to.c_out = int32_t(layer.c_out);
+  to.c_in = int32_t(layer.c_in);
+  to.kernel = int32_t(layer.kernel);
+  to.both_sides = layer.two_sided != 0;
+  to.kernel_major = layer.kernel_major();
+  to.stride_out = int32_t(layer.stride_out);
+  to.stride_in = int32_t(layer.stride_in);
+  to.stride_kernel = int32_t(layer.stride_kernel);
+}
+
+// Fills in `call`, `out` and `segments` but for the workspace's address (offsets stand in its place) and what is not
+// the plan's. out: one for each layer, in the order of `layers`, of which the largest comes first; segments: kPhases
+// for each. The workspace does not depend on where the weights lie, nor on the number of launches.
+inline Plan plan_forward(const std::vector<Layer>& layers, DType weight_type, const Device& device, bool one_launch,
+                         ForwardCall& call, ForwardLayer* out, Segment* segments) {
+  const int64_t total = total_size(layers), element = element_size(weight_type);
   const int n = int(layers.size());
-  Plan plan = {0, counter_bytes(n), 0, kMinShared};
-  call.n_layers = n;
+  Plan plan = {0, counter_bytes(n), 0, 0, kMinShared, {}};
+  call.n_segments = n * kPhases;
   call.write_elements = flat_tile(total, device, 32768);
   int64_t sums = 0, slots = 0;
+  std::vector<std::array<Stage, kPhases>> stages;
   for (int j = 0; j < n; ++j) {
     const Layer& layer = layers[size_t(j)];
     ForwardLayer& to = out[j];
-    to.weight = layer.weight;
-    to.output = layer.output;
-    for (int v = 0; v < 4; ++v) {
-      to.vectors[v] = layer.vectors[v];
-      to.snapshot[v] = layer.snapshot[v];
-    }
-    to.sigma = layer.sigma;
-    to.c_out = int32_t(layer.c_out);
-    to.c_in = int32_t(layer.c_in);
-    to.kernel = int32_t(layer.kernel);
-    to.both_sides = layer.two_sided != 0;
-    to.kernel_major = layer.kernel_major();
-    to.stride_out = int32_t(layer.stride_out);
-    to.stride_in = int32_t(layer.stride_in);
-    to.stride_kernel = int32_t(layer.stride_kernel);
-
-    const int64_t element = element_size(weight_type);
-    int64_t channels = channels_per_tile(layer, total, device), shared;
+    to = {};
+    copy_pointers(layer, to);
+    copy_sizes(layer, to);
+    ForwardLayer unaligned = to;
     const int pack = pack_of(layer, element);
-    shared = plan_stages(layer, element, channels, device, pack, to);
-    const int64_t groups = to.groups;
-    channels = std::max((channels + groups / 2) / groups, int64_t(1)) * groups;
-    // Tiles and workspace must not depend on where the weight lies.
-    if (pack > 1 && reinterpret_cast<uintptr_t>(layer.weight) % 16 != 0) {
-      shared = plan_stages(layer, element, channels, device, 1, to);
+    int64_t shared = plan_tiles(layer, element, total, device, pack, call, to);
+    int64_t shares = shares_size(to, call.update), reduce_tiles = to.tiles[reduce];
+    if (pack > 1 && !to.gathered) {
+      const int64_t shared_then = plan_tiles(layer, element, total, device, 1, call, unaligned);
+      shares = std::max(shares, shares_size(unaligned, call.update));
+      reduce_tiles = std::max(reduce_tiles, int64_t(unaligned.tiles[reduce]));
+      if (reinterpret_cast<uintptr_t>(layer.weight) % 16 != 0) {
+        to = unaligned;
+        shared = shared_then;
+      }
     }
     plan.shared_bytes = std::max(plan.shared_bytes, uint32_t(shared));
-    to.channels = int32_t(std::min(channels, layer.c_out));
-    to.tiles[power] = uint32_t(divide_up(layer.c_out, to.channels));
-    to.slices = 4;
-    while (to.slices < 16 && to.tiles[power] / to.slices > 8) to.slices *= 2;
-    const int64_t reduced = call.update ? layer.columns() + (layer.two_sided ? layer.c_in : 0) : 0;
-    to.tiles[reduce] = to.first_tiles() + uint32_t(divide_up(reduced, 4 * kThreads / to.slices));
-    to.tiles[write] = uint32_t(divide_up(layer.size(), call.write_elements));
     to.slots = uint32_t(slots / 4);
     to.sums = uint32_t(sums);
-    if (call.update) slots += int64_t(to.tiles[power]) * to.slot_size();
-    sums += int64_t(to.tiles[reduce]) * kSums;
+    slots += shares;
+    sums += reduce_tiles * kSums;
+    stages.push_back(stages_of(to, call, element));
   }
-  uint32_t ticket = 0;
-  for (int phase = 0; phase < kPhases; ++phase) {
-    call.phase_first[phase] = ticket;
-    for (int j = 0; j < n; ++j) {
-      out[j].first[phase] = ticket;
-      ticket += out[j].tiles[phase];
-    }
-  }
-  call.phase_first[kPhases] = ticket;
+  plan.phase_first = order_segments(stages, one_launch, device.multiprocessors * kForwardBlocks, segments);
 
   const int64_t records_at = plan.counter_bytes, sums_at = records_at + n * int64_t(sizeof(Record));
   const int64_t slots_at = round_up(sums_at + sums * int64_t(sizeof(double)), 16);
@@ -134,7 +205,7 @@ inline Plan plan_forward(const std::vector<Layer>& layers, DType weight_type, co
   call.sums = reinterpret_cast<double*>(sums_at);
   call.slots = reinterpret_cast<float*>(slots_at);
   plan.workspace_bytes = slots_at + slots * int64_t(sizeof(float));
-  plan_table<ForwardLayer>(plan, layers.size());
+  plan_table<ForwardLayer>(plan, n, call.n_segments);
   return plan;
 }
 
@@ -145,15 +216,15 @@ inline void set_workspace(ForwardCall& call, uintptr_t workspace) {
   add_address(call.slots, workspace);
 }
 
-// The launches of a forward call: one for each iteration, of which only the last writes the normalised weights.
-// reset() zeroes the counters.
+// The launches of a forward call: those of the plan for each iteration, of which only the last writes the normalised
+// weights. reset() zeroes the counters.
 template <class Reset, class Launch>
-int launch_forward(ForwardCall& call, int64_t iterations, bool one_launch, Reset reset, Launch launch) {
+int launch_forward(ForwardCall& call, const Plan& plan, int64_t iterations, Reset reset, Launch launch) {
   const int64_t passes = std::max(iterations, int64_t(1));
   for (int64_t pass = 0; pass < passes; ++pass) {
     call.write_output = pass + 1 == passes;
     if (const int error = reset()) return error;
-    if (const int error = launch_phases(call, kPhases, one_launch, launch)) return error;
+    if (const int error = launch_phases(call, plan, launch)) return error;
   }
   return 0;
 }

@@ -177,6 +177,19 @@ BSSN_HD void copy16(void* shared, const void* global) {
 #endif
 }
 
+// Copies an element into shared memory; those of 4 bytes as copy16 does.
+template <class W>
+BSSN_HD void copy_element(W* shared, const W* global) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(W) == 4) {
+    const uint32_t address = uint32_t(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(global) : "memory");
+    return;
+  }
+#endif
+  *shared = *global;
+}
+
 // Division of numbers below 2^31 by a number that a whole layer shares.
 struct Divisor {
   uint32_t value, factor, shift;

@@ -20,7 +20,7 @@ namespace bssn::cuda {
 // from a multiple of 16 bytes, whatever that is, so that all but its ends moves in pieces of 16 bytes. V > 1: it is 0,
 // and so is what is left at the end.
 template <class W, int V>
-BSSN_HD void stage_rows(const ForwardLayer& layer, int first, int rows, unsigned char* stage, int thread) {
+BSSN_HD void stage_rows(const ForwardLayer& layer, uint32_t first, int rows, unsigned char* stage, int thread) {
   constexpr int kPiece = 16 / int(sizeof(W));
   const W* const source = static_cast<const W*>(layer.weight) + int64_t(first) * layer.row();
   const int size = rows * layer.row();
@@ -56,8 +56,39 @@ BSSN_HD void stage_rows(const ForwardLayer& layer, int first, int rows, unsigned
   }
 }
 
+// Puts rows together whose elements lie anywhere, as those of transposed convolutions do. Neighbouring threads take
+// what lies together: an input channel's kernel positions, row after row, or where rows are closer a position of all
+// rows.
 template <class W>
-BSSN_HD const W* staged_rows(const ForwardLayer& layer, int first, unsigned char* stage) {
+BSSN_HD void gather_rows(const ForwardLayer& layer, uint32_t first, int rows, unsigned char* stage, int thread) {
+  const int piece = layer.pieces ? 16 / int(sizeof(W)) : 1, kernel_pieces = layer.kernel / piece;
+  const int of_channel = rows * kernel_pieces, threads = of_channel < kThreads ? kThreads / of_channel : 1;
+  const int i0 = of_channel < kThreads ? thread / of_channel : 0;
+  const bool rows_together = layer.stride_out < layer.stride_kernel;
+  const W* const source = static_cast<const W*>(layer.weight);
+  W* const target = reinterpret_cast<W*>(stage);
+  BSSN_UNROLL_BY(1)
+  for (int p = thread - i0 * of_channel; p < of_channel && i0 < threads; p += kThreads) {
+    const int row = rows_together ? p % rows : p / kernel_pieces;
+    const int k = (rows_together ? p / rows : p - row * kernel_pieces) * piece;
+    // A weight has less than 2^31 elements.
+    int from = (int(first) + row) * layer.stride_out + i0 * layer.stride_in + k * layer.stride_kernel;
+    int to = row * layer.row() + i0 * layer.kernel + k;
+    BSSN_UNROLL_BY(1)
+    for (int i = i0; i < layer.c_in; i += threads, to += threads * layer.kernel) {
+      if (layer.pieces) {
+        copy16(target + to, source + from);
+      } else {
+        copy_element(target + to, source + from);
+      }
+      from += i + threads < layer.c_in ? threads * layer.stride_in : 0;
+    }
+  }
+}
+
+template <class W>
+BSSN_HD const W* staged_rows(const ForwardLayer& layer, uint32_t first, unsigned char* stage) {
+  if (layer.gathered) return reinterpret_cast<const W*>(stage);
   const W* const source = static_cast<const W*>(layer.weight) + int64_t(first) * layer.row();
   return reinterpret_cast<const W*>(stage) + reinterpret_cast<uintptr_t>(source) % 16 / sizeof(W);
 }
@@ -157,24 +188,28 @@ BSSN_HD void write_share(Block& block, const ForwardLayer& layer, Registers& reg
 template <class W, int V, class Block>
 BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
   const int groups = layer.groups, row = layer.row(), kernel = layer.kernel, ahead = layer.stages - 1;
-  const int end = layer.end_channel(tile);
+  const uint32_t end = layer.end_channel(tile), first = layer.first_channel(tile);
   const LaneSums sums(block);
   float* const u_in = block.template shared<float>(kAreaAt);  // for each element of a row, or each input channel
   float* const more_v = block.template shared<float>(kAreaAt + layer.u_bytes());  // packs of all threads
   unsigned char* const stages = block.template shared<unsigned char>(kAreaAt + layer.u_bytes() + layer.v_bytes());
-  const auto rows_at = [&](int begin) { return end - begin < groups ? end - begin : groups; };
-  const auto begin_copy = [&](int begin, int stage, int thread) {
+  const auto begin_copy = [&](uint32_t begin, int stage, int thread) {
     if (begin < end) {
-      stage_rows<W, V>(layer, begin, rows_at(begin), stages + uint32_t(stage) * layer.stage_bytes, thread);
+      const int rows = int(lesser(end - begin, uint32_t(groups)));
+      unsigned char* const to = stages + uint32_t(stage) * layer.stage_bytes;
+      if (layer.gathered) {
+        gather_rows<W>(layer, begin, rows, to, thread);
+      } else {
+        stage_rows<W, V>(layer, begin, rows, to, thread);
+      }
     }
     block.commit_copies();
   };
 
   typename Block::template PerThread<PowerThread<V>> registers;
   block.each([&](int thread) {
-    const int first = layer.first_channel(tile);
-    begin_copy(first, 0, thread);
-    for (int stage = 1; stage < ahead; ++stage) begin_copy(first + stage * groups, stage, thread);
+    BSSN_UNROLL_BY(1)
+    for (int stage = 0; stage == 0 || stage < ahead; ++stage) begin_copy(first + stage * groups, stage, thread);
     PowerThread<V>& my = registers[thread];
     my.at = Lane(layer, thread, V);
     // v_out is in the order [i][k], whatever that of the weight.
@@ -204,7 +239,7 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
   });
 
   int stage = 0;
-  for (int begin = layer.first_channel(tile); begin < end; begin += groups) {
+  for (uint32_t begin = first; begin < end; begin += groups) {
     const W* const staged = staged_rows<W>(layer, begin, stages + uint32_t(stage) * layer.stage_bytes);
     block.each([&](int thread) {
       if (ahead > 0) begin_copy(begin + ahead * groups, stage == 0 ? ahead : stage - 1, thread);
@@ -254,7 +289,7 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
     block.each([&](int thread) {
       PowerThread<V>& my = registers[thread];
       const int group = thread >> layer.group_shift, lane = thread & (layer.group_threads() - 1);
-      const int o = begin + group;
+      const uint32_t o = begin + group;
       if (o < end) {
         const float* const total = sums.totals_of(layer, thread);
         const float s = total[0];

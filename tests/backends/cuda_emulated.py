@@ -7,6 +7,8 @@ import functools
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +26,19 @@ SIGNATURES = {
     ),
     "backward": (I32, (ADDRESS, I64, ADDRESS, ADDRESS, I64, I64, REAL, ADDRESS, BOOL, *DEVICE)),
     "set_last_thread_first": (None, (BOOL,)),
+    "set_order": (None, (ctypes.c_uint64,)),
     "count_launches": (I32, ()),
     "divide": (ctypes.c_uint32, (ctypes.c_uint32, I64)),
     "plan_of": (None, (ADDRESS, I32, I64, *DEVICE, ADDRESS)),
+    "order_of": (None, (ADDRESS, I32, I64, *DEVICE, ADDRESS)),
+}
+
+
+ERRORS = {
+    1: "waited for a tile with a larger ticket, or after work on the tile had begun",
+    2: "bad dtype",
+    3: "all tiles that are left wait",
+    4: "wrote beyond the shared memory that was asked for",
 }
 
 
@@ -44,6 +56,16 @@ def library() -> ctypes.CDLL:
     for name, (result, arguments) in SIGNATURES.items():
         getattr(loaded, name).restype, getattr(loaded, name).argtypes = result, arguments
     return loaded
+
+
+@contextmanager
+def tickets_in_any_order(seed: int) -> Iterator[None]:
+    """Within, tickets run in an order of this seed (not 0) that the waits allow."""
+    library().set_order(seed)
+    try:
+        yield
+    finally:
+        library().set_order(0)
 
 
 @dataclass(frozen=True)
@@ -70,7 +92,7 @@ class Gpu:
         return library().backward(*arguments[:-2], *self.limits)
 
     def cuda_error_string(self, error: int) -> str:
-        return {1: "waited for a tile with a larger ticket", 2: "bad dtype"}[error]
+        return ERRORS[error]
 
 
 H200 = Gpu(132, 227 * 1024)

@@ -1,8 +1,14 @@
-// The CUDA kernels on the CPU: the same tile functions, one block after another in the order of their tickets, each
-// block's threads as loops between barriers. Waiting for something that is not there yet is an error, as the order of
-// the tickets is what keeps the kernels from hanging.
+// The CUDA kernels on the CPU: the same tile functions, one block after another, each block's threads as loops between
+// barriers. Tickets run in one of two ways:
+//
+// - In their order. Waiting for something that is not there yet is an error, as this order is what keeps the kernels
+//   from hanging.
+// - In any order that the waits allow, drawn from a seed, with noise in shared memory and registers before each tile.
+//   On a GPU a block may be overtaken by any number of others: what a tile reads must be what it waited for.
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <random>
 #include <vector>
 
 #include "cuda/backward.h"
@@ -14,13 +20,33 @@ namespace {
 
 using namespace bssn::cuda;
 
-enum Error : int { kWaited = 1, kBadType = 2 };
+enum Error : int { kWaited = 1, kBadType = 2, kStuck = 3, kBeyondShared = 4 };
 
 // Whether a block's threads run from the last to the first.
 bool last_thread_first = false;
 
 // How many have there been.
 int launches = 0;
+
+// Of the order of tickets; 0: as they are numbered.
+uint64_t order_seed = 0;
+
+using Random = std::mt19937_64;
+
+// Floats of any size, infinities and NaN among them.
+void fill_with_noise(void* memory, size_t bytes, Random& random) {
+  const uint64_t start = random(), step = random() | 1u;
+  uint64_t value = start;
+  for (size_t x = 0; x < bytes; x += sizeof value, value += step) {
+    std::memcpy(static_cast<unsigned char*>(memory) + x, &value, std::min(sizeof value, bytes - x));
+  }
+}
+
+// A tile has to wait, and has done nothing yet.
+struct Postponed {
+  const uint32_t* counter;
+  uint32_t value;
+};
 
 template <int Threads>
 class HostBlock {
@@ -30,16 +56,21 @@ class HostBlock {
   template <class T>
   class PerThread {
    public:
+    PerThread() {
+      Random random(order_seed);
+      fill_with_noise(static_cast<void*>(values_.data()), Threads * sizeof(T), random);
+    }
     T& operator[](int thread) { return values_[size_t(thread)]; }
 
    private:
     std::vector<T> values_ = std::vector<T>(Threads);
   };
 
-  explicit HostBlock(unsigned char* shared) : shared_(shared) {}
+  HostBlock(unsigned char* shared, bool may_wait) : shared_(shared), may_wait_(may_wait) {}
 
   template <class F>
   void each(F f) {
+    begun_ = true;
     for (int thread = 0; thread < Threads; ++thread) f(last_thread_first ? Threads - 1 - thread : thread);
   }
 
@@ -52,20 +83,37 @@ class HostBlock {
   void wait_for_copies(int) {}
   void publish(uint32_t* counter) { ++*counter; }
   uint32_t arrive(uint32_t* counter) { return (*counter)++; }
-  void wait(const uint32_t* counter, uint32_t value) { failed_ |= *counter < value; }
+  void wait(const uint32_t* counter, uint32_t value) {
+    if (*counter >= value) return;
+    if (may_wait_ && !begun_) throw Postponed{counter, value};
+    failed_ = true;
+  }
   Pack<float, 4> load_l2(const float* address) { return *reinterpret_cast<const Pack<float, 4>*>(address); }
   bool failed() const { return failed_; }
 
  private:
   unsigned char* shared_;
-  bool failed_ = false;
+  bool may_wait_, begun_ = false, failed_ = false;
 };
 
-struct Shared {
-  explicit Shared(uint32_t bytes) : memory(static_cast<unsigned char*>(std::aligned_alloc(16, bytes)), &std::free) {
-    std::memset(memory.get(), 0xff, bytes);  // NaN
+// A block's shared memory, and behind it some where nothing may be written.
+class Shared {
+ public:
+  explicit Shared(uint32_t bytes)
+      : bytes_(uint32_t(round_up(bytes, 16))),
+        memory_(static_cast<unsigned char*>(std::aligned_alloc(16, bytes_ + kBeyond)), &std::free) {
+    std::memset(memory_.get(), 0xff, bytes_ + kBeyond);  // NaN
   }
-  std::unique_ptr<unsigned char, decltype(&std::free)> memory;
+  unsigned char* begin() { return memory_.get(); }
+  void scramble(Random& random) { fill_with_noise(memory_.get(), bytes_, random); }
+  bool is_intact() const {
+    return std::all_of(memory_.get() + bytes_, memory_.get() + bytes_ + kBeyond, [](int x) { return x == 0xff; });
+  }
+
+ private:
+  static constexpr uint32_t kBeyond = 256;
+  uint32_t bytes_;
+  std::unique_ptr<unsigned char, decltype(&std::free)> memory_;
 };
 
 // Calls f with a zero of the weights' element type.
@@ -84,8 +132,8 @@ int with_weight_type(DType type, F f) {
 }
 
 template <class Planned>
-const Planned* write_table(const std::vector<Planned>& planned, void* workspace, const Plan& plan) {
-  Planned* const table = reinterpret_cast<Planned*>(static_cast<unsigned char*>(workspace) + plan.table_at);
+const Planned* write_table(const std::vector<Planned>& planned, void* workspace, int64_t at) {
+  Planned* const table = reinterpret_cast<Planned*>(static_cast<unsigned char*>(workspace) + at);
   for_table_chunks(planned.data(), planned.size(), table, [](const TableChunk<Planned>& chunk) {
     for (int thread = 0; thread < 1024; ++thread) chunk.write(thread, 1024);
     return 0;
@@ -93,15 +141,78 @@ const Planned* write_table(const std::vector<Planned>& planned, void* workspace,
   return table;
 }
 
+// Layers and segments of a call. Those of more layers than arguments hold are read from the table in the workspace,
+// which is written as the GPU's is.
+template <class Args, class Planned>
+void set_table(Args& args, const std::vector<Planned>& planned, const std::vector<Segment>& segments, void* workspace,
+               const Plan& plan) {
+  const bool in_workspace = planned.size() > size_t(kMaxByValue);
+  args.layers = in_workspace ? write_table(planned, workspace, plan.table_at) : planned.data();
+  args.segments = in_workspace ? write_table(segments, workspace, plan.segments_at) : segments.data();
+}
+
 template <int Threads, class Call, class Process>
-int work_through(const Call& call, uint32_t shared_bytes, Process process) {
-  Shared shared(uint32_t(round_up(shared_bytes, 16)));
+int in_order(const Call& call, Shared& shared, Process process) {
   for (uint32_t ticket = call.first_ticket; ticket < call.end_ticket; ++ticket) {
-    HostBlock<Threads> block(shared.memory.get());
+    HostBlock<Threads> block(shared.begin(), false);
     process(block, ticket);
     if (block.failed()) return kWaited;
   }
   return 0;
+}
+
+struct Pending {
+  uint32_t ticket;
+  Postponed until;
+
+  bool is_ready() const { return until.counter == nullptr || *until.counter >= until.value; }
+};
+
+// Which of the pending tickets, in ascending order, to try next: by the seed any, late ones, early ones, or all sorts.
+size_t choose(size_t n, Random& random) {
+  const size_t any = random() % n, other = random() % n;
+  switch (order_seed % 4) {
+    case 0:
+      return any;
+    case 1:
+      return n - 1;
+    case 2:
+      return std::min({any, other, size_t(random() % n)});
+    default:
+      return random() % 2 ? std::max(any, other) : 0;
+  }
+}
+
+template <int Threads, class Call, class Process>
+int in_any_order(const Call& call, Shared& shared, Process process) {
+  Random random(order_seed);
+  std::vector<Pending> pending;
+  for (uint32_t ticket = call.first_ticket; ticket < call.end_ticket; ++ticket) pending.push_back({ticket, {}});
+  while (!pending.empty()) {
+    const size_t from = choose(pending.size(), random);
+    const auto ready = [](const Pending& one) { return one.is_ready(); };
+    auto chosen = std::find_if(pending.begin() + int64_t(from), pending.end(), ready);
+    if (chosen == pending.end()) chosen = std::find_if(pending.begin(), pending.end(), ready);
+    if (chosen == pending.end()) return kStuck;
+    shared.scramble(random);
+    HostBlock<Threads> block(shared.begin(), true);
+    try {
+      process(block, chosen->ticket);
+      if (block.failed()) return kWaited;
+      pending.erase(chosen);
+    } catch (const Postponed& until) {
+      chosen->until = until;
+    }
+  }
+  return 0;
+}
+
+template <int Threads, class Call, class Process>
+int work_through(const Call& call, uint32_t shared_bytes, Process process) {
+  Shared shared(shared_bytes);
+  const int error =
+      order_seed ? in_any_order<Threads>(call, shared, process) : in_order<Threads>(call, shared, process);
+  return error ? error : shared.is_intact() ? 0 : kBeyondShared;
 }
 
 // Turing's code is the one for 64 KiB of shared memory.
@@ -115,12 +226,15 @@ extern "C" {
 
 void set_last_thread_first(bool value) { last_thread_first = value; }
 
+void set_order(uint64_t seed) { order_seed = seed; }
+
 int count_launches() { return launches; }
 
 uint32_t divide(uint32_t x, int64_t by) { return divisor(by)(x); }
 
 // Of each layer of a forward call: power tiles, their channels, bytes of a step in shared memory (0: the
-// rows are read from global memory), steps in shared memory at a time, threads that share a row.
+// rows are read from global memory), steps in shared memory at a time, threads that share a row, chunks of a row,
+// reduce tiles, those that add up s and q.
 void plan_of(const Geometry* geometry, int n, DType weight_type, int multiprocessors, int64_t shared, int64_t* out) {
   std::vector<Layer> layers;
   for (int j = 0; j < n; ++j) {
@@ -129,54 +243,79 @@ void plan_of(const Geometry* geometry, int n, DType weight_type, int multiproces
   }
   ForwardCall call = {};
   std::vector<ForwardLayer> planned(layers.size());
+  std::vector<Segment> segments(layers.size() * kPhases);
   call.update = true;
-  plan_forward(layers, weight_type, device_of(multiprocessors, shared), call, planned.data());
+  plan_forward(layers, weight_type, device_of(multiprocessors, shared), true, call, planned.data(), segments.data());
   for (const ForwardLayer& layer : planned) {
-    int64_t* const to = out + 5 * (reinterpret_cast<uintptr_t>(layer.weight) / 256);
-    to[0] = layer.tiles[power];
-    to[1] = layer.channels;
-    to[2] = layer.stage_bytes;
-    to[3] = layer.stages;
-    to[4] = layer.group_threads();
+    int64_t elements = 0;
+    for (uint32_t tile = 0; tile < layer.first_tiles(); ++tile) {
+      elements += int64_t(layer.firsts_of(tile).end) - layer.firsts_of(tile).first;
+    }
+    const int64_t found[] = {layer.tiles[power],  layer.channels,        layer.stage_bytes,
+                             layer.stages,        layer.group_threads(), layer.chunks(),
+                             layer.tiles[reduce], layer.first_tiles(),   elements};
+    std::copy(std::begin(found), std::end(found), out + 9 * (reinterpret_cast<uintptr_t>(layer.weight) / 256));
   }
+}
+
+// The segments of a forward call in one launch: three numbers for each, layer, phase and first ticket; then the end.
+void order_of(const Geometry* geometry, int n, DType weight_type, int multiprocessors, int64_t shared, int64_t* out) {
+  std::vector<Layer> layers = layers_without_memory(geometry, n);
+  std::vector<ForwardLayer> planned(layers.size());
+  std::vector<Segment> segments(layers.size() * kPhases);
+  ForwardCall call = {};
+  call.update = true;
+  const Device device = device_of(multiprocessors, shared);
+  const Plan plan = plan_forward(layers, weight_type, device, true, call, planned.data(), segments.data());
+  for (const Segment& segment : segments) {
+    *out++ = segment.layer();
+    *out++ = segment.phase();
+    *out++ = segment.first;
+  }
+  *out = plan.phase_first.back();
 }
 
 // Everything as in csrc/cuda/cuda.h, but for the device, given by its limits.
 int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int multiprocessors, int64_t shared) {
   const std::vector<Layer> layers = layers_without_memory(geometry, n);
   std::vector<ForwardLayer> planned(layers.size());
+  std::vector<Segment> segments(layers.size() * kPhases);
   ForwardCall call = {};
   call.update = true;
-  return plan_forward(layers, weight_type, device_of(multiprocessors, shared), call, planned.data()).workspace_bytes;
+  const Device device = device_of(multiprocessors, shared);
+  return plan_forward(layers, weight_type, device, true, call, planned.data(), segments.data()).workspace_bytes;
 }
 
 int64_t backward_workspace(const Geometry* geometry, int64_t n, int multiprocessors, int64_t shared) {
   const std::vector<Layer> layers = layers_without_memory(geometry, n);
   std::vector<BackwardLayer> planned(layers.size());
+  std::vector<Segment> segments(layers.size() * kBackwardPhases);
   BackwardCall call = {};
-  return plan_backward(layers, device_of(multiprocessors, shared), call, planned.data()).workspace_bytes;
+  const Device device = device_of(multiprocessors, shared);
+  return plan_backward(layers, device, true, call, planned.data(), segments.data()).workspace_bytes;
 }
 
-// More layers than arguments hold are read from the table in the workspace, which is written as the GPU's is.
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, float* sigma,
             DType weight_type, DType output_type, double scale, double eps, int64_t iterations, void* workspace,
             bool one_launch, int multiprocessors, int64_t shared) {
   const std::vector<Layer> layers = forward_layers(geometry, n, pointers, snapshot, sigma);
   std::vector<ForwardLayer> planned(layers.size());
+  std::vector<Segment> segments(layers.size() * kPhases);
   ForwardTableArgs args = {};
   ForwardCall& call = args.call;
   call.scale = scale;
   call.eps = eps;
   call.output_type = int32_t(output_type);
   call.update = iterations > 0;
-  const Plan plan = plan_forward(layers, weight_type, device_of(multiprocessors, shared), call, planned.data());
+  const Device device = device_of(multiprocessors, shared);
+  const Plan plan = plan_forward(layers, weight_type, device, one_launch, call, planned.data(), segments.data());
   set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
-  args.layers = n > kMaxByValue ? write_table<ForwardLayer>(planned, workspace, plan) : planned.data();
+  set_table(args, planned, segments, workspace, plan);
   const auto reset = [&] {
     std::memset(call.counters, 0, size_t(plan.counter_bytes));
     return 0;
   };
-  return launch_forward(call, iterations, one_launch, reset, [&] {
+  return launch_forward(call, plan, iterations, reset, [&] {
     ++launches;
     return with_weight_type(weight_type, [&](auto element) {
       return work_through<kThreads>(call, plan.shared_bytes, [&](auto& block, uint32_t ticket) {
@@ -190,15 +329,17 @@ int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* 
              DType grad_type, double scale, void* workspace, bool one_launch, int multiprocessors, int64_t shared) {
   const std::vector<Layer> layers = backward_layers(geometry, n, pointers, snapshot);
   std::vector<BackwardLayer> planned(layers.size());
+  std::vector<Segment> segments(layers.size() * kBackwardPhases);
   BackwardTableArgs args = {};
   BackwardCall& call = args.call;
   call.scale = scale;
   call.grad_type = int32_t(grad_type);
-  const Plan plan = plan_backward(layers, device_of(multiprocessors, shared), call, planned.data());
+  const Device device = device_of(multiprocessors, shared);
+  const Plan plan = plan_backward(layers, device, one_launch, call, planned.data(), segments.data());
   set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
-  args.layers = n > kMaxByValue ? write_table<BackwardLayer>(planned, workspace, plan) : planned.data();
+  set_table(args, planned, segments, workspace, plan);
   std::memset(call.counters, 0, size_t(plan.counter_bytes));
-  return launch_phases(call, kBackwardPhases, one_launch, [&] {
+  return launch_phases(call, plan, [&] {
     ++launches;
     return with_weight_type(weight_type, [&](auto element) {
       return work_through<kBackwardThreads>(call, plan.shared_bytes, [&](auto& block, uint32_t ticket) {

@@ -1,7 +1,5 @@
 """The CUDA kernels' arithmetic without a GPU, block after block on the CPU: every layout, dtype and kind of tile."""
 
-import ctypes
-
 import cuda_emulated
 import matrix
 import pytest
@@ -12,31 +10,12 @@ from hypothesis import strategies as st
 from matrix import CASES, Case
 
 from bssn_fast import backends, normalize
-from bssn_fast.backends import cuda, extension
-from bssn_fast.layout import Batch
+from bssn_fast.backends import extension
 
 if cuda_emulated.compiler() is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 GPUS = {"h200": H200, "t4": T4, "tiny": TINY}
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """Makes the backend cuda serve CPU tensors by emulating a GPU: H200, or what the returned function is given."""
-
-    def emulate(module):
-        cuda._table.cache_clear()  # its tables know how much memory a call needs on the GPU before
-        monkeypatch.setattr(extension, "module", module)
-
-    monkeypatch.setattr(cuda, "DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(cuda, "why_unavailable", lambda device: None)
-    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
-    backends.forget()
-    emulate(H200)
-    yield emulate
-    backends.forget()
-    cuda._table.cache_clear()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -216,31 +195,6 @@ def test_division_by_multiplication(x, divisor):
     for near in (multiple - 1, multiple):
         if near >= 0:
             assert cuda_emulated.library().divide(near, divisor) == near // divisor
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "staged"),
-    [
-        ((1536, 1536, 3, 3), torch.float32, True),  # BigGAN's largest
-        ((1024, 1024, 3, 3), torch.float32, True),
-        ((512, 512, 4, 4), torch.float32, True),
-        ((64, 3, 3, 3), torch.bfloat16, True),
-        ((4, 100000), torch.float32, False),
-    ],
-)
-def test_which_rows_are_staged(shape, dtype, staged):
-    """On an H200; in the order of memory that convolutions have by default and in channels_last."""
-    weight = torch.empty(shape, device="meta")
-    for strides in (weight.stride(), place_strides(weight)):
-        table = cuda._Table(Batch((shape,), (strides,), (0,), (weight.ndim > 2,)), [0])
-        plan = (ctypes.c_int64 * 5)()
-        cuda_emulated.library().plan_of(table.address, 1, cuda._DTYPES[dtype], *H200.limits, ctypes.addressof(plan))
-        assert (plan[2] > 0) == staged
-        assert not staged or plan[3] >= 2 or plan[0] * plan[1] == shape[0], "nothing is copied ahead"
-
-
-def place_strides(weight):
-    return matrix.place(weight, "channels_last").stride()
 
 
 def test_extension_built_without_cuda_says_so(monkeypatch):

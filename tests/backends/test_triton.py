@@ -18,7 +18,13 @@ def _version(module):
 
 
 @pytest.mark.parametrize(
-    ("file", "interpret"), [("triton_interpreted.py", "1"), ("triton_refused.py", "1"), ("triton_compiled.py", "0")]
+    ("file", "interpret"),
+    [
+        ("triton_interpreted.py", "1"),
+        ("triton_refused.py", "1"),
+        ("triton_buffers.py", "1"),
+        ("triton_compiled.py", "0"),
+    ],
 )
 def test_without_gpu(file, interpret):
     if interpret == "1" and _version(triton) < (3, 7) and _version(np) >= (2, 4):

@@ -1,4 +1,4 @@
-"""From tensors to launches: programs and their buffers are kept from call to call, outputs are passed by address."""
+"""From tensors to launches: programs are kept from call to call, outputs are passed by address."""
 
 from __future__ import annotations
 
@@ -103,6 +103,7 @@ def _layers(
 def _ready(
     kernel: Any,
     prepared: Prepared,
+    counters: Tensor,
     buffers: Buffers,
     arguments: tuple[Any, ...],
     **constants: Any,
@@ -113,7 +114,7 @@ def _ready(
     which its program is kept.
     """
     program = prepared.program
-    before = (prepared.layers, prepared.segments, buffers.counters, buffers.scratch, buffers.stats, *arguments)
+    before = (prepared.layers, prepared.segments, counters, buffers.scratch, buffers.stats, *arguments)
     options = {
         "SHAPES": program.shapes,
         "N_SEGMENTS": program.n_segments,
@@ -200,12 +201,13 @@ def forward(
     with _on(sigma.device):
         for iteration in range(max(n_power_iterations, 1)):
             write = iteration + 1 >= n_power_iterations
-            prepared, buffers, others = _cache.get((*key, iterate, write), sigma, make(write))
-            if prepared is not None and buffers is not None:
+            prepared, counters, others = _cache.get((*key, iterate, write), sigma, make(write))
+            if prepared is not None and counters is not None:
                 start = _ready(
                     kernels.forward_kernel,
                     prepared,
-                    buffers,
+                    counters,
+                    Buffers(prepared, sigma),
                     (snapshot, sigma, outs[0], _bits(scale), _bits(eps)),
                     ITERATE=iterate,
                     W_TYPE=TYPES[weights[0].dtype],
@@ -271,8 +273,9 @@ def backward(
         single,
     )
     with _on(sigma.device):
-        prepared, buffers, others = _cache.get(key, sigma, program)
-        if prepared is not None and buffers is not None:
+        prepared, counters, others = _cache.get(key, sigma, program)
+        if prepared is not None and counters is not None:
+            buffers = Buffers(prepared, sigma)
             chosen = [grad_addresses[j] for j in prepared.indices]
             table = len(chosen) > MAX_ARGUMENTS
             if table:
@@ -280,6 +283,7 @@ def backward(
             start = _ready(
                 kernels.backward_kernel,
                 prepared,
+                counters,
                 buffers,
                 (snapshot, sigma, outs[0], buffers.addresses, _arguments([] if table else chosen), _bits(scale)),
                 TABLE=table,

@@ -1,4 +1,4 @@
-"""What is kept from call to call: tables on the device, and the buffers that programs work in."""
+"""What is kept from call to call, tables on the device, and the buffers that a call works in."""
 
 from __future__ import annotations
 
@@ -76,35 +76,46 @@ class Prepared:
 
 
 class Buffers:
-    """What a program works in: nothing else may use them at the same time."""
+    """What one call works in. The allocator keeps it from others until the stream has come past the call.
+
+    So the calls of a model that is gone hold no memory, two threads may call on one stream, and while a CUDA graph is
+    captured the memory is the graph's own.
+    """
 
     def __init__(self, prepared: Prepared, like: Tensor) -> None:
         program = prepared.program
-        self.counters = like.new_zeros(program.counters_size if prepared.single else 1, dtype=torch.int64)
         self.scratch = like.new_empty(max(program.scratch_size, 1))
         self.stats = like.new_empty(program.stats_size, dtype=torch.float64)
         many = len(prepared.indices) > MAX_ARGUMENTS
-        self.addresses = empty_table(len(prepared.indices) if many else 1, like.device)
+        self.addresses = empty_table(len(prepared.indices), like.device) if many else self.stats
+
+
+def new_counters(prepared: Prepared, like: Tensor) -> Tensor:
+    """Return counters that are zero: launches one after another can share them, as `take_tile` has it."""
+    return like.new_zeros(prepared.program.counters_size if prepared.single else 1, dtype=torch.int64)
 
 
 Made = tuple[Prepared | None, list[int]]
 """A program, if there are layers for it, and the indices of layers that it leaves to the reference."""
 
-Found = tuple[Prepared | None, Buffers | None, list[int]]
-"""The same with the program's buffers."""
+Found = tuple[Prepared | None, Tensor | None, list[int]]
+"""The same with the program's counters."""
 
 
-def _with_buffers(made: Made, like: Tensor) -> Found:
+def _with_counters(made: Made, like: Tensor) -> Found:
     prepared, others = made
-    return prepared, Buffers(prepared, like) if prepared else None, others
+    return prepared, new_counters(prepared, like) if prepared else None, others
 
 
 class Cache:
-    """Programs by what they were made for, per stream: calls on different streams may overlap."""
+    """Programs by what they were made for, per stream: calls on different streams may overlap.
+
+    A program is a table and counters, a few kilobytes.
+    """
 
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[Hashable, int], Found] = OrderedDict()
-        self._captured: dict[Hashable, Found] = {}
+        self._captured: dict[Hashable, Made] = {}
         self._lock = threading.Lock()
 
     def clear(self) -> None:
@@ -113,10 +124,11 @@ class Cache:
             self._kept.clear()
 
     def get(self, key: Hashable, like: Tensor, make: Callable[[], Made]) -> Found:
-        """Return what was kept for `key`, or make it on the current stream; buffers have the dtype of `like`.
+        """Return what was kept for `key`, or make it on the current stream.
 
-        While a CUDA graph is captured, its buffers are its own (counters are cleared at every replay), and a table
-        that it refers to is never freed again. A table made during capture is written at every replay.
+        While a CUDA graph is captured, its counters are its own (they are cleared at every replay), and a table that it
+        refers to is never freed again: nothing tells when a graph is gone. A table made during capture is the graph's
+        own and written at every replay.
         """
         with self._lock:
             if like.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -124,7 +136,7 @@ class Cache:
             stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
             found = self._kept.get((key, stream))
             if found is None:
-                found = _with_buffers(make(), like)
+                found = _with_counters(make(), like)
                 self._kept[(key, stream)] = found
                 while len(self._kept) > MAX_KEPT:
                     self._kept.popitem(last=False)
@@ -133,8 +145,9 @@ class Cache:
             return found
 
     def _for_graph(self, key: Hashable, like: Tensor, make: Callable[[], Made]) -> Found:
-        known = next((found for (k, _), found in self._kept.items() if k == key), self._captured.get(key))
+        kept = next((found for (k, _), found in self._kept.items() if k == key), None)
+        known = (kept[0], kept[2]) if kept else self._captured.get(key)
         if known is None:
-            return _with_buffers(make(), like)
+            return _with_counters(make(), like)
         self._captured[key] = known
-        return _with_buffers((known[0], known[2]), like)
+        return _with_counters(known, like)

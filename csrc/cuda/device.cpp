@@ -1,6 +1,6 @@
 // Questions to the CUDA runtime.
 #include "cuda.h"
-#include "launch.cuh"
+#include "launch.h"
 
 #define BSSN_TEXT_OF(x) #x
 #define BSSN_TEXT(x) BSSN_TEXT_OF(x)

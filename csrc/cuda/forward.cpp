@@ -1,34 +1,12 @@
-// The forward kernel and its launch.
+// The forward call, on the host.
 #include <atomic>
 
 #include "cuda.h"
-#include "forward.h"
-#include "launch.cuh"
+#include "launch.h"
 #include "plan_forward.h"
 
 namespace bssn::cuda {
 namespace {
-
-template <class W, class Args>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_kernel(const __grid_constant__ Args args) {
-  work_through<kThreads>(
-      args.call, [&](DeviceBlock<kThreads>& block, uint32_t ticket) { forward_ticket<W>(block, args, ticket); });
-}
-
-template <class Args>
-cudaError_t launch(DType weight_type, Args& args, const Device& limits, uint32_t shared_bytes, cudaStream_t stream) {
-  switch (weight_type) {
-    case DType::f32:
-      return launch_kernel(forward_kernel<float, Args>, args, kThreads, kForwardBlocks, limits, shared_bytes, stream);
-    case DType::bf16:
-      return launch_kernel(forward_kernel<BFloat16, Args>, args, kThreads, kForwardBlocks, limits, shared_bytes,
-                           stream);
-    case DType::f16:
-      return launch_kernel(forward_kernel<Float16, Args>, args, kThreads, kForwardBlocks, limits, shared_bytes, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
 
 struct Settings {
   DType weight_type, output_type;
@@ -37,29 +15,32 @@ struct Settings {
   bool one_launch;
 };
 
-// planned: the arguments' own layers, or what becomes the table that they point to.
+// planned, segments: the arguments' own, or what becomes the table that they point to.
 template <class Args>
-int run(Args& args, ForwardLayer* planned, const std::vector<Layer>& layers, const Settings& settings, void* workspace,
-        const Device& limits, cudaStream_t stream) {
+int run(Args& args, ForwardLayer* planned, Segment* segments, const std::vector<Layer>& layers,
+        const Settings& settings, void* workspace, const Device& limits, cudaStream_t stream) {
   ForwardCall& call = args.call;
   call.scale = settings.scale;
   call.eps = settings.eps;
   call.output_type = int32_t(settings.output_type);
   call.update = settings.iterations > 0;
-  const Plan plan = plan_forward(layers, settings.weight_type, limits, call, planned);
+  const Plan plan = plan_forward(layers, settings.weight_type, limits, settings.one_launch, call, planned, segments);
   set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
-  if (const int error = launch_table(args, planned, layers.size(), workspace, plan, stream)) return error;
+  if (const int error = launch_tables(args, planned, segments, int64_t(layers.size()), workspace, plan, stream)) {
+    return error;
+  }
+  const Kernels kernels = forward_kernels(settings.weight_type);
   return launch_forward(
-      call, settings.iterations, settings.one_launch,
+      call, plan, settings.iterations,
       [&] { return int(cudaMemsetAsync(call.counters, 0, size_t(plan.counter_bytes), stream)); },
-      [&] { return int(launch(settings.weight_type, args, limits, plan.shared_bytes, stream)); });
+      [&] { return int(launch_kernel(kernels, args, kThreads, kForwardBlocks, limits, plan.shared_bytes, stream)); });
 }
 
 // What was compiled for a device, or for an older one from which the driver has made code.
 cudaError_t code_for(int device, cudaFuncAttributes& attributes) {
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return guard.error();
-  return cudaFuncGetAttributes(&attributes, forward_kernel<float, ForwardTableArgs>);
+  return cudaFuncGetAttributes(&attributes, forward_kernels_f32().table);
 }
 
 cudaError_t limits_of(int device, Device& limits) {
@@ -91,9 +72,10 @@ int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type
   if (error != cudaSuccess) return -int64_t(error);
   const std::vector<Layer> layers = layers_without_memory(geometry, n);
   std::vector<ForwardLayer> planned(layers.size());
+  std::vector<Segment> segments(layers.size() * kPhases);
   ForwardCall call = {};
   call.update = true;
-  return plan_forward(layers, weight_type, limits, call, planned.data()).workspace_bytes;
+  return plan_forward(layers, weight_type, limits, true, call, planned.data(), segments.data()).workspace_bytes;
 }
 
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, float* sigma,
@@ -106,9 +88,10 @@ int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* s
   if (guard.error() != cudaSuccess) return guard.error();
   const std::vector<Layer> layers = forward_layers(geometry, n, pointers, snapshot, sigma);
   const Settings settings = {weight_type, output_type, scale, eps, iterations, one_launch};
-  return with_arguments<ForwardArgs, ForwardTableArgs, ForwardLayer>(n, [&](auto& args, ForwardLayer* planned) {
-    return run(args, planned, layers, settings, workspace, limits, static_cast<cudaStream_t>(stream));
-  });
+  return with_arguments<ForwardArgs, ForwardTableArgs, ForwardLayer, kPhases>(
+      n, [&](auto& args, ForwardLayer* planned, Segment* segments) {
+        return run(args, planned, segments, layers, settings, workspace, limits, static_cast<cudaStream_t>(stream));
+      });
 }
 
 }  // namespace bssn::cuda

@@ -1,0 +1,63 @@
+// The backward call, on the host.
+#include "cuda.h"
+#include "launch.h"
+#include "plan_backward.h"
+
+namespace bssn::cuda {
+namespace {
+
+struct Settings {
+  DType weight_type, grad_type;
+  double scale;
+  bool one_launch;
+};
+
+// planned, segments: the arguments' own, or what becomes the table that they point to.
+template <class Args>
+int run(Args& args, BackwardLayer* planned, Segment* segments, const std::vector<Layer>& layers,
+        const Settings& settings, void* workspace, const Device& limits, cudaStream_t stream) {
+  BackwardCall& call = args.call;
+  call.scale = settings.scale;
+  call.grad_type = int32_t(settings.grad_type);
+  const Plan plan = plan_backward(layers, limits, settings.one_launch, call, planned, segments);
+  set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
+  if (const int error = launch_tables(args, planned, segments, int64_t(layers.size()), workspace, plan, stream)) {
+    return error;
+  }
+  const cudaError_t error = cudaMemsetAsync(call.counters, 0, size_t(plan.counter_bytes), stream);
+  if (error != cudaSuccess) return error;
+  const Kernels kernels = backward_kernels(settings.weight_type);
+  return launch_phases(call, plan, [&] {
+    return int(launch_kernel(kernels, args, kBackwardThreads, kBackwardBlocks, limits, plan.shared_bytes, stream));
+  });
+}
+
+}  // namespace
+
+int64_t backward_workspace(const Geometry* geometry, int64_t n, int device) {
+  Device limits;
+  const cudaError_t error = query_device(device, limits);
+  if (error != cudaSuccess) return -int64_t(error);
+  const std::vector<Layer> layers = layers_without_memory(geometry, n);
+  std::vector<BackwardLayer> planned(layers.size());
+  std::vector<Segment> segments(layers.size() * kBackwardPhases);
+  BackwardCall call = {};
+  return plan_backward(layers, limits, true, call, planned.data(), segments.data()).workspace_bytes;
+}
+
+int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, DType weight_type,
+             DType grad_type, double scale, void* workspace, bool one_launch, int device, void* stream) {
+  Device limits;
+  const cudaError_t error = query_device(device, limits);
+  if (error != cudaSuccess) return error;
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return guard.error();
+  const std::vector<Layer> layers = backward_layers(geometry, n, pointers, snapshot);
+  const Settings settings = {weight_type, grad_type, scale, one_launch};
+  return with_arguments<BackwardArgs, BackwardTableArgs, BackwardLayer, kBackwardPhases>(
+      n, [&](auto& args, BackwardLayer* planned, Segment* segments) {
+        return run(args, planned, segments, layers, settings, workspace, limits, static_cast<cudaStream_t>(stream));
+      });
+}
+
+}  // namespace bssn::cuda
