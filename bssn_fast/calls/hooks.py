@@ -14,7 +14,7 @@ _top: Callable[[bool], tuple[Any, ...] | None] | None = getattr(
 
 
 def innermost() -> tuple[Any, ...] | None:
-    """Return the hooks that see what is saved now: pack and unpack; None without any; () where torch < 2.8 is silent."""
+    """Return the hooks (pack, unpack) of what is saved now; None without any; () where torch < 2.8 is silent."""
     return () if _top is None else _top(True)
 
 

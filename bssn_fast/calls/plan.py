@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from bssn_fast.calls import composite
 from bssn_fast.calls.arguments import check_weight
@@ -292,7 +293,8 @@ def checked_vectors(vectors: list[Tensor], weight: Tensor, sizes: Sequence[int],
         for vector in vectors:
             check_memory(vector, f"bssn_fast: a vector of {name}")
     dtype = compute_dtype(weight.dtype)
-    if all(v.dtype == dtype and v.device == weight.device and v.is_contiguous() and not v.is_neg() for v in vectors):
+    plain = is_dynamo_compiling() or not any(v.is_neg() for v in vectors)  # a compiler does not know the question
+    if plain and all(v.dtype == dtype and v.device == weight.device and v.is_contiguous() for v in vectors):
         return vectors
     return [_moved(v, weight.device, dtype) for v in vectors]
 
