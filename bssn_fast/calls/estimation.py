@@ -15,6 +15,8 @@ _UNIT_TOLERANCE = 1e-4  # of what power iterations leave, 1e-6 is the most; aver
 _UNIT_TOLERANCE_16_BITS = 4e-3  # rounding to bfloat16 changes a length by less
 
 _BELONGING = 0.9
+STILL_BELONGING = 0.98
+"""As long as nothing but weights changes, without any iteration: sigma then stays right within a tenth."""
 
 _FIRST_ROUND = 8
 _MOST_IN_A_ROUND = 1024
@@ -40,18 +42,19 @@ def write(vectors: Sequence[Tensor], found: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def belong(weight: Tensor, vectors: Sequence[Tensor], dim: int, eps: float) -> bool:
+def belong(weight: Tensor, vectors: Sequence[Tensor], dim: int, eps: float, *, at_least: float = _BELONGING) -> bool:
     """Whether unit vectors may be those of the weight's largest singular values; waits for the device.
 
-    They are not if a power iteration would make sigma more than a ninth larger, as where a weight is new. What a step
-    of training, or slow convergence, leaves to be done is far less, and is left to the iterations to come.
+    They are not if they give less than a part, `at_least`, of the sigma that a power iteration would, as where a
+    weight is new. What a step of training, or slow convergence, leaves to be done is far less, and is left to the
+    iterations to come.
     """
     w = weight.detach().to(compute_dtype(weight.dtype))
     for j in range(0, len(vectors), 2):  # the input side is the output side of the other dimension
         side, pair = (dim if j == 0 else input_dimension(dim)), tuple(vectors[j : j + 2])
         now = reference.spectral_norm(w, pair, side).abs()
         then = reference.spectral_norm(w, reference.power_iteration(w, pair, side, eps), side).abs()
-        if float(now) < _BELONGING * float(then):  # False where a weight is not finite
+        if float(now) < at_least * float(then):  # False where a weight is not finite
             return False
     return True
 

@@ -131,14 +131,15 @@ class Normalizer:
                 "bssn_fast: between the forward and the backward pass a weight was given another shape, precision, "
                 "device or memory format; run the forward pass after such changes"
             )
+        recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0  # nothing is read then
         for w in weights:
-            if not has_plain_memory(w):
+            if not recorded and not has_plain_memory(w):
                 raise RuntimeError(
                     f"bssn_fast: between the forward and the backward pass the memory of a weight of shape "
                     f"{tuple(w.shape)} was freed or made smaller. Bring it back before the backward pass"
                 )
         given = [
-            g if g.stride() == strides and is_plain(g) else _with_strides(g, w)
+            g if g.stride() == strides and (recorded or is_plain(g)) else _with_strides(g, w)
             for g, w, strides in zip(grads, weights, batch.strides, strict=True)
             if g is not None
         ]

@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from bssn_fast.calls import composite
 from bssn_fast.calls.arguments import check_weight
 from bssn_fast.calls.contents import contents_of, version
-from bssn_fast.calls.estimation import are_units, belong, estimate_vectors, write
+from bssn_fast.calls.estimation import STILL_BELONGING, are_units, belong, estimate_vectors, write
 from bssn_fast.calls.member import Member
 from bssn_fast.calls.normalizer import Normalizer, Values
 from bssn_fast.distributed.sharded import is_managed, refuse_flattened, refuse_sharded
@@ -184,7 +184,7 @@ class Plan:
                 chosen = member.chosen_by_hand(weight)
                 good = good and (chosen is not False or belong(weight, own, member.dim, self.settings.eps))
             elif weights_changed and not vectors_changed:
-                good = belong(weight, own, member.dim, self.settings.eps)
+                good = belong(weight, own, member.dim, self.settings.eps, at_least=STILL_BELONGING)
             if not good:
                 write(own, self._estimated(member, weight, own))
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 import bssn_fast
 from bssn_fast.modules import blocks
 
-MOST = 25 * FACTOR
+MOST = 10 * FACTOR
 """Moments for each of the cases below, at equal distances; all of them with a large factor."""
 
 errors = pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
@@ -154,6 +154,7 @@ def test_while_a_model_is_changed(change, error):
         if change.startswith("remove"):
             assert model.conv(x).isfinite().all()
         else:
+            model(x)  # vectors that torch's norms had may be estimated at the first use
             check(model, where, x)
     assert 0 in seen
 
