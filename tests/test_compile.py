@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bssn_fast
 from bssn_fast.modules import group
+from bssn_fast.tracing import recording
 
 
 @pytest.fixture(autouse=True)
@@ -231,7 +232,7 @@ def test_without_the_function_that_keeps_hooks_from_being_compiled():
         assert counters["stats"]["unique_graphs"] == 2
         assert_twins(model, twin)
     finally:
-        group._call_eagerly(group.Group.begin, group.Group.end)
+        recording.call_eagerly(group.Group.begin, group.Group.end)
 
 
 def test_functional_call():

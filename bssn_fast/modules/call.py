@@ -137,10 +137,12 @@ class Caller(Protocol):
 
     calls: the running call of each thread, by the thread's number.
     published: the latest call's results, for compiled code.
+    recorded: they are those of a call whose beginning was compiled.
     """
 
     calls: dict[int, Call]
     published: list[Tensor | None] | None
+    recorded: bool
 
     def discard(self, norms: Iterable[Any]) -> None: ...
 

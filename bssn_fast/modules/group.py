@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from threading import get_ident
 from types import FrameType
 from typing import Any, cast
@@ -27,7 +27,7 @@ from bssn_fast.layout import result_dtype
 from bssn_fast.modules import blocks, recomputation, writes
 from bssn_fast.modules.call import Call, frame_of_call
 from bssn_fast.modules.parametrization import SpectralNormalization, original_of, parametrizations_of
-from bssn_fast.tracing.recording import is_exporting
+from bssn_fast.tracing.recording import call_eagerly, is_exporting
 
 
 class _Planned:
@@ -56,6 +56,7 @@ class Group:
 
     calls: the running call of each thread, by the thread's number. The only thing that `begin` and `end` change.
     published: the latest call's results, for compiled code.
+    recorded: they are those of a call whose beginning was compiled.
     indices: of the layers, by the id of their parametrization.
     """
 
@@ -79,6 +80,7 @@ class Group:
     def _start(self) -> None:
         self.calls: dict[int, Call] = {}
         self.published: list[Tensor | None] | None = None
+        self.recorded = False
 
     def _set_layers(self, layers: Iterable[ParametrizationList]) -> None:
         # Until all is done, so that the next call does again what an interrupt has kept from ending.
@@ -157,7 +159,7 @@ class Group:
             self._calls_to_watch -= 1
             call.reads = set()
         self.calls[get_ident()] = call
-        self.published = call.results
+        self.published, self.recorded = call.results, False
 
     def _called(self, frame: FrameType, before: Call | None) -> Call:
         """Return a call of the model with all its layers normalised."""
@@ -395,21 +397,7 @@ _CALLS_TO_WATCH = 3
 """In so many of a model's first calls in training, a layer that is used twice is noticed."""
 
 
-def _call_eagerly(*functions: Callable[..., None]) -> None:
-    """Have torch.compile leave functions alone where nothing that it compiles calls them: hooks of a compiled module.
-
-    It would make a graph of each, in which layers that are not used get gradients of zeros. That is what happens with
-    versions of torch that do not have what is asked for here.
-    """
-    try:
-        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
-    except ImportError:
-        return
-    for function in functions:
-        set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
-
-
-_call_eagerly(Group.begin, Group.end)
+call_eagerly(Group.begin, Group.end)
 
 
 def groups_of(model: nn.Module) -> Iterator[Group]:

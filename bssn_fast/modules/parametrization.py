@@ -19,9 +19,9 @@ from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.calls.plan import Plan, Results, checked_vectors, signature
 from bssn_fast.layout import compute_dtype, fits_kernels, needs_two_sides, vector_sizes
 from bssn_fast.modules import blocks, recomputation, writes
-from bssn_fast.modules.call import Caller, Source, in_module_call
+from bssn_fast.modules.call import Call, Caller, Source, in_module_call, serves
 from bssn_fast.modules.recomputation import maybe_in_checkpoint
-from bssn_fast.tracing.recording import Traced, is_exporting, traced_result
+from bssn_fast.tracing.recording import Traced, call_eagerly, is_exporting, traced_result
 
 VARIANTS = {
     # name: (both directions, multiplied by a constant)
@@ -197,6 +197,15 @@ class SpectralNormalization(nn.Module):
                     return ready
         return None
 
+    def find_recorded(self, weight: Tensor) -> Tensor | None:
+        """Return what a compiled beginning of a call has left, for a layer of the model that is not compiled."""
+        for group, j in self.slots:
+            if group.recorded and group.published is not None and get_ident() not in group.calls:
+                ready = group.published[j]
+                if ready is not None and serves(ready, weight):
+                    return ready
+        return None
+
     def iterated_in_call(self, weight: Tensor) -> bool:
         """Whether a running call of a model has had an iteration for this weight."""
         for group, j in self.slots:
@@ -217,6 +226,8 @@ class SpectralNormalization(nn.Module):
             return hooks.normalize_alone(self, weight)
         writes.settle((id(self),))
         ready = self.find(weight)
+        if ready is None:
+            ready = self.find_recorded(weight)
         if ready is not None:
             return ready
         block = blocks.block_of(self) if blocks.any_block() else None
@@ -303,6 +314,9 @@ class SpectralNormalization(nn.Module):
             if compute_dtype(new.dtype) != new.dtype:
                 self._buffers[name] = old.to(new.device, torch.float32)
         return self
+
+
+call_eagerly(Call.find, Call.note_read, SpectralNormalization.forward, SpectralNormalization.normalized)
 
 
 def parametrizations_of(module: nn.Module, tensor_name: str) -> ParametrizationList:

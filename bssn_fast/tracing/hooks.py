@@ -34,6 +34,7 @@ class Published(Protocol):
     """Where a call's results lie for its layers to find."""
 
     published: list[Tensor | None] | None
+    recorded: bool
 
 
 def begin(group: Published, members: Sequence[Any], weights: Sequence[Tensor]) -> None:
@@ -44,12 +45,12 @@ def begin(group: Published, members: Sequence[Any], weights: Sequence[Tensor]) -
         results = _normalize([members[j] for j in part], [weights[j] for j in part], iterate=iterating[part[0]])
         for j, normalized in zip(part, results, strict=True):
             found[j] = normalized
-    group.published = found
+    group.published, group.recorded = found, True
 
 
 def end(group: Published, members: Sequence[Any]) -> None:
     """Withdraw what `begin` has published."""
-    group.published = None
+    group.published, group.recorded = None, False
     for member in members:
         _finish(member)
 

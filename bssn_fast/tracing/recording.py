@@ -6,7 +6,7 @@ Imports nothing of torch's compiler, which takes long to load.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,21 @@ def traced_result(norm: Any) -> Tensor | None:
             if ready is not None:
                 return ready
     return None
+
+
+def call_eagerly(*functions: Callable[..., Any]) -> None:
+    """Have torch.compile leave functions alone where nothing that it compiles calls them.
+
+    So it is with hooks of a compiled module, and with weights that are read after a graph break. torch would make a
+    graph of each function, in which layers that are not used get gradients of zeros. That is what happens with versions
+    of torch that do not have what is asked for here.
+    """
+    try:
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+    except ImportError:
+        return
+    for function in functions:
+        set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
 @contextlib.contextmanager
