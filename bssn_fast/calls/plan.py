@@ -16,7 +16,7 @@ from bssn_fast.calls.contents import contents_of, version
 from bssn_fast.calls.estimation import STILL_BELONGING, are_units, belong, estimate_vectors, write
 from bssn_fast.calls.member import Member
 from bssn_fast.calls.normalizer import Normalizer, Values
-from bssn_fast.distributed.sharded import is_managed, refuse_flattened, refuse_sharded
+from bssn_fast.distributed.sharded import refuse_flattened, refuse_sharded
 from bssn_fast.layout import compute_dtype, fits_kernels, is_dense, result_dtype
 
 _dtype = attrgetter("dtype")
@@ -132,7 +132,7 @@ class Plan:
         values = normalizer.compute(weights, own, self.settings.n_power_iterations if iterate else 0, dtype)
         for j, measured in enumerate(self._measured):
             measured.sigma, measured.index = values.sigma, j
-        if keep and not any(map(is_managed, self.members)):  # FSDP puts other values into the same parameters
+        if keep:
             self._kept = _Kept.of(weights, own, dtype, values)
         return _attached(normalizer, values, weights, protect)
 
