@@ -1,0 +1,227 @@
+"""The pictures of the report, from its data frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+from gan.report import save_grid
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from experiments.measures.statistics import median_interval
+from experiments.plan import NO_NORM, VARIANTS, Profile
+from experiments.shown.frames import NAMES, Frames, in_order, label
+from experiments.shown.tables import INITIAL, all_rates, all_scales, study
+
+matplotlib.use("Agg")
+COLOURS = dict(zip((NO_NORM, *VARIANTS), ("0.4", "C0", "C1", "C2", "C3"), strict=True)) | {"strict": "C4"}
+DPI = 75
+DIVERGED = 3.0
+"""Runs that diverged are drawn at so many times the largest distance of the others."""
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
+def _band(axes: Axes, frame: pd.DataFrame, x: str, y: str, **options: Any) -> None:
+    """Draw the median over seeds of y at each x, and its range."""
+    found = frame.groupby(x)[y].agg(["median", "min", "max"])
+    axes.plot(found.index, found["median"], **options)
+    axes.fill_between(found.index, found["min"], found["max"], color=options.get("color"), alpha=0.15, linewidth=0)
+
+
+def _colour(norm: str, scale: float) -> Any:
+    """Return a colour: that of the variant, and for other scales of BSSN from blue, small, to red, large."""
+    if label(norm, scale) in NAMES.values():
+        return COLOURS[norm]
+    return plt.get_cmap("coolwarm")(0.5 + 0.5 * np.log(scale / 1.41) / np.log(4 / 1.41 if scale > 1.41 else 1.41 / 0.3))
+
+
+def depth(frames: Frames, path: Path) -> None:
+    """Claim 1: slopes at initialisation against depth and against the scale, and in training at each depth."""
+    courses = study(frames.courses, "depth")
+    depths = sorted(frames.initial["layers"].unique())
+    figure, panels = plt.subplots(1, 2 + len(depths), figsize=(4.3 * (2 + len(depths)), 4.4), layout="constrained")
+    for norm in in_order(list(frames.initial["norm"])):
+        of_norm = frames.initial[frames.initial["norm"] == norm]
+        for scale, mine in of_norm.groupby("scale"):
+            named = label(norm, scale) in NAMES.values()
+            if named or (norm == "bssn" and scale in (0.3, 0.7, 2.0, 4.0)):
+                style = {} if named else {"linestyle": "--"}
+                _band(panels[0], mine, "layers", "slope", color=_colour(norm, scale), label=label(norm, scale), **style)
+        if norm in ("ssn", "bssn"):
+            one = frames.initial[frames.initial["norm"] == norm.replace("ss", "s")]
+            for layers, dashes in zip(depths, ("-", "--", ":"), strict=True):
+                both = pd.concat([of_norm, one])
+                both = both[both["layers"] == layers]
+                _band(
+                    panels[1],
+                    both,
+                    "scale",
+                    "slope",
+                    color=COLOURS[norm],
+                    linestyle=dashes,
+                    label=f"{NAMES[norm]}, {layers} layers",
+                )
+    panels[0].set(title="at initialisation, by depth", xlabel="layers", ylabel="|dD/dx|", yscale="log")
+    panels[0].set_xticks(depths)
+    panels[1].set(title="at initialisation, by scale", xlabel="c", xscale="log", yscale="log")
+    panels[1].set_xticks(ticks := (0.3, 0.7, 1, 2, 4), list(map(str, ticks)))
+    panels[1].minorticks_off()
+    for axes, layers in zip(panels[2:], depths, strict=True):
+        for (norm, scale), mine in courses[courses["layers"] == layers].groupby(["norm", "scale"]):
+            if label(norm, scale) in NAMES.values() or (norm == "bssn" and scale in (0.3, 4.0)):
+                _band(axes, mine, "step", "slope", color=_colour(norm, scale), label=label(norm, scale))
+        axes.set(title=f"in training, {layers} layers", xlabel="step", yscale="log")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    for axes in panels[[0, 2, 3, 4]]:
+        axes.sharey(panels[1])
+        axes.set_ylim(1e-13, 1e7)
+        axes.axhline(1, color="black", linewidth=0.7)
+    for axes in panels[:2]:
+        axes.legend(fontsize="x-small", loc="lower left" if axes is panels[0] else "upper left")
+    _save(figure, path)
+
+
+def variances(frames: Frames, path: Path) -> None:
+    """Claim 2: variances over training by layer, over those of the initialisation that each variant parallels."""
+    figure, panels = plt.subplots(1, 4, figsize=(18, 4), layout="constrained", sharey=True)
+    for axes, norm in zip(panels, VARIANTS, strict=True):
+        mine = frames.variances[frames.variances["norm"] == norm]
+        for j, ((layer, fan_in), part) in enumerate(mine.groupby(["layer", "fan_in"], sort=False)):
+            _band(axes, part, "step", "ratio", color=f"C{j}", label=f"{layer}: {fan_in} inputs")
+        axes.axhline(1, color="black", linewidth=1)
+        axes.set(title=f"{NAMES[norm]}: variance / {INITIAL[norm]}", xlabel="step", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+        _plain_labels(axes)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    _save(figure, path)
+
+
+def operators(frames: Frames, path: Path) -> None:
+    """Claim 3: operators over reshaped kernels with the bound, and the slopes at initialisation."""
+    figure, (ratios, bars) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
+    found = frames.layers[frames.layers["operator"].notna()]
+    for j, (name, mine) in enumerate(found.groupby("set", sort=False)):
+        x, y = mine["operator"] / mine["s_out"], mine["bound"] / mine["s_out"]
+        ratios.scatter(x, y, s=18, color=f"C{j}", label=name)
+    ends = [0.9, (found["bound"] / found["s_out"]).max()]
+    ratios.plot(ends, ends, color="black", linewidth=1, label="operator = bound")
+    ratios.set(xlabel="operator / s_out", ylabel="bound / s_out", xscale="log", yscale="log")
+    ratios.set_title("Convolution operators, Gaussian kernels")
+    ratios.legend(fontsize="small")
+    order = list(dict.fromkeys(frames.slopes["norm"]))
+    for j, norm in enumerate(order):
+        y = frames.slopes[frames.slopes["norm"] == norm]["slope"]
+        bars.scatter([j] * len(y), y, s=18, color=COLOURS[norm])
+    bars.set_xticks(range(len(order)), [NAMES.get(norm, norm) for norm in order])
+    bars.set(title="|dD/dx| at initialisation, the paper's CNN at 32 x 32", yscale="log")
+    for axes in (ratios, bars):
+        axes.grid(alpha=0.3, which="both")
+    _save(figure, path)
+
+
+def _plain_labels(axes: Axes) -> None:
+    """Label a logarithmic axis with numbers, not powers."""
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+
+
+def _points(axes: Axes, groups: Sequence[tuple[str, pd.DataFrame]]) -> None:
+    """Draw the distances of each variant, and their median as a bar, side by side for each group.
+
+    Crosses at the upper edge are runs that diverged.
+    """
+    everything = pd.concat([frame for _, frame in groups])["frechet"]
+    edge = DIVERGED * everything[np.isfinite(everything)].max()
+    for j, (_, frame) in enumerate(groups):
+        norms = in_order(list(frame["norm"]))
+        for i, norm in enumerate(norms):
+            y = frame[frame["norm"] == norm]["frechet"]
+            x = j + 0.15 * (i - (len(norms) - 1) / 2)
+            finite = y[np.isfinite(y)]
+            axes.scatter(
+                [x] * len(finite), finite, s=14, color=COLOURS[norm], label=NAMES[norm] if j == 0 else None, alpha=0.7
+            )
+            axes.scatter(
+                [x] * (len(y) - len(finite)), [edge] * (len(y) - len(finite)), s=24, color=COLOURS[norm], marker="x"
+            )
+            axes.plot([x - 0.06, x + 0.06], [min(np.median(y), edge)] * 2, color=COLOURS[norm], linewidth=2)
+    axes.set_xticks(range(len(groups)), [name for name, _ in groups])
+    axes.set(yscale="log", ylabel="Frechet distance")
+    _plain_labels(axes)
+    axes.grid(alpha=0.3, axis="y", which="both")
+    axes.legend(fontsize="small", ncols=2)
+
+
+def stability(frames: Frames, profile: Profile, path: Path) -> None:
+    """Claim 4: distances over learning rates, and over the scale."""
+    figure, (grid, scale) = plt.subplots(1, 2, figsize=(15, 4.5), layout="constrained", width_ratios=(2, 1))
+    groups = [
+        (f"learning rate {rate:g}" + (f", {critic} critic steps" if critic > 1 else ""), part)
+        for (rate, critic), part in all_rates(frames, profile).groupby(["rate", "critic_steps"])
+    ]
+    _points(grid, groups)
+    scaled = all_scales(frames, profile)
+    for norm, part in scaled.groupby("norm"):
+        found = {c: median_interval(list(same["frechet"])) for c, same in part.groupby("scale")}
+        y = np.array([(m.median, m.median - m.low, m.high - m.median) for m in found.values()]).T
+        scale.errorbar(list(found), y[0], y[1:], color=COLOURS[norm], label=NAMES[norm], capsize=3, marker="o")
+    scale.set(xscale="log", yscale="log", xlabel="scale c", ylabel="Frechet distance, median and 95% interval")
+    ticks = sorted(scaled["scale"].unique())
+    scale.set_xticks(ticks, [f"{c:.2g}" for c in ticks])
+    scale.minorticks_off()
+    _plain_labels(scale)
+    scale.grid(alpha=0.3, which="both")
+    scale.legend()
+    _save(figure, path)
+
+
+def quality(frames: Frames, path: Path) -> None:
+    """Claim 5: distances of all seeds by variant and kind of images, and that of other real images as a line."""
+    own = study(frames.trainings, "variants")
+    kinds = list(dict.fromkeys(own["data"]))
+    figure, panels = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), squeeze=False, layout="constrained")
+    for axes, data in zip(panels[0], kinds, strict=True):
+        _points(axes, [(data, own[own["data"] == data])])
+        for line in frames.references[frames.references["data"] == data]["frechet"] if len(frames.references) else ():
+            axes.axhline(line, color="black", linewidth=1, linestyle=":")
+    _save(figure, path)
+
+
+def samples(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Claim 5: samples of one seed; one row for each of the records."""
+    rows = [record["samples"] for record in records]
+    pixels = torch.tensor(rows, dtype=torch.float32).flatten(0, 1) / 127.5 - 1
+    save_grid(pixels, path, columns=len(rows[0]), pixel_size=2)
+
+
+def switching(frames: Frames, path: Path) -> None:
+    """Draw the switched training: both losses on top of each other, their difference, and the seconds of steps."""
+    s = frames.switching
+    figure, (losses, difference, seconds) = plt.subplots(1, 3, figsize=(16, 4), layout="constrained")
+    for loss, colour in (("discriminator", "C0"), ("generator", "C1")):
+        losses.plot(s["step"], s[f"{loss}_torch"], color=colour, label=f"{loss}, torch", linewidth=3, alpha=0.4)
+        losses.plot(s["step"], s[f"{loss}_sn"], color="black", label=f"{loss}, sn", linewidth=1, linestyle="--")
+        for way, style in (("sn", "-"), ("rounded", ":")):
+            name = "sn" if way == "sn" else "torch, weights changed by a rounding error"
+            apart = (s[f"{loss}_{way}"] - s[f"{loss}_torch"]).abs().clip(lower=1e-9)
+            difference.plot(s["step"], apart, style, color=colour, label=f"{loss}: torch and {name}")
+    difference.set(title="difference of the losses", yscale="log", xlabel="step")
+    losses.set(title="losses", xlabel="step")
+    for way, colour in (("torch", "C0"), ("sn", "C3")):
+        seconds.plot(s["step"], s[f"seconds_{way}"], color=colour, label=way)
+    seconds.set(title="seconds of a step (processor time)", xlabel="step", ylim=(0, None))
+    for axes in (losses, difference, seconds):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    _save(figure, path)

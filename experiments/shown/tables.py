@@ -1,0 +1,247 @@
+"""The tables of the report, in Markdown by pandas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import prod
+
+import pandas as pd
+
+from experiments.measures.statistics import compare, median_interval
+from experiments.plan import DEPTHS, Profile
+from experiments.shown.frames import NAMES, Frames, in_order, label
+
+PAIRS = (("sn", "none"), ("bssn", "none"), ("ssn", "sn"), ("bsn", "sn"), ("bssn", "sn"), ("bssn", "ssn"))
+
+
+def markdown(rows: Iterable[dict[str, object]] | pd.DataFrame) -> str:
+    """Return a table in Markdown, or a sentence where there is nothing."""
+    frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
+    if not len(frame):
+        return "Not run.\n"
+    text = frame.astype(object).where(frame.notna(), "")
+    return text.to_markdown(index=False, disable_numparse=True) + "\n"
+
+
+def study(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """Return the rows of these studies."""
+    return frame[frame["study"].isin(names)]
+
+
+def base_case(frame: pd.DataFrame, profile: Profile) -> pd.DataFrame:
+    """Return all variants at the base's images, with their default scale: the first row of several studies."""
+    return frame[(frame["study"] == "variants") & (frame["data"] == profile.base.data)]
+
+
+def _by_case(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Return (name, rows) by normalisation and scale, in the order of all tables."""
+    groups = dict(list(frame.groupby(["norm", "scale"])))
+    keys = [(norm, scale) for norm in in_order(list(frame["norm"])) for n, scale in groups if n == norm]
+    return [(label(*key), groups[key]) for key in keys]
+
+
+def initial_table(frames: Frames) -> str:
+    """Claim 1: slopes at initialisation by depth, and what each further layer multiplies them by."""
+    rows = []
+    for name, mine in _by_case(frames.initial):
+        row: dict[str, object] = {"": name}
+        medians = {}
+        for layers, part in mine.groupby("layers"):
+            row[f"{layers} layers"] = median_interval(list(part["slope"]))
+            medians[layers] = part["slope"].median()
+        least, most = min(medians), max(medians)
+        if most > least and medians[least]:
+            row["each further layer: times"] = f"{(medians[most] / medians[least]) ** (1 / (most - least)):.2g}"
+        rows.append(row)
+    return markdown(rows)
+
+
+def course_table(frames: Frames) -> str:
+    """Claim 1: slopes in training at several depths, at the first and the last recorded step; runs that diverged."""
+    diverged = dict(list(study(frames.trainings, "depth").groupby(["norm", "scale", "layers"])["diverged"]))
+    rows = []
+    for name, mine in _by_case(study(frames.courses, "depth")):
+        row: dict[str, object] = {"": name}
+        for (norm, scale, layers), part in mine.groupby(["norm", "scale", "layers"]):
+            slopes = part.sort_values("step").groupby("seed")["slope"]
+            row[f"{layers} layers: start"] = median_interval(list(slopes.first()))
+            row[f"{layers}: end"] = median_interval(list(slopes.last()))
+            own = diverged[norm, scale, layers]
+            row[f"{layers}: diverged"] = f"{own.sum()} of {len(own)}"
+        rows.append(row)
+    return markdown(rows)
+
+
+def bound_table(frames: Frames) -> str:
+    """Claim 1: the largest gradient of a layer over the paper's bound, over all trainings of the paper's network."""
+    mine = frames.trainings[frames.trainings["layers"] == DEPTHS["paper"]]
+    rows = []
+    for name, part in _by_case(mine):
+        largest, ours = part["bound_ratio"], part["bound_broken_steps"].sum()
+        rows.append(
+            {
+                "": name,
+                "largest gradient / bound, median run": f"{largest.median():.3g}",
+                "worst run": f"{largest.max():.3g}",
+                "steps above the bound": f"{ours:.0f} of {part['steps'].sum():.0f}",
+            }
+        )
+    return markdown(rows)
+
+
+def _cell(part: pd.DataFrame) -> str:
+    """Return the median distance, and how many runs diverged if any did."""
+    diverged = int(part["diverged"].sum())
+    text = str(median_interval(list(part["frechet"])))
+    return f"{text}; {diverged} of {len(part)} diverged" if diverged else text
+
+
+def all_rates(frames: Frames, profile: Profile) -> pd.DataFrame:
+    """Return all variants with their default scale, at all learning rates and numbers of critic steps."""
+    return pd.concat([base_case(frames.trainings, profile), study(frames.trainings, "rates", "critic")])
+
+
+def rate_table(frames: Frames, profile: Profile) -> str:
+    """Claim 4: Frechet distance by learning rate and variant."""
+    rows = []
+    for (rate, critic), part in all_rates(frames, profile).groupby(["rate", "critic_steps"]):
+        by_norm = dict(list(part.groupby("norm")))
+        cells = {NAMES[n]: _cell(by_norm[n]) for n in in_order(list(by_norm))}
+        rows.append({"learning rate": f"{rate:g}", "critic steps": critic, **cells})
+    return markdown(rows)
+
+
+def all_scales(frames: Frames, profile: Profile) -> pd.DataFrame:
+    """Return SSN and BSSN, in the column `norm`, with all scales; 1 is SN and BSN."""
+    found = pd.concat([base_case(frames.trainings, profile), study(frames.trainings, "scales")])
+    found = found[found["norm"] != "none"]
+    return found.assign(norm=found["norm"].replace({"sn": "ssn", "bsn": "bssn"}), scale=found["scale"].round(3))
+
+
+def scale_table(frames: Frames, profile: Profile) -> str:
+    """Claim 4: Frechet distance by scale c; 1 is SN and BSN."""
+    rows = []
+    for scale, part in all_scales(frames, profile).groupby("scale"):
+        by_norm = dict(list(part.groupby("norm")))
+        rows.append({"c": f"{scale:.3g}", **{NAMES[norm]: _cell(mine) for norm, mine in sorted(by_norm.items())[::-1]}})
+    return markdown(rows)
+
+
+def comparison_table(frames: Frames, profile: Profile) -> str:
+    """Claims 4 and 5: variants paired by seed, for each kind of images and over all learning rates."""
+    groups = dict(list(study(frames.trainings, "variants").groupby("data", sort=False)))
+    if len(study(frames.trainings, "rates")):
+        groups[f"{profile.base.data}, all learning rates"] = all_rates(frames, profile)
+    rows = []
+    for title, part in groups.items():
+        found = {n: p.sort_values(["rate", "critic_steps", "seed"]) for n, p in part.groupby("norm")}
+        for a, b in PAIRS:
+            if a in found and b in found and len(found[a]) == len(found[b]):
+                c = compare(list(found[a]["frechet"]), list(found[b]["frechet"]), list(found[a]["seed"]))
+                wins = f"{c.wins} of {c.pairs}"
+                rows.append(
+                    {
+                        "images": title,
+                        "": f"{NAMES[a]} against {NAMES[b]}",
+                        "nearer": wins,
+                        "ratio of distances": c.ratio,
+                    }
+                )
+    return markdown(rows)
+
+
+def quality_table(frames: Frames) -> str:
+    """Claim 5: all scores of all variants on each kind of images."""
+    scores = ["frechet", "precision", "recall", "density", "coverage", "classifier_frechet"]
+    rows = []
+    for data, part in study(frames.trainings, "variants").groupby("data", sort=False):
+        for norm in in_order(list(part["norm"])):
+            mine = part[part["norm"] == norm]
+            found = {s: median_interval(list(mine[s])) for s in scores if s in mine and mine[s].notna().any()}
+            best = f"{mine['frechet'].min():.3g}"
+            rows.append(
+                {"images": data, "": NAMES[norm], **found, "best": best, "diverged": int(mine["diverged"].sum())}
+            )
+        for _, other in (
+            frames.references[frames.references["data"] == data].iterrows() if len(frames.references) else ()
+        ):
+            rows.append(
+                {"images": data, "": "other real images"}
+                | {s: f"{other[s]:.3g}" for s in scores if s in other and pd.notna(other[s])}
+            )
+    return markdown(rows)
+
+
+def variance_table(frames: Frames) -> str:
+    """Claim 2: variances over those of the initialisations, at the start, at the end and at most."""
+    rows = []
+    v = frames.variances
+    for norm in in_order(list(v["norm"])):
+        mine = v[v["norm"] == norm]
+        ends = mine[mine["step"] == mine["step"].max()]["ratio"]
+        rows.append(
+            {
+                "": NAMES[norm],
+                "initialisation": INITIAL[norm],
+                "at step 1": median_interval(list(mine[mine["step"] == 1]["ratio"])),
+                "at the end": median_interval(list(ends)),
+                "least at the end": f"{ends.min():.3g}",
+                "largest ever": f"{mine['ratio'].max():.3g}",
+            }
+        )
+    return markdown(rows)
+
+
+INITIAL = {"sn": "LeCun's", "ssn": "c² LeCun's", "bsn": "Xavier's", "bssn": "c² Xavier's"}
+"""The initialisation that each variant parallels."""
+
+
+def layers_table(frames: Frames) -> str:
+    """Claims 2 and 3 by network: closed forms, and operators against reshaped kernels."""
+    span: Callable[[pd.Series, int], str] = lambda s, n: f"{s.min():.{n}f} to {s.max():.{n}f}"  # noqa: E731
+    rows = []
+    for name, mine in frames.layers.groupby("set", sort=False):
+        ops = mine[mine["operator"].notna()]
+        product = prod(
+            (row.s_out / row.operator) ** row.count_ for row in ops.rename(columns={"count": "count_"}).itertuples()
+        )
+        rows.append(
+            {
+                "layers": name,
+                "SN: Var / closed": span(mine["var_sn"] / mine["var_sn_closed"], 3),
+                "BSN: Var / closed": span((mine["var_bsn"] / mine["var_bsn_closed"]).dropna(), 3),
+                "operator / s_out": span(ops["operator"] / ops["s_out"], 2),
+                "operator / bound": f"{(ops['operator'] / ops['bound']).max():.3f}",
+                "product": f"{product:.2g} ({ops['count'].sum()})",
+            }
+        )
+    return markdown(rows)
+
+
+def slopes_table(frames: Frames) -> str:
+    """Claim 3: the slopes of the paper's network at initialisation, strict normalisation among them."""
+    parts = frames.slopes.groupby("norm", sort=False)["slope"]
+    return markdown({"": NAMES.get(n, n), "dD/dx at initialisation": median_interval(list(v))} for n, v in parts)
+
+
+def switching_table(frames: Frames) -> str:
+    """The switched training: how far the losses are apart, and the seconds of a step."""
+    s = frames.switching
+    rows = []
+    for upto in sorted({1, 10, len(s)}):
+        part = s[s["step"] < upto]
+        row: dict[str, object] = {"largest difference up to step": str(upto)}
+        for loss in ("discriminator", "generator"):
+            for way, name in (("sn", "sn"), ("rounded", "a rounding error")):
+                row[f"{loss}: torch and {name}"] = f"{(part[f'{loss}_{way}'] - part[f'{loss}_torch']).abs().max():.1e}"
+        rows.append(row)
+    times = [
+        {"": name, "seconds of a step, median": median_interval(list(s[f"seconds_{way}"]))}
+        for way, name in (("torch", "torch"), ("sn", "`sn`"))
+    ]
+    ratio = median_interval(list(s["seconds_torch"] / s["seconds_sn"]))
+    return (
+        markdown(rows)
+        + "\n"
+        + markdown([*times, {"": "torch / `sn`, step by step", "seconds of a step, median": ratio}])
+    )
