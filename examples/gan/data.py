@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
-PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "immunohistochemistry")
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "immunohistochemistry")
 """The colour photographs in scikit-image's wheel; it downloads others, which are not used."""
 
 

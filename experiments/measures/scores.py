@@ -75,19 +75,23 @@ class Scores:
 class Scorer:
     """Real images [n, 1 or 3, h, w] in [-1, 1], at most REAL of them, with whose features others are compared."""
 
-    def __init__(self, real: Tensor) -> None:
+    def __init__(self, real: Tensor, device: torch.device | str = "cpu") -> None:
         chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:REAL]
-        self.network = Features().to(real.device)
-        self.real = self.network(real[chosen.to(real.device)])
+        self.network = Features().to(device)
+        self.real = self.features(real[chosen])
         self.distance = FrechetInceptionDistance(_AsTheyAre(), reset_real_features=False).set_dtype(torch.float64)
-        self.distance.to(real.device).update(self.real, real=True)
+        self.distance.update(self.real, real=True)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the network's features [n, 320] of images, on the CPU."""
+        return self.network(images.to(next(self.network.parameters()).device)).cpu()
 
     def scores(self, generated: Tensor) -> Scores:
         """Return the scores of images like the real ones, of which the first GENERATED are taken."""
         generated = generated[:GENERATED]
         if not generated.isfinite().all():
             return Scores()
-        features = self.network(generated)
+        features = self.features(generated)
         self.distance.reset()
         self.distance.update(features, real=False)
         return Scores(self.distance.compute().item(), *neighbourhoods(self.real, features))

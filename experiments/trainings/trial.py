@@ -138,9 +138,9 @@ def images_of(name: str, size: int, cifar10_root: str) -> data.Images:
 
 
 @lru_cache(maxsize=4)
-def scorer_of(name: str, size: int, cifar10_root: str) -> Scorer:
+def scorer_of(name: str, size: int, cifar10_root: str, device: str) -> Scorer:
     """Return what compares samples with the images."""
-    return Scorer(images_of(name, size, cifar10_root).pixels)
+    return Scorer(images_of(name, size, cifar10_root).pixels, device)
 
 
 @lru_cache(maxsize=4)
@@ -189,14 +189,15 @@ def record_of(
     }
     if trial.scored:
         labels = images.labels[torch.arange(GENERATED) % len(images.labels)]
-        record |= _scores(trial, images, run.sample(labels, seed=1).cpu(), cifar10_root, inception_weights)
+        record |= _scores(trial, images, run.sample(labels, seed=1), cifar10_root, inception_weights)
     return record | {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
 
 
 def _scores(trial: Trial, images: data.Images, samples: Tensor, root: str, weights: Path | None) -> dict[str, Any]:
     """Return all scores of the samples [GENERATED, ...], and some of the samples."""
     which = (trial.settings.data, trial.settings.size, root)
-    scores = asdict(scorer_of(*which).scores(samples))
+    scores = asdict(scorer_of(*which, samples.device.type).scores(samples))
+    samples = samples.cpu()
     if trial.settings.data in ("digits", "mnist"):
         scores["classifier_frechet"] = judge_of(*which).frechet(samples)
     if weights is not None:

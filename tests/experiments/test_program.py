@@ -80,7 +80,7 @@ def test_program_resumes_and_writes_its_report(
     assert len((results / "trainings.csv").read_text().splitlines()) == 1 + len(TINY.trials())
     pictures = {path.stem for path in results.glob("*.png")}
     drawn = {"depth", "variances", "operators", "stability", "quality", "switching"}
-    assert pictures == drawn | {"samples-mnist", "samples-emoji"}
+    assert pictures == drawn | {"samples-mnist"}
     (results / "depth.png").unlink()
     program.main(["--quick", "--show", "--work", str(tmp_path)])  # from the CSV files alone
     assert (results / "tables.md").read_text() == text
