@@ -70,13 +70,15 @@ class Profile:
     """Other images than the base's, for claim 5 only, and the steps of their trainings."""
     scales: tuple[float, ...] = (0.7, 2.0, 4.0)
     """Of SSN and BSSN, besides the default; 1 is SN and BSN."""
-    rates: tuple[float, ...] = (0.128, 0.016)
+    rates: tuple[float, ...] = (0.016, 0.128)
     """Learning rates of both networks, besides the base's."""
     critic: tuple[int, float] | None = None
     """Steps of the discriminator for one of the generator, and beta2 with them."""
     depth_data: str = "emoji"
     depth_steps: int = 40
-    """Of trainings at several depths, of which only gradients are looked at."""
+    """Of trainings at several depths and at explosive rates, of which only gradients are looked at."""
+    explosive: tuple[float, ...] = (0.016, 0.128, 1.0)
+    """Learning rates of short trainings: up to where something explodes."""
     extreme: tuple[Case, ...] = (Case("bssn", 0.3), Case("bssn", 4.0))
     """Cases that are trained at each depth beside all variants."""
 
@@ -91,13 +93,23 @@ class Profile:
             for norm in NORMS:
                 yield self.trial("variants", Case(norm), seed, data=data)
 
+    def short(self, study: str, case: Case, seed: int, **changes: object) -> Trial:
+        whole = self.trial(study, case, seed, data=self.depth_data, **changes)
+        return replace(whole, steps=self.depth_steps, log_every=max(1, self.depth_steps // 8), scored=False)
+
     def depths(self) -> Iterator[Trial]:
         """Yield the trainings at several depths: claim 1."""
         for seed in range(self.seeds):
             for network in DEPTHS:
                 for case in (*map(Case, NORMS), *self.extreme):
-                    whole = self.trial("depth", case, seed, network=network, data=self.depth_data)
-                    yield replace(whole, steps=self.depth_steps, log_every=max(1, self.depth_steps // 8), scored=False)
+                    yield self.short("depth", case, seed, network=network)
+
+    def explosions(self) -> Iterator[Trial]:
+        """Yield short trainings at high learning rates, at the paper's depth: claim 1."""
+        for seed in range(self.seeds):
+            for rate in self.explosive:
+                for norm in NORMS:
+                    yield self.short("explosion", Case(norm), seed, lr_generator=rate, lr_discriminator=rate)
 
     def rated(self, rate: float) -> Iterator[Trial]:
         """Yield all variants at another learning rate: claims 1 and 4."""
@@ -122,6 +134,7 @@ class Profile:
         return [
             *self.variants(self.base.data),
             *self.depths(),
+            *self.explosions(),
             *(trial for rate in self.rates for trial in self.rated(rate)),
             *(trial for scale in self.scales for trial in self.scaled(scale)),
             *(trial for data in self.others for trial in self.variants(data)),
@@ -138,6 +151,7 @@ QUICK = Profile(
     others={},
     scales=(4.0,),
     rates=(0.128,),
+    explosive=(1.0,),
     depth_steps=3,
 )
 GPU = Profile(
@@ -157,6 +171,7 @@ GPU = Profile(
     scales=(2.0,),
     rates=(1e-3,),
     critic=(5, 0.9),
+    explosive=(),
     depth_steps=1000,
 )
 """The paper's network in full, with its learning rate and betas; its trainings are eighty times as long."""

@@ -17,11 +17,13 @@ from matplotlib.axes import Axes
 from experiments.measures.statistics import median_interval
 from experiments.plan import NO_NORM, VARIANTS, Profile
 from experiments.shown.frames import NAMES, Frames, in_order, label
-from experiments.shown.tables import INITIAL, all_rates, all_scales, study
+from experiments.shown.tables import INITIAL, all_rates, all_scales, explosions, study
 
 matplotlib.use("Agg")
 COLOURS = dict(zip((NO_NORM, *VARIANTS), ("0.4", "C0", "C1", "C2", "C3"), strict=True)) | {"strict": "C4"}
 DPI = 75
+SLOPES = (1e-13, 1e9)
+"""The range of slopes that is drawn."""
 DIVERGED = 3.0
 """Runs that diverged are drawn at so many times the largest distance of the others."""
 
@@ -33,7 +35,7 @@ def _save(figure: Any, path: Path) -> None:
 
 def _band(axes: Axes, frame: pd.DataFrame, x: str, y: str, **options: Any) -> None:
     """Draw the median over seeds of y at each x, and its range."""
-    found = frame.groupby(x)[y].agg(["median", "min", "max"])
+    found = frame.groupby(x)[y].agg(["median", "min", "max"]).clip(1e-30, 1e30)
     axes.plot(found.index, found["median"], **options)
     axes.fill_between(found.index, found["min"], found["max"], color=options.get("color"), alpha=0.15, linewidth=0)
 
@@ -46,50 +48,72 @@ def _colour(norm: str, scale: float) -> Any:
 
 
 def depth(frames: Frames, path: Path) -> None:
-    """Claim 1: slopes at initialisation against depth and against the scale, and in training at each depth."""
-    courses = study(frames.courses, "depth")
+    """Claim 1: slopes at initialisation by depth and by scale, the largest by learning rate, in training by depth."""
+    figure, grid = plt.subplots(2, 3, figsize=(15, 9), layout="constrained", sharey=True)
+    by_depth, by_scale, by_rate = grid[0]
     depths = sorted(frames.initial["layers"].unique())
-    figure, panels = plt.subplots(1, 2 + len(depths), figsize=(4.3 * (2 + len(depths)), 4.4), layout="constrained")
-    for norm in in_order(list(frames.initial["norm"])):
-        of_norm = frames.initial[frames.initial["norm"] == norm]
-        for scale, mine in of_norm.groupby("scale"):
-            named = label(norm, scale) in NAMES.values()
-            if named or (norm == "bssn" and scale in (0.3, 0.7, 2.0, 4.0)):
-                style = {} if named else {"linestyle": "--"}
-                _band(panels[0], mine, "layers", "slope", color=_colour(norm, scale), label=label(norm, scale), **style)
-        if norm in ("ssn", "bssn"):
-            one = frames.initial[frames.initial["norm"] == norm.replace("ss", "s")]
-            for layers, dashes in zip(depths, ("-", "--", ":"), strict=True):
-                both = pd.concat([of_norm, one])
-                both = both[both["layers"] == layers]
-                _band(
-                    panels[1],
-                    both,
-                    "scale",
-                    "slope",
-                    color=COLOURS[norm],
-                    linestyle=dashes,
-                    label=f"{NAMES[norm]}, {layers} layers",
-                )
-    panels[0].set(title="at initialisation, by depth", xlabel="layers", ylabel="|dD/dx|", yscale="log")
-    panels[0].set_xticks(depths)
-    panels[1].set(title="at initialisation, by scale", xlabel="c", xscale="log", yscale="log")
-    panels[1].set_xticks(ticks := (0.3, 0.7, 1, 2, 4), list(map(str, ticks)))
-    panels[1].minorticks_off()
-    for axes, layers in zip(panels[2:], depths, strict=True):
+    _initial_by_depth(by_depth, frames.initial, depths)
+    _initial_by_scale(by_scale, frames.initial, depths)
+    _largest_by_rate(by_rate, explosions(frames))
+    courses = study(frames.courses, "depth")
+    for axes, layers in zip(grid[1], depths, strict=False):
         for (norm, scale), mine in courses[courses["layers"] == layers].groupby(["norm", "scale"]):
-            if label(norm, scale) in NAMES.values() or (norm == "bssn" and scale in (0.3, 4.0)):
-                _band(axes, mine, "step", "slope", color=_colour(norm, scale), label=label(norm, scale))
-        axes.set(title=f"in training, {layers} layers", xlabel="step", yscale="log")
-    for axes in panels:
+            _band(axes, mine, "step", "slope", color=_colour(norm, scale), label=label(norm, scale))
+        axes.set(title=f"in training, {layers} layers", xlabel="step")
+    for axes in grid.flatten():
         axes.grid(alpha=0.3)
-    for axes in panels[[0, 2, 3, 4]]:
-        axes.sharey(panels[1])
-        axes.set_ylim(1e-13, 1e7)
         axes.axhline(1, color="black", linewidth=0.7)
-    for axes in panels[:2]:
-        axes.legend(fontsize="x-small", loc="lower left" if axes is panels[0] else "upper left")
+        axes.set(yscale="log", ylim=SLOPES)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("|dD/dx|")
+    for axes in (by_depth, by_scale, by_rate, grid[1, 0]):
+        axes.legend(fontsize="x-small")
     _save(figure, path)
+
+
+def _initial_by_depth(axes: Axes, initial: pd.DataFrame, depths: Sequence[int]) -> None:
+    """Draw each variant, and BSSN with other scales dashed."""
+    for norm in in_order(list(initial["norm"])):
+        for scale, mine in initial[initial["norm"] == norm].groupby("scale"):
+            default = label(norm, scale) in NAMES.values()
+            if default or (norm == "bssn" and scale in (0.3, 0.7, 2.0, 4.0)):
+                style = "-" if default else "--"
+                _band(
+                    axes, mine, "layers", "slope", color=_colour(norm, scale), label=label(norm, scale), linestyle=style
+                )
+    axes.set(title="before training, by depth", xlabel="layers")
+    axes.set_xticks(depths)
+
+
+def _initial_by_scale(axes: Axes, initial: pd.DataFrame, depths: Sequence[int]) -> None:
+    """Draw SSN and BSSN against c at each depth; 1 is SN and BSN."""
+    for norm in ("ssn", "bssn"):
+        mine = initial[initial["norm"].isin((norm, norm.replace("ss", "s")))]
+        for layers, style in zip(depths, ("-", "--", ":"), strict=False):
+            name = f"{NAMES[norm]}, {layers} layers"
+            _band(
+                axes, mine[mine["layers"] == layers], "scale", "slope", color=COLOURS[norm], linestyle=style, label=name
+            )
+    axes.set(title="before training, by scale", xlabel="c", xscale="log")
+    axes.set_xticks(ticks := (0.3, 0.7, 1, 2, 4), list(map(str, ticks)))
+    axes.minorticks_off()
+
+
+def _largest_by_rate(axes: Axes, found: pd.DataFrame) -> None:
+    """Draw the largest slope of each short training; crosses are runs that diverged."""
+    for norm in in_order(list(found["norm"])):
+        mine = found[found["norm"] == norm]
+        height = mine["slope"].clip(*SLOPES)
+        axes.plot(
+            mine["rate"].unique(),
+            height.groupby(mine["rate"], sort=False).median(),
+            color=COLOURS[norm],
+            label=NAMES[norm],
+        )
+        for diverged, marker in ((0, "o"), (1, "x")):
+            which = mine["diverged"] == diverged
+            axes.scatter(mine["rate"][which], height[which], color=COLOURS[norm], marker=marker, s=18)
+    axes.set(title="largest in training, 8 layers; x: diverged", xlabel="learning rate", xscale="log")
 
 
 def variances(frames: Frames, path: Path) -> None:

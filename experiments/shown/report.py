@@ -73,6 +73,7 @@ def show(folder: Path, profile: Profile) -> None:
     sections = [
         ("Gradients at initialisation", len(found.initial), lambda: tables.initial_table(found)),
         ("Gradients in training", with_trainings, lambda: tables.course_table(found)),
+        ("Learning rates until it explodes", with_trainings, lambda: tables.explosion_table(found)),
         ("The bound on gradients", "bound_ratio" in found.trainings, lambda: tables.bound_table(found)),
         ("Variances in training", len(found.variances), lambda: tables.variance_table(found)),
         ("Layers at initialisation", len(found.layers), lambda: tables.layers_table(found)),

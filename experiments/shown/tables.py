@@ -8,8 +8,8 @@ from math import prod
 import pandas as pd
 
 from experiments.measures.statistics import compare, median_interval
-from experiments.plan import DEPTHS, Profile
-from experiments.shown.frames import NAMES, Frames, in_order, label
+from experiments.plan import DEPTHS, SQRT2, Profile
+from experiments.shown.frames import NAMES, SETTING, Frames, in_order, label
 
 PAIRS = (("sn", "none"), ("bssn", "none"), ("ssn", "sn"), ("bsn", "sn"), ("bssn", "sn"), ("bssn", "ssn"))
 
@@ -68,6 +68,29 @@ def course_table(frames: Frames) -> str:
             row[f"{layers}: end"] = median_interval(list(slopes.last()))
             own = diverged[norm, scale, layers]
             row[f"{layers}: diverged"] = f"{own.sum()} of {len(own)}"
+        rows.append(row)
+    return markdown(rows)
+
+
+def explosions(frames: Frames) -> pd.DataFrame:
+    """Return the short trainings at the paper's depth, at all rates, with the largest slope of each in `slope`."""
+    own = [name for name in SETTING if name != "study"]
+    both = study(frames.trainings, "depth", "explosion").merge(
+        study(frames.courses, "depth", "explosion").groupby(own)["slope"].max().reset_index(), on=own
+    )
+    default = ~both["norm"].isin(("ssn", "bssn")) | both["scale"].sub(SQRT2).abs().lt(1e-3)
+    return both[(both["layers"] == DEPTHS["paper"]) & default]
+
+
+def explosion_table(frames: Frames) -> str:
+    """Claim 1: how many runs diverge at which learning rate, and the largest slope seen."""
+    rows = []
+    for rate, part in explosions(frames).groupby("rate"):
+        row: dict[str, object] = {"learning rate": f"{rate:g}"}
+        for norm in in_order(list(part["norm"])):
+            mine = part[part["norm"] == norm]
+            row[f"{NAMES[norm]}: diverged"] = f"{mine['diverged'].sum()} of {len(mine)}"
+            row[f"{NAMES[norm]}: largest slope"] = f"{mine['slope'].median():.2g}"
         rows.append(row)
     return markdown(rows)
 
