@@ -17,10 +17,12 @@ from matplotlib.axes import Axes
 from experiments.measures.statistics import median_interval
 from experiments.plan import NO_NORM, VARIANTS, Profile
 from experiments.shown.frames import NAMES, Frames, in_order, label
-from experiments.shown.tables import INITIAL, all_rates, all_scales, explosions, study
+from experiments.shown.tables import INITIAL, all_rates, all_scales, by_case, explosions, study
 
 matplotlib.use("Agg")
 COLOURS = dict(zip((NO_NORM, *VARIANTS), ("0.4", "C0", "C1", "C2", "C3"), strict=True)) | {"strict": "C4"}
+SCALED = {0.3: "navy", 0.7: "C9", 2.0: "C6", 4.0: "C4"}
+"""Of BSSN, by scale."""
 DPI = 75
 SLOPES = (1e-13, 1e9)
 """The range of slopes that is drawn."""
@@ -40,11 +42,9 @@ def _band(axes: Axes, frame: pd.DataFrame, x: str, y: str, **options: Any) -> No
     axes.fill_between(found.index, found["min"], found["max"], color=options.get("color"), alpha=0.15, linewidth=0)
 
 
-def _colour(norm: str, scale: float) -> Any:
-    """Return a colour: that of the variant, and for other scales of BSSN from blue, small, to red, large."""
-    if label(norm, scale) in NAMES.values():
-        return COLOURS[norm]
-    return plt.get_cmap("coolwarm")(0.5 + 0.5 * np.log(scale / 1.41) / np.log(4 / 1.41 if scale > 1.41 else 1.41 / 0.3))
+def _colour(norm: str, scale: float) -> str:
+    """Return the colour of a variant, or of BSSN with another scale than the default."""
+    return COLOURS[norm] if label(norm, scale) in NAMES.values() else SCALED[scale]
 
 
 def depth(frames: Frames, path: Path) -> None:
@@ -57,8 +57,8 @@ def depth(frames: Frames, path: Path) -> None:
     _largest_by_rate(by_rate, explosions(frames))
     courses = study(frames.courses, "depth")
     for axes, layers in zip(grid[1], depths, strict=False):
-        for (norm, scale), mine in courses[courses["layers"] == layers].groupby(["norm", "scale"]):
-            _band(axes, mine, "step", "slope", color=_colour(norm, scale), label=label(norm, scale))
+        for case, mine in by_case(courses[courses["layers"] == layers]):
+            _band(axes, mine, "step", "slope", color=_colour(*case), label=label(*case))
         axes.set(title=f"in training, {layers} layers", xlabel="step")
     for axes in grid.flatten():
         axes.grid(alpha=0.3)
@@ -73,14 +73,15 @@ def depth(frames: Frames, path: Path) -> None:
 
 def _initial_by_depth(axes: Axes, initial: pd.DataFrame, depths: Sequence[int]) -> None:
     """Draw each variant, and BSSN with other scales dashed."""
-    for norm in in_order(list(initial["norm"])):
-        for scale, mine in initial[initial["norm"] == norm].groupby("scale"):
-            default = label(norm, scale) in NAMES.values()
-            if default or (norm == "bssn" and scale in (0.3, 0.7, 2.0, 4.0)):
-                style = "-" if default else "--"
-                _band(
-                    axes, mine, "layers", "slope", color=_colour(norm, scale), label=label(norm, scale), linestyle=style
-                )
+    for (norm, scale), mine in by_case(initial):
+        default = label(norm, scale) in NAMES.values()
+        if default or (norm == "bssn" and scale in SCALED):
+            options = {
+                "color": _colour(norm, scale),
+                "label": label(norm, scale),
+                "linestyle": "-" if default else "--",
+            }
+            _band(axes, mine, "layers", "slope", **options)
     axes.set(title="before training, by depth", xlabel="layers")
     axes.set_xticks(depths)
 

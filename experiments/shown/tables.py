@@ -33,18 +33,22 @@ def base_case(frame: pd.DataFrame, profile: Profile) -> pd.DataFrame:
     return frame[(frame["study"] == "variants") & (frame["data"] == profile.base.data)]
 
 
-def _by_case(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Return (name, rows) by normalisation and scale, in the order of all tables."""
+def by_case(frame: pd.DataFrame) -> list[tuple[tuple[str, float], pd.DataFrame]]:
+    """Return ((normalisation, scale), rows) in the order of all tables and pictures."""
     groups = dict(list(frame.groupby(["norm", "scale"])))
-    keys = [(norm, scale) for norm in in_order(list(frame["norm"])) for n, scale in groups if n == norm]
-    return [(label(*key), groups[key]) for key in keys]
+    return [
+        ((norm, scale), groups[norm, scale])
+        for norm in in_order(list(frame["norm"]))
+        for n, scale in groups
+        if n == norm
+    ]
 
 
 def initial_table(frames: Frames) -> str:
     """Claim 1: slopes at initialisation by depth, and what each further layer multiplies them by."""
     rows = []
-    for name, mine in _by_case(frames.initial):
-        row: dict[str, object] = {"": name}
+    for case, mine in by_case(frames.initial):
+        row: dict[str, object] = {"": label(*case)}
         medians = {}
         for layers, part in mine.groupby("layers"):
             row[f"{layers} layers"] = median_interval(list(part["slope"]))
@@ -60,13 +64,13 @@ def course_table(frames: Frames) -> str:
     """Claim 1: slopes in training at several depths, at the first and the last recorded step; runs that diverged."""
     diverged = dict(list(study(frames.trainings, "depth").groupby(["norm", "scale", "layers"])["diverged"]))
     rows = []
-    for name, mine in _by_case(study(frames.courses, "depth")):
-        row: dict[str, object] = {"": name}
-        for (norm, scale, layers), part in mine.groupby(["norm", "scale", "layers"]):
+    for case, mine in by_case(study(frames.courses, "depth")):
+        row: dict[str, object] = {"": label(*case)}
+        for layers, part in mine.groupby("layers"):
             slopes = part.sort_values("step").groupby("seed")["slope"]
             row[f"{layers} layers: start"] = median_interval(list(slopes.first()))
             row[f"{layers}: end"] = median_interval(list(slopes.last()))
-            own = diverged[norm, scale, layers]
+            own = diverged[(*case, layers)]
             row[f"{layers}: diverged"] = f"{own.sum()} of {len(own)}"
         rows.append(row)
     return markdown(rows)
@@ -99,11 +103,11 @@ def bound_table(frames: Frames) -> str:
     """Claim 1: the largest gradient of a layer over the paper's bound, over all trainings of the paper's network."""
     mine = frames.trainings[frames.trainings["layers"] == DEPTHS["paper"]]
     rows = []
-    for name, part in _by_case(mine):
+    for case, part in by_case(mine):
         largest, ours = part["bound_ratio"], part["bound_broken_steps"].sum()
         rows.append(
             {
-                "": name,
+                "": label(*case),
                 "largest gradient / bound, median run": f"{largest.median():.3g}",
                 "worst run": f"{largest.max():.3g}",
                 "steps above the bound": f"{ours:.0f} of {part['steps'].sum():.0f}",
