@@ -92,7 +92,6 @@ def exact(args: argparse.Namespace, profile: plan.Profile) -> dict[str, list[dic
     sets = layer_sets.load()
     chosen = {name: sets[name] for name in QUICK_SETS} if args.quick else sets
     (args.work / "layers").mkdir(parents=True, exist_ok=True)
-    width, batch, steps = (8, 4, 3) if args.quick else (64, 4, 25)
     kinds = "-".join(Path(name).name for name in (profile.base.data, *profile.others))
 
     def kept(name: str, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -107,7 +106,7 @@ def exact(args: argparse.Namespace, profile: plan.Profile) -> dict[str, list[dic
             f"initial-{profile.seeds}-{profile.base.width}", lambda: depth.rows(profile.seeds, profile.base.width)
         ),
         "references": kept(f"references-{kinds}", lambda: references(profile, args.cifar10_root)),
-        "switching": kept(f"switching-{width}-{batch}-{steps}", lambda: switching.rows(steps, width, batch)),
+        "switching": kept("switching", lambda: switching.both(args.quick)),
         "slopes": kept(f"slopes-{profile.seeds}", lambda: spectra.slopes(profile.seeds)),
         "layers": spectra.layer_rows(chosen, args.work / "layers"),
     }

@@ -51,7 +51,7 @@ class Training:
         """Train on images [n, 3, 32, 32] with noise of a seed; returns the losses of generator and discriminator."""
         torch.manual_seed(seed)
         adam_generator, adam_discriminator = self.adams
-        noise = torch.randn(1 + CRITIC_STEPS, len(real), NOISE, 1, 1)
+        noise = torch.randn(1 + CRITIC_STEPS, len(real), NOISE, 1, 1).to(real.dtype)
         self.discriminator.requires_grad_(False)
         loss_generator = -self.score(self.generator(noise[0])).mean()
         adam_generator.zero_grad()
@@ -73,10 +73,10 @@ class Training:
         return self.discriminator(images, images[:, 0, 0, 0].long())
 
 
-def trainings(width: int, steps: int, seed: int = 0) -> dict[str, Training]:
+def trainings(width: int, steps: int, dtype: torch.dtype = torch.float32) -> dict[str, Training]:
     """Return the WAYS from one start: `sn` takes over torch's vectors u and v, so that only the arithmetic differs."""
-    torch.manual_seed(seed)
-    generator, discriminator = make_generator(width), PaperDiscriminator(3, 32, 1, width)
+    torch.manual_seed(0)
+    generator, discriminator = make_generator(width).to(dtype), PaperDiscriminator(3, 32, 1, width).to(dtype)
     normalize(discriminator, "torch-sn", 1.0)
     rounded = copy.deepcopy(discriminator)
     with torch.no_grad():
@@ -88,15 +88,18 @@ def trainings(width: int, steps: int, seed: int = 0) -> dict[str, Training]:
     return {way: Training(copy.deepcopy(generator), model, steps) for way, model in models.items()}
 
 
-def rows(steps: int, width: int, batch: int) -> list[dict[str, Any]]:
-    """Return by step the losses and the seconds of each of the WAYS, which take their steps in turns."""
-    images = data.load("emoji", 32, "").pixels
-    runs = trainings(width, steps)
+def rows(steps: int, width: int, batch: int, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
+    """Return by step the losses and the seconds of each of the WAYS, which take their steps in turns.
+
+    A step trains the generator once and the discriminator CRITIC_STEPS times. Seconds are those of this thread.
+    """
+    images = data.load("emoji", 32, "").pixels.to(dtype)
+    runs = trainings(width, steps, dtype)
     chosen = torch.Generator().manual_seed(0)
     found = []
-    for step in tqdm(range(steps), desc="switching", unit="step"):
+    for step in tqdm(range(steps), desc=f"switching, {dtype}", unit="step"):
         real = images[torch.randint(len(images), (batch,), generator=chosen)]
-        row: dict[str, Any] = {"step": step}
+        row: dict[str, Any] = {"precision": str(dtype)[6:], "width": width, "batch": batch, "step": step}
         for way, run in runs.items():
             started = time.thread_time()
             generator, discriminator = run.step(real, seed=step)
@@ -104,3 +107,10 @@ def rows(steps: int, width: int, batch: int) -> list[dict[str, Any]]:
             row[f"seconds_{way}"] = time.thread_time() - started
         found.append(row)
     return found
+
+
+def both(quick: bool) -> list[dict[str, Any]]:
+    """Return the losses of narrow networks in two precisions, and then the seconds of the network in full."""
+    if quick:
+        return rows(2, 4, 4) + rows(2, 4, 4, torch.float64) + rows(2, 8, 4)
+    return rows(50, 16, 16) + rows(15, 16, 16, torch.float64) + rows(12, 64, 4)

@@ -44,7 +44,8 @@ class Frames:
         for field in fields(self):
             frame = getattr(self, field.name)
             if len(frame):
-                frame.to_csv(out / f"{field.name}.csv", index=False, float_format="%.6g", lineterminator="\n")
+                digits = "%.17g" if field.name == "switching" else "%.6g"  # differences of losses are what counts there
+                frame.to_csv(out / f"{field.name}.csv", index=False, float_format=digits, lineterminator="\n")
 
     @classmethod
     def read(cls, folder: Path) -> Frames:

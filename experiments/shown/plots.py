@@ -13,11 +13,12 @@ import torch
 from gan.report import save_grid
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from experiments.measures.statistics import median_interval
 from experiments.plan import NO_NORM, VARIANTS, Profile
 from experiments.shown.frames import NAMES, Frames, in_order, label
-from experiments.shown.tables import INITIAL, all_rates, all_scales, by_case, explosions, study
+from experiments.shown.tables import INITIAL, all_rates, all_scales, by_case, explosions, narrow, study
 
 matplotlib.use("Agg")
 COLOURS = dict(zip((NO_NORM, *VARIANTS), ("0.4", "C0", "C1", "C2", "C3"), strict=True)) | {"strict": "C4"}
@@ -156,7 +157,8 @@ def operators(frames: Frames, path: Path) -> None:
 
 
 def _plain_labels(axes: Axes) -> None:
-    """Label a logarithmic axis with numbers, not powers."""
+    """Label a logarithmic axis with numbers, not powers, at 1, 2 and 5 of each decade."""
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
 
@@ -231,22 +233,30 @@ def samples(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def switching(frames: Frames, path: Path) -> None:
-    """Draw the switched training: both losses on top of each other, their difference, and the seconds of steps."""
-    s = frames.switching
-    figure, (losses, difference, seconds) = plt.subplots(1, 3, figsize=(16, 4), layout="constrained")
+    """Draw the switched training: losses on top of each other, their difference in two precisions, and the seconds."""
+    found = narrow(frames.switching)
+    figure, (losses, single, double, seconds) = plt.subplots(1, 4, figsize=(19, 4), layout="constrained")
+    by_precision = dict(list(found.groupby("precision")))
     for loss, colour in (("discriminator", "C0"), ("generator", "C1")):
+        s = by_precision["float32"]
         losses.plot(s["step"], s[f"{loss}_torch"], color=colour, label=f"{loss}, torch", linewidth=3, alpha=0.4)
         losses.plot(s["step"], s[f"{loss}_sn"], color="black", label=f"{loss}, sn", linewidth=1, linestyle="--")
-        for way, style in (("sn", "-"), ("rounded", ":")):
-            name = "sn" if way == "sn" else "torch, weights changed by a rounding error"
-            apart = (s[f"{loss}_{way}"] - s[f"{loss}_torch"]).abs().clip(lower=1e-9)
-            difference.plot(s["step"], apart, style, color=colour, label=f"{loss}: torch and {name}")
-    difference.set(title="difference of the losses", yscale="log", xlabel="step")
-    losses.set(title="losses", xlabel="step")
+        for axes, precision in ((single, "float32"), (double, "float64")):
+            s = by_precision[precision]
+            for way, style, name in (("sn", "o-", "sn"), ("rounded", ".:", "torch after a rounding error")):
+                apart = (s[f"{loss}_{way}"] - s[f"{loss}_torch"]).abs()
+                some = apart > 0  # the discriminator's loss is often 0 in both
+                axes.plot(s["step"][some], apart[some], style, color=colour, label=f"{loss}: torch and {name}")
+            axes.set(title=f"difference of the losses, {precision}", yscale="log", ylim=(1e-17, 10))
+    losses.set(title="losses, float32")
+    wide = frames.switching[frames.switching["width"] == frames.switching["width"].max()]
     for way, colour in (("torch", "C0"), ("sn", "C3")):
-        seconds.plot(s["step"], s[f"seconds_{way}"], color=colour, label=way)
-    seconds.set(title="seconds of a step (processor time)", xlabel="step", ylim=(0, None))
-    for axes in (losses, difference, seconds):
+        seconds.plot(wide["step"], wide[f"seconds_{way}"], color=colour, label=way)
+    seconds.set(
+        title=f"seconds of a step, width {wide['width'].iloc[0]}, batch {wide['batch'].iloc[0]}", ylim=(0, None)
+    )
+    for axes in (losses, single, double, seconds):
+        axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
     _save(figure, path)

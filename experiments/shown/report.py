@@ -19,18 +19,24 @@ from experiments.shown import plots, tables
 from experiments.shown.frames import Frames
 
 
+def told(profile: Profile, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records of those settings that have all their seeds: the others are left out until they have."""
+    trainings = made.trainings(records)
+    if not len(trainings):
+        return []
+    whole = made.complete(trainings, profile.seeds).index
+    return [record for i, record in enumerate(records) if i in whole]
+
+
 def collect(profile: Profile, records: Sequence[dict[str, Any]], exact: dict[str, list[dict[str, Any]]]) -> Frames:
-    """Return all results. Settings that have not all their seeds yet are left out.
+    """Return all results.
 
     exact: the rows of what is computed without training, by the name of their frame.
     """
-    trainings = made.trainings(records)
-    whole = made.complete(trainings, profile.seeds) if len(trainings) else trainings
-    kept = [record for record, keep in zip(records, trainings.index.isin(whole.index), strict=True) if keep]
-    base = [r for r in kept if r["study"] == "variants" and r["settings"]["data"] == profile.base.data]
-    others = {name: pd.DataFrame(rows) for name, rows in exact.items()}
+    base = [r for r in records if r["study"] == "variants" and r["settings"]["data"] == profile.base.data]
     own = [r for r in base if r["settings"]["norm"] != "none"]
-    return Frames(whole, made.courses(kept), made.variances(own), **others)
+    others = {name: pd.DataFrame(rows) for name, rows in exact.items()}
+    return Frames(made.trainings(records), made.courses(records), made.variances(own), **others)
 
 
 def about(records: Sequence[dict[str, Any]], planned: int) -> dict[str, Any]:
@@ -51,6 +57,7 @@ def write(
     out: Path, profile: Profile, records: Sequence[dict[str, Any]], exact: dict[str, list[dict[str, Any]]]
 ) -> None:
     """Write everything into the folder `out`."""
+    records = told(profile, records)
     collect(profile, records, exact).write(out)
     (out / "run.json").write_text(json.dumps(about(records, len(profile.trials())), indent=1) + "\n")
     for data in (profile.base.data, *profile.others):
@@ -74,7 +81,7 @@ def show(folder: Path, profile: Profile) -> None:
         ("Gradients at initialisation", len(found.initial), lambda: tables.initial_table(found)),
         ("Gradients in training", with_trainings, lambda: tables.course_table(found)),
         ("Learning rates until it explodes", with_trainings, lambda: tables.explosion_table(found)),
-        ("The bound on gradients", "bound_ratio" in found.trainings, lambda: tables.bound_table(found)),
+        ("The bound on gradients", "bound_ratio" in found.trainings, lambda: tables.bound_table(found, profile)),
         ("Variances in training", len(found.variances), lambda: tables.variance_table(found)),
         ("Layers at initialisation", len(found.layers), lambda: tables.layers_table(found)),
         ("Strict normalisation", len(found.slopes), lambda: tables.slopes_table(found)),

@@ -99,9 +99,10 @@ def explosion_table(frames: Frames) -> str:
     return markdown(rows)
 
 
-def bound_table(frames: Frames) -> str:
-    """Claim 1: the largest gradient of a layer over the paper's bound, over all trainings of the paper's network."""
-    mine = frames.trainings[frames.trainings["layers"] == DEPTHS["paper"]]
+def bound_table(frames: Frames, profile: Profile) -> str:
+    """Claim 1: the largest gradient of a layer over the paper's bound, at the base's images and rate."""
+    mine = study(frames.trainings, "variants", "scales")
+    mine = mine[mine["data"] == profile.base.data]
     rows = []
     for case, part in by_case(mine):
         largest, ours = part["bound_ratio"], part["bound_broken_steps"].sum()
@@ -251,24 +252,24 @@ def slopes_table(frames: Frames) -> str:
     return markdown({"": NAMES.get(n, n), "dD/dx at initialisation": median_interval(list(v))} for n, v in parts)
 
 
+def narrow(switching: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that compare losses; those of the widest network compare seconds."""
+    return switching[switching["width"] == switching["width"].min()]
+
+
 def switching_table(frames: Frames) -> str:
-    """The switched training: how far the losses are apart, and the seconds of a step."""
-    s = frames.switching
+    """The switched training: how far the losses are apart, and the seconds of a step of the network in full."""
     rows = []
-    for upto in sorted({1, 10, len(s)}):
-        part = s[s["step"] < upto]
-        row: dict[str, object] = {"largest difference up to step": str(upto)}
+    for precision, mine in narrow(frames.switching).groupby("precision"):
         for loss in ("discriminator", "generator"):
-            for way, name in (("sn", "sn"), ("rounded", "a rounding error")):
-                row[f"{loss}: torch and {name}"] = f"{(part[f'{loss}_{way}'] - part[f'{loss}_torch']).abs().max():.1e}"
-        rows.append(row)
-    times = [
-        {"": name, "seconds of a step, median": median_interval(list(s[f"seconds_{way}"]))}
-        for way, name in (("torch", "torch"), ("sn", "`sn`"))
-    ]
-    ratio = median_interval(list(s["seconds_torch"] / s["seconds_sn"]))
-    return (
-        markdown(rows)
-        + "\n"
-        + markdown([*times, {"": "torch / `sn`, step by step", "seconds of a step, median": ratio}])
-    )
+            row: dict[str, object] = {"precision": precision, "steps": len(mine), "loss of the": loss}
+            for way, name in (("sn", "`sn`"), ("rounded", "a rounding error")):
+                apart = (mine[f"{loss}_{way}"] - mine[f"{loss}_torch"]).abs()
+                row[f"torch and {name}: first step"] = f"{apart.iloc[0]:.1e}"
+                row[f"{name}: largest"] = f"{apart.max():.1e}"
+            rows.append(row)
+    wide = frames.switching[frames.switching["width"] == frames.switching["width"].max()]
+    seconds = {"torch": wide["seconds_torch"], "`sn`": wide["seconds_sn"]}
+    seconds["torch less `sn`, step by step"] = wide["seconds_torch"] - wide["seconds_sn"]
+    times = [{"": name, "seconds of a step, median": median_interval(list(s))} for name, s in seconds.items()]
+    return markdown(rows) + "\n" + markdown(times)

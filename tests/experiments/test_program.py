@@ -75,7 +75,7 @@ def test_program_resumes_and_writes_its_report(
     text = (results / "tables.md").read_text()
     assert pool.file_of(folder, missing).exists()
     assert f"{len(TINY.trials())} of {len(TINY.trials())} trainings" in text
-    assert text.count("\n## ") == 11
+    assert text.count("\n## ") == 12
     assert "Not run." not in text
     assert len((results / "trainings.csv").read_text().splitlines()) == 1 + len(TINY.trials())
     pictures = {path.stem for path in results.glob("*.png")}
@@ -91,14 +91,14 @@ def test_only_settings_with_all_their_seeds_are_told(tmp_path: Path) -> None:
     trials = TINY.trials()
     records = [record(trial) for trial in trials if (trial.settings.norm, trial.settings.seed) != ("sn", 1)]
     found = report.collect(
-        TINY, records, {"initial": [], "references": [], "switching": [], "slopes": [], "layers": []}
+        TINY, report.told(TINY, records), {"initial": [], "references": [], "switching": [], "slopes": [], "layers": []}
     )
     for frame in (found.trainings, found.courses, found.variances):
         assert "sn" not in set(frame["norm"])
         assert "bsn" in set(frame["norm"])
     found.write(tmp_path)
     again = frames.Frames.read(tmp_path)
-    pd.testing.assert_frame_equal(again.trainings, found.trainings.reset_index(drop=True), check_dtype=False)
+    pd.testing.assert_frame_equal(again.trainings, found.trainings, check_dtype=False)
     assert "none" in set(again.trainings["norm"])
     assert len(again.layers) == 0
 
@@ -108,7 +108,7 @@ def test_a_diverged_run_is_the_worst_and_is_counted() -> None:
     fast = {t.key for t in trials if t.study == "rates" and t.settings.norm == "none"}
     records = [record(t, frechet=2.0 + t.settings.seed, diverged=t.key in fast) for t in trials]
     found = report.collect(
-        TINY, records, {"initial": [], "references": [], "switching": [], "slopes": [], "layers": []}
+        TINY, report.told(TINY, records), {"initial": [], "references": [], "switching": [], "slopes": [], "layers": []}
     )
     diverged = found.trainings[found.trainings["diverged"] == 1]
     assert len(diverged) == TINY.seeds
@@ -135,16 +135,16 @@ def test_gpu_says_what_is_left(
     def run_for(trials: list[plan.Trial], folder: Path, seconds: float, *_: object) -> int:
         asked.extend((len(trials), seconds))
         folder.mkdir()
-        for trial in trials[:10]:
+        for trial in trials[:25]:
             pool.file_of(folder, trial).write_text(json.dumps(record(trial)))
-        return len(trials) - 10
+        return len(trials) - 25
 
     monkeypatch.setattr(captured, "run_for", run_for)
     results = program.main(["--gpu", "--work", str(tmp_path), "--results", str(tmp_path / "out"), "--minutes", "2"])
     planned = len(plan.GPU.trials())
     assert asked == [planned, 120]
-    assert f"{planned - 10} of {planned} trainings are left" in capsys.readouterr().out
-    assert f"10 of {planned} trainings" in (results / "tables.md").read_text()
+    assert f"{planned - 25} of {planned} trainings are left" in capsys.readouterr().out
+    assert f"25 of {planned} trainings" in (results / "tables.md").read_text()
 
 
 def test_results_of_other_options_do_not_replace_those_of_the_repository() -> None:

@@ -27,6 +27,12 @@ def test_losses_agree_as_far_as_rounding_lets_them() -> None:
     assert all(row[f"seconds_{way}"] > 0 for row in rows for way in switching.WAYS)
 
 
+def test_losses_agree_to_the_last_digits_in_double_precision() -> None:
+    for row in switching.rows(steps=2, width=4, batch=4, dtype=torch.float64):
+        for loss in ("generator", "discriminator"):
+            assert abs(row[f"{loss}_sn"] - row[f"{loss}_torch"]) < 1e-11
+
+
 def test_rates_fall_to_zero() -> None:
     run = switching.trainings(width=4, steps=2)["sn"]
     run.step(torch.zeros(2, 3, 32, 32), seed=0)
