@@ -156,26 +156,29 @@ def scale_table(frames: Frames, profile: Profile) -> str:
 
 
 def comparison_table(frames: Frames, profile: Profile) -> str:
-    """Claims 4 and 5: variants paired by seed, for each kind of images and over all learning rates."""
+    """Claims 4 and 5: variants paired by seed, for each kind of images, over all learning rates, and BSSN's scales."""
+    rows = []
     groups = dict(list(study(frames.trainings, "variants").groupby("data", sort=False)))
     if len(study(frames.trainings, "rates")):
         groups[f"{profile.base.data}, all learning rates"] = all_rates(frames, profile)
-    rows = []
     for title, part in groups.items():
-        found = {n: p.sort_values(["rate", "critic_steps", "seed"]) for n, p in part.groupby("norm")}
-        for a, b in PAIRS:
-            if a in found and b in found and len(found[a]) == len(found[b]):
-                c = compare(list(found[a]["frechet"]), list(found[b]["frechet"]), list(found[a]["seed"]))
-                wins = f"{c.wins} of {c.pairs}"
-                rows.append(
-                    {
-                        "images": title,
-                        "": f"{NAMES[a]} against {NAMES[b]}",
-                        "nearer": wins,
-                        "ratio of distances": c.ratio,
-                    }
-                )
-    return markdown(rows)
+        by_norm = {NAMES[norm]: mine for norm, mine in part.groupby("norm")}
+        rows += [_pair(title, NAMES[a], NAMES[b], by_norm) for a, b in PAIRS]
+    scaled = pd.concat([base_case(frames.trainings, profile), study(frames.trainings, "scales")])
+    cases = {label(*case): mine for case, mine in by_case(scaled)}
+    for scale in profile.scales:
+        rivals = [NAMES[norm] for norm in ("none", "sn", "ssn", "bssn")] + [label("ssn", scale)]
+        rows += [_pair(profile.base.data, label("bssn", scale), rival, cases) for rival in rivals]
+    return markdown(row for row in rows if row)
+
+
+def _pair(title: str, a: str, b: str, cases: dict[str, pd.DataFrame]) -> dict[str, object]:
+    """Return a row on two cases with the same settings and seeds; an empty one where one of them is missing."""
+    if not (a in cases and b in cases and len(cases[a]) == len(cases[b])):
+        return {}
+    first, second = (cases[name].sort_values(["rate", "critic_steps", "seed"]) for name in (a, b))
+    c = compare(list(first["frechet"]), list(second["frechet"]), list(first["seed"]))
+    return {"images": title, "": f"{a} against {b}", "nearer": f"{c.wins} of {c.pairs}", "ratio of distances": c.ratio}
 
 
 def quality_table(frames: Frames) -> str:
