@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
         text = f"{text} (default: {value:.4g})" if isinstance(value, float) else f"{text} (default: {value})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=text, **options)
 
-    setting("data", "digits, photos, cifar10, or a folder of images whose subfolders are the classes")
+    setting("data", f"{', '.join(data.SHIPPED)}, cifar10, or a folder of images whose subfolders are the classes")
     setting("size", "images are resized to size x size: 8, 16, 32, ...")
     setting("network", "class-conditional by projection, or the BSSN paper's CNN, unconditional", choices=NETWORKS)
     setting("norm", "normalisation of the discriminator", choices=NORMS)

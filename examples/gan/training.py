@@ -80,15 +80,15 @@ class Run:
             loss_discriminator = self._step_discriminator()
         if self.steps_done % self.settings.log_every == 0:
             self._log_layers()
-        loss_generator = self._step_generator()
+        losses = loss_discriminator.item(), self._step_generator().item()
         if self.steps_done % self.settings.log_every == 0:
             self.history.step.append(self.steps_done)
-            self.history.loss_discriminator.append(loss_discriminator)
-            self.history.loss_generator.append(loss_generator)
+            self.history.loss_discriminator.append(losses[0])
+            self.history.loss_generator.append(losses[1])
         self.steps_done += 1
-        return loss_discriminator, loss_generator
+        return losses
 
-    def _step_discriminator(self) -> float:
+    def _step_discriminator(self) -> Tensor:
         real, labels = self.images.batch(self.settings.batch)
         with torch.no_grad():
             fake = self.generator(self.noise(len(real)), labels)
@@ -98,9 +98,9 @@ class Run:
         self.optimizer_discriminator.zero_grad()
         loss.backward()
         self.optimizer_discriminator.step()
-        return loss.item()
+        return loss.detach()
 
-    def _step_generator(self) -> float:
+    def _step_generator(self) -> Tensor:
         _, labels = self.images.batch(self.settings.batch)
         self.discriminator.requires_grad_(False)  # its weights then build no graph
         loss = -self.discriminator(self.generator(self.noise(len(labels)), labels), labels).mean()
@@ -108,8 +108,11 @@ class Run:
         loss.backward()
         self.discriminator.requires_grad_(True)
         self.optimizer_generator.step()
+        self._update_average()
+        return loss.detach()
+
+    def _update_average(self) -> None:
         self.average.update_parameters(self.generator)
-        return loss.item()
 
     def _log_layers(self) -> None:
         for curves, values in (

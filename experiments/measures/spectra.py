@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
-from math import prod, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from benchmarks.work import layer_sets
 from benchmarks.work.layer_sets import Layer
 from bssn_fast.diagnostics import initial_variances
 from bssn_fast.layout import channels
+from experiments.files import write_whole
 
 
 def largest_singular_value(blocks: Tensor) -> float:
@@ -74,13 +75,6 @@ def layer_rows(sets: dict[str, layer_sets.LayerSet], folder: Path) -> list[dict[
     return rows
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that an interrupted write leaves none."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(file)
-
-
 def _layer_row(layer: Layer) -> dict[str, Any]:
     seed = zlib.crc32(repr(layer).encode())
     weight = torch.randn(layer.shape, generator=torch.Generator().manual_seed(seed))
@@ -109,32 +103,12 @@ def _layer_row(layer: Layer) -> dict[str, Any]:
     }
 
 
-def products(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return by set: how much smaller strict normalisation makes all its layers together, and each on average."""
-    result = []
-    for name in dict.fromkeys(row["set"] for row in rows):
-        layers = [(row, row["count"]) for row in rows if row["set"] == name and row["operator"]]
-        n = sum(count for _, count in layers)
-        product = prod((row["s_out"] / row["operator"]) ** count for row, count in layers)
-        two_sided = prod(((row["s_out"] + row["s_in"]) / 2 / row["operator"]) ** count for row, count in layers)
-        result.append(
-            {
-                "set": name,
-                "kernels": n,
-                "strict_over_sn": product,
-                "strict_over_sn_per_layer": product ** (1 / n) if n else None,
-                "strict_over_bsn": two_sided,
-            }
-        )
-    return result
-
-
 def slopes(seeds: int, size: int = 32, width: int = 64) -> list[dict[str, Any]]:
     """Return the mean length of dD/dx at initialisation of the paper's CNN, by normalisation and seed.
 
-    "strict" divides each layer by the norm of its operator; images are patches of photographs.
+    "strict" divides each layer by the norm of its operator; images are emoji.
     """
-    images = data.load("photos", size, "").pixels
+    images = data.load("emoji", size, "").pixels
     rows = []
     for seed in tqdm(range(seeds), desc="slopes", unit="seed"):
         for norm in ("strict", "sn", "bsn", "ssn", "bssn", "none"):

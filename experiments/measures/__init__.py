@@ -1,0 +1,1 @@
+"""What is measured: samples against real images, weights and gradients without training, medians with intervals."""

@@ -1,0 +1,1 @@
+"""How results are shown: CSV files, and from them alone tables and pictures."""

@@ -1,0 +1,1 @@
+"""How trainings are run: one with all that is measured during it, many in a pool, many on a GPU."""
