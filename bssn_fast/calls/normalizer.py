@@ -50,6 +50,7 @@ class Normalizer:
         self.batch = Batch.of(list(map(_dense, weights)), dims, two_sided)
         self.dense = all(is_dense(w) for w in weights)
         self.scale, self.eps, self.backend = scale, eps, backend
+        self._checked: list[int] = []  # where weights lay whose memory has been looked at
         self._outputs = Pool(self.batch.size, self.batch.views)
         self._grads = Pool(self.batch.size, self.batch.views)
         # Normalizers that lead to the weights of a range of layers each; this one computes all weights at once.
@@ -132,14 +133,11 @@ class Normalizer:
                 "device or memory format; run the forward pass after such changes"
             )
         recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0  # nothing is read then
-        for w in weights:
-            if not recorded and not has_plain_memory(w):
-                raise RuntimeError(
-                    f"bssn_fast: between the forward and the backward pass the memory of a weight of shape "
-                    f"{tuple(w.shape)} was freed or made smaller. Bring it back before the backward pass"
-                )
+        if not recorded:
+            self._check_memory(weights)
+        plain = recorded or _all_plain([g for g in grads if g is not None])
         given = [
-            g if g.stride() == strides and (recorded or is_plain(g)) else _with_strides(g, w)
+            g if g.stride() == strides and (plain or is_plain(g)) else _with_strides(g, w)
             for g, w, strides in zip(grads, weights, batch.strides, strict=True)
             if g is not None
         ]
@@ -167,6 +165,19 @@ class Normalizer:
         for j, result in zip(layers, results, strict=True):
             found[j] = result
         return found
+
+    def _check_memory(self, weights: Sequence[Tensor]) -> None:
+        """Raise RuntimeError for weights whose memory is gone; quick where they lie where they lay the last time."""
+        addresses = list(map(Tensor.data_ptr, weights))
+        if addresses == self._checked:
+            return
+        for w in weights:
+            if not has_plain_memory(w):
+                raise RuntimeError(
+                    f"bssn_fast: between the forward and the backward pass the memory of a weight of shape "
+                    f"{tuple(w.shape)} was freed or made smaller. Bring it back before the backward pass"
+                )
+        self._checked = addresses
 
     def differentiable_gradients(
         self, values: Values, weights: Sequence[Tensor], grads: Sequence[Tensor | None]
@@ -235,6 +246,13 @@ class _Attach(torch.autograd.Function):
         if torch.is_grad_enabled() or not _have_memory(grads):
             differentiate = ctx.normalizer.differentiable_gradients
         return None, None, *differentiate(ctx.values, ctx.saved_tensors, wanted)
+
+
+def _all_plain(grads: Sequence[Tensor]) -> bool:
+    """Whether gradients are for certain what their memory says; `is_plain` tells of each, and takes longer."""
+    return {Tensor}.issuperset(map(type, grads)) and not (
+        any(map(Tensor.is_neg, grads)) or any(map(torch._is_zerotensor, grads))
+    )
 
 
 def _have_memory(grads: Sequence[Tensor | None]) -> bool:
