@@ -78,7 +78,8 @@ docs: env
 	rm -rf build/pages
 	mkdir -p build/pages/benchmarks build/pages/experiments
 	cp README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE build/pages
-	cp -R docs build/pages
+	cp -R docs bssn_fast build/pages
+	find build/pages/bssn_fast -type f -not -name '*.py' -delete
 	cp -R benchmarks/results build/pages/benchmarks
 	cp -R experiments/results build/pages/experiments
 	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict $(ARGS)
