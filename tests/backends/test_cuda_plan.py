@@ -19,7 +19,7 @@ if cuda_emulated.compiler() is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 POWER, REDUCE, WRITE = range(3)
-SETS = json.loads((Path(__file__).parents[2] / "benchmarks" / "layer_sets.json").read_text())
+SETS = json.loads((Path(__file__).parents[2] / "benchmarks" / "work" / "layer_sets.json").read_text())
 
 
 class Plan(NamedTuple):
