@@ -105,7 +105,7 @@ def _first_available(device: torch.device) -> str:
         reasons.append(known or f"{name}: {reason}")
         gave_way |= known is not None
     is_there = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
-    if name == "reference" and is_there:
+    if name == "reference" and is_there and not (gave_way and device.type == "cpu"):
         warnings.warn(
             f"bssn_fast has no kernels that work on {device} and uses plain torch operations, which are slower. "
             f"{'; '.join(reasons)}. BSSN_FAST_BACKEND=reference chooses them without this warning.",
