@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from bssn_fast import reference
 from bssn_fast.calls.member import Member
-from bssn_fast.layout import compute_dtype, result_dtype
+from bssn_fast.layout import compute_dtype, has_tangent, result_dtype
 
 _WITH_MEMORY = {Tensor, torch.nn.Parameter}
 
@@ -25,7 +25,7 @@ def in_transform() -> bool:
 
 def has_tangents(tensors: Iterable[Tensor]) -> bool:
     """Whether forward-mode derivatives with respect to one of the tensors are wanted."""
-    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return forward_ad._current_level >= 0 and any(map(has_tangent, tensors))  # at once where there are no levels
 
 
 def wants_plain_operations(weights: Sequence[Tensor]) -> bool:

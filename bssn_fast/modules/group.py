@@ -186,9 +186,8 @@ class Group:
             raise
         members, indices = self.members, list(range(len(weights)))
         if any([w.device.type == "meta" for w in weights]):
-            indices = [
-                j for j, w in enumerate(weights) if w.device.type != "meta"
-            ]  # they may come before they are used
+            # They may be brought in before they are used, by a hook of their layer.
+            indices = [j for j, w in enumerate(weights) if w.device.type != "meta"]
         held: set[int] = set()
         if before is not None or self._shared or blocks.any_block():
             indices, held = self._found_elsewhere(call, before, indices, weights)
