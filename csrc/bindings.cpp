@@ -36,12 +36,6 @@ PYBIND11_MODULE(_C, module) {
       },
       "Gradients of the weights of n layers; returns an error code.");
   module.def(
-      "cpu_fingerprint",
-      [](uintptr_t samples, int64_t n) {
-        return bssn::cpu::fingerprint(reinterpret_cast<const bssn::cpu::Sample*>(samples), n);
-      },
-      "Hash of n samples of tensors.");
-  module.def(
       "cpu_workspace",
       [](uintptr_t geometry, int64_t n, int64_t weight_type, int threads, bool backward) {
         const auto* layers = reinterpret_cast<const Geometry*>(geometry);

@@ -18,15 +18,6 @@ int forward(const Geometry* geometry, int64_t n, void* const* pointers, void* sn
 int backward(const Geometry* geometry, int64_t n, void* const* pointers, void* snapshot, DType weight_type,
              DType grad_type, double scale, int threads);
 
-// Some elements of a tensor, at equal distances.
-struct Sample {
-  const unsigned char* first;
-  int64_t count, stride, element_size;  // the latter two in bytes
-};
-
-// A hash of n samples.
-uint64_t fingerprint(const Sample* samples, int64_t n);
-
 // Bytes that the two need to work in, beside what they are given. Each thread's share is bounded.
 int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int threads);
 int64_t backward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int threads);
