@@ -184,13 +184,14 @@ def has_plain_memory(tensor: Tensor) -> bool:
 
     That is, it is plain, and its storage reaches as far: it has not been freed or made smaller.
     """
-    if not is_plain(tensor):
-        return False
-    if tensor.numel() == 0:
-        return True
+    return is_plain(tensor) and (tensor.numel() == 0 or (has_its_memory(tensor) and tensor.data_ptr() != 0))
+
+
+def has_its_memory(tensor: Tensor) -> bool:
+    """Whether the storage reaches as far as the elements; not if it has been freed or made smaller."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     end = (tensor.storage_offset() + last + 1) * tensor.element_size()
-    return end <= tensor.untyped_storage().nbytes() and tensor.data_ptr() != 0
+    return tensor.numel() == 0 or end <= tensor.untyped_storage().nbytes()
 
 
 def has_tangent(tensor: Tensor) -> bool:

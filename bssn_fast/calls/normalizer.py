@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from operator import is_
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from bssn_fast import ops, reference
-from bssn_fast.calls.composite import has_tangents, in_transform
+from bssn_fast.calls.composite import has_tangents
+from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.hooks import past_hooks
 from bssn_fast.calls.memory import Pool
 from bssn_fast.layout import Batch, compute_dtype, has_plain_memory, is_dense, is_plain, same_strides
@@ -51,6 +53,7 @@ class Normalizer:
         self.dense = all(is_dense(w) for w in weights)
         self.scale, self.eps, self.backend = scale, eps, backend
         self._checked: list[int] = []  # where weights lay whose memory has been looked at
+        self._right_weights = self._right_grads = Guard()  # like those of a backward pass that found nothing wrong
         self._outputs = Pool(self.batch.size, self.batch.views)
         self._grads = Pool(self.batch.size, self.batch.views)
         # Normalizers that lead to the weights of a range of layers each; this one computes all weights at once.
@@ -61,9 +64,18 @@ class Normalizer:
                 self.parts.append((part, Normalizer(*layers, scale=scale, eps=eps, backend=backend)))
 
     def compute(
-        self, weights: Sequence[Tensor], vectors: Sequence[Tensor], n_power_iterations: int, dtype: torch.dtype
+        self,
+        weights: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        n_power_iterations: int,
+        dtype: torch.dtype,
+        *,
+        readable: bool = False,
     ) -> Values:
-        """Run the operation, outside autograd; zero iterations leave the vectors alone."""
+        """Run the operation, outside autograd; zero iterations leave the vectors alone.
+
+        readable: kernels can read the weights, as a guard says; otherwise it is found out.
+        """
         if torch.is_inference_mode_enabled():  # what is kept of this call may be needed outside
             with torch.inference_mode(False):
                 return self.compute(weights, vectors, n_power_iterations, dtype)
@@ -73,7 +85,9 @@ class Normalizer:
         normalized = self._outputs.take(dtype, device)
         ops.normalize(
             batch,
-            weights if self.dense and not any(map(Tensor.is_neg, weights)) else list(map(_dense, weights)),
+            weights
+            if self.dense and (readable or not any(map(Tensor.is_neg, weights)))
+            else list(map(_dense, weights)),
             vectors,
             self.scale,
             self.eps,
@@ -87,21 +101,25 @@ class Normalizer:
             torch.autograd.graph.increment_version(vectors)  # kernels write past torch's versions
         return Values(normalized, snapshot, sigma)
 
-    def attach(self, values: Values, weights: Sequence[Tensor], *, protect: bool = False) -> list[Tensor]:
+    def attach(
+        self, values: Values, weights: Sequence[Tensor], *, protect: bool = False, readable: bool = False
+    ) -> list[Tensor]:
         """Return the normalised weights with a graph that leads to the weights, if one is wanted.
 
         They then belong to that graph: attach copies made by `Values.aliases` to use the values again.
 
         protect: as views, into which torch refuses to write differentiably.
         """
-        if not torch.is_grad_enabled() or not any(w.requires_grad for w in weights):
+        if not torch.is_grad_enabled() or not any([w.requires_grad for w in weights]):
             return values.normalized
         if self.parts:
             return [w for k in range(len(self.parts)) for w in self._attach_part(k, values, weights, protect)]
         if protect:
             values = values._replace(normalized=[w.view_as(w) for w in values.normalized])
         with past_hooks():
-            return _attached(self, values, weights)
+            if readable:  # half of the overhead of `apply`, which looks at each argument, in Python
+                return list(_apply_directly(self, values, *weights))
+            return list(_Attach.apply(self, values, *weights))
 
     def _attach_part(self, k: int, values: Values, weights: Sequence[Tensor], protect: bool) -> list[Tensor]:
         part, normalizer = self.parts[k]
@@ -118,29 +136,14 @@ class Normalizer:
         self, values: Values, weights: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
         """Return dL/dW where grads, dL/d(normalised weight), are given."""
-        batch = self.batch
-        if not self.dense or any(map(Tensor.is_neg, weights)):
-            weights = list(map(_dense, weights))
-        sigma, dtype = values.sigma, weights[0].dtype
-        if (
-            not batch.fits(weights)
-            or compute_dtype(dtype) != sigma.dtype
-            or weights[0].device != sigma.device
-            or any(w.dtype != dtype for w in weights)
-        ):
-            raise RuntimeError(
-                "bssn_fast: between the forward and the backward pass a weight was given another shape, precision, "
-                "device or memory format; run the forward pass after such changes"
-            )
+        known = self._right_grads.holds(grads)
+        if not known and not _have_memory(grads):
+            return self.differentiable_gradients(values, weights, grads)
+        batch, weights = self.batch, self._as_in_forward(weights, values.sigma)
         recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0  # nothing is read then
         if not recorded:
             self._check_memory(weights)
-        plain = recorded or _all_plain([g for g in grads if g is not None])
-        given = [
-            g if g.stride() == strides and (plain or is_plain(g)) else _with_strides(g, w)
-            for g, w, strides in zip(grads, weights, batch.strides, strict=True)
-            if g is not None
-        ]
+        given = cast("Sequence[Tensor]", grads) if known else self._readable(grads, weights, recorded)
         layers = [j for j, g in enumerate(grads) if g is not None]
         if not layers:
             return [None] * len(weights)
@@ -164,6 +167,43 @@ class Normalizer:
         found: list[Tensor | None] = [None] * len(weights)
         for j, result in zip(layers, results, strict=True):
             found[j] = result
+        return found
+
+    def _as_in_forward(self, weights: Sequence[Tensor], sigma: Tensor) -> Sequence[Tensor]:
+        """Return the weights in tensors that kernels can read; raise RuntimeError if they are unlike the forward's."""
+        if self.dense and self._right_weights.holds(weights):
+            return weights
+        dense, dtype = weights, weights[0].dtype
+        if not self.dense or any(map(Tensor.is_neg, weights)):
+            dense = list(map(_dense, weights))
+        if (
+            not self.batch.fits(dense)
+            or compute_dtype(dtype) != sigma.dtype
+            or weights[0].device != sigma.device
+            or any(w.dtype != dtype for w in weights)
+        ):
+            raise RuntimeError(
+                "bssn_fast: between the forward and the backward pass a weight was given another shape, precision, "
+                "device or memory format; run the forward pass after such changes"
+            )
+        if dense is weights:
+            self._right_weights = Guard(weights)
+        return dense
+
+    def _readable(self, grads: Sequence[Tensor | None], weights: Sequence[Tensor], recorded: bool) -> Sequence[Tensor]:
+        """Return the gradients that are given, in tensors that kernels can read.
+
+        recorded: a compiler follows, to which they are no numbers.
+        """
+        given = [g for g in grads if g is not None]
+        plain = recorded or _all_plain(given)
+        found = [
+            g if g.stride() == strides and (plain or is_plain(g)) else _with_strides(g, w)
+            for g, w, strides in zip(grads, weights, self.batch.strides, strict=True)
+            if g is not None
+        ]
+        if len(found) == len(grads) and all(map(is_, grads, found)):
+            self._right_grads = Guard(found)
         return found
 
     def _check_memory(self, weights: Sequence[Tensor]) -> None:
@@ -242,9 +282,8 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)]
-        differentiate = ctx.normalizer.gradients
-        if torch.is_grad_enabled() or not _have_memory(grads):
-            differentiate = ctx.normalizer.differentiable_gradients
+        normalizer: Normalizer = ctx.normalizer
+        differentiate = normalizer.differentiable_gradients if torch.is_grad_enabled() else normalizer.gradients
         return None, None, *differentiate(ctx.values, ctx.saved_tensors, wanted)
 
 
@@ -261,12 +300,5 @@ def _have_memory(grads: Sequence[Tensor | None]) -> bool:
     return all(map(torch._C._has_storage, given)) and not has_tangents(given)
 
 
-def _attached(normalizer: Normalizer, values: Values, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Return what `_Attach.apply` does, with half of its overhead where no transform of torch.func has been.
-
-    It goes through its arguments, in Python, for tensors that a transform has wrapped and left behind.
-    """
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if in_transform() or any(map(wrapped, weights)):
-        return list(_Attach.apply(normalizer, values, *weights))
-    return list(super(torch.autograd.Function, _Attach).apply(normalizer, values, *weights))
+_apply_directly = super(torch.autograd.Function, _Attach).apply
+"""`_Attach.apply` without its search for tensors that a transform of torch.func has wrapped and left behind."""

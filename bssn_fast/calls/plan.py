@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +14,11 @@ from bssn_fast.calls import composite
 from bssn_fast.calls.arguments import check_weight
 from bssn_fast.calls.contents import contents_of, version
 from bssn_fast.calls.estimation import STILL_BELONGING, are_units, belong, estimate_vectors, write
+from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.member import Member
 from bssn_fast.calls.normalizer import Normalizer, Values
 from bssn_fast.distributed.sharded import refuse_flattened, refuse_sharded
-from bssn_fast.layout import compute_dtype, fits_kernels, is_dense, result_dtype
-
-_dtype = attrgetter("dtype")
+from bssn_fast.layout import compute_dtype, fits_kernels, has_its_memory, is_dense, result_dtype
 
 
 def signature(weights: Iterable[Tensor]) -> tuple[object, ...]:
@@ -75,15 +74,23 @@ class Plan:
             refuse_flattened(weight, member)
             check_weight(weight, member.dim, f"bssn_fast: {member.name}")
         self.members = list(members)
-        self.signature = signature(weights)
+        self.fitting = Guard(weights)
+        self._signature = signature(weights)
         self.settings = members[0].settings
         self._normalizer = self._for_kernels(weights) if fits_kernels(weights[0], members[0].dim) else None
         self._measured = [m.measured for m in members]
         self._unchecked = True
-        self._vectors: list[Tensor] = []
-        self._layout: list[object] = []  # of the vectors and the weights, as they were found to be right
+        self._alike = Guard()  # vectors like those that were found to be right
+        self._addresses: list[int] = []  # where the weights and the vectors were found to have all their memory
         self._seen: tuple[list[Tensor], list[int], list[int]] = ([], [], [])  # weights, versions, those of vectors
         self._kept: _Kept | None = None
+
+    def fits(self, weights: Sequence[Tensor]) -> bool:
+        """Whether the plan is for such weights, as far as shapes, strides, dtypes and devices decide."""
+        if self.fitting.holds(weights):
+            return True
+        self.fitting = Guard(weights)
+        return self._signature == signature(weights)
 
     def _for_kernels(self, weights: Sequence[Tensor]) -> Normalizer:
         return Normalizer(
@@ -103,16 +110,18 @@ class Plan:
         iterate: bool,
         keep: bool,
         protect: bool = False,
+        readable: bool = False,
         vectors: Sequence[Sequence[Tensor]] | None = None,
     ) -> Results:
         """Return the normalised weights, with a graph if one is wanted.
 
+        readable: kernels can read the weights, as a guard says; otherwise it is found out.
         iterate: run the members' power iterations first, which changes their vectors.
         keep: hold on to the values, and use those of the last such call again while nothing has changed.
         protect: let torch refuse to write into the results differentiably.
         vectors: of each member, to evaluate with in place of its own.
         """
-        if composite.wants_plain_operations(weights):
+        if not readable and composite.wants_plain_operations(weights):
             return self._in_plain_operations(weights, iterate, vectors)
         dtype = result_dtype(weights[0], self.members[0].autocast)
         own, normalizer = self._current_vectors(weights), self._normalizer
@@ -121,20 +130,21 @@ class Plan:
                 self._mend(weights, own, None, iterate)
             return self._in_plain_operations(weights, iterate, vectors)
         if vectors is not None:
-            values = normalizer.compute(weights, [v for group in vectors for v in group], 0, dtype)
-            return _attached(normalizer, values, weights, protect)
+            values = normalizer.compute(weights, [v for group in vectors for v in group], 0, dtype, readable=readable)
+            return _attached(normalizer, values, weights, protect, readable)
         kept, self._kept = self._kept, None  # in an error's case it is gone
         if keep and not iterate and kept is not None and kept.current(weights, own, dtype):
             self._kept = kept
-            return _attached(normalizer, kept.values.aliases(), weights, protect)
+            return _attached(normalizer, kept.values.aliases(), weights, protect, readable)
         if self._unchecked or not iterate:
             self._mend(weights, own, kept, iterate)
-        values = normalizer.compute(weights, own, self.settings.n_power_iterations if iterate else 0, dtype)
+        n = self.settings.n_power_iterations if iterate else 0
+        values = normalizer.compute(weights, own, n, dtype, readable=readable)
         for j, measured in enumerate(self._measured):
             measured.sigma, measured.index = values.sigma, j
         if keep:
             self._kept = _Kept.of(weights, own, dtype, values)
-        return _attached(normalizer, values, weights, protect)
+        return _attached(normalizer, values, weights, protect, readable)
 
     def _in_plain_operations(
         self, weights: Sequence[Tensor], iterate: bool, vectors: Sequence[Sequence[Tensor]] | None
@@ -152,15 +162,18 @@ class Plan:
         The memory behind a tensor can change while the object stays the same: by `tensor.data = ...`, `resize_`, `set_`
         and by what happens to its storage.
         """
-        found = [m._buffers[name] for m in self.members for name in m.vector_names]
-        same = len(found) == len(self._vectors) and all(map(is_, found, self._vectors))
-        if same and self._layout == _layout(weights, self._vectors):
-            return self._vectors
-        self._vectors = [v for m, w in zip(self.members, weights, strict=True) for v in m.vectors(w)]
+        found: list[Any] = [m._buffers[name] for m in self.members for name in m.vector_names]
+        if self._alike.holds(found) and self._addresses == [
+            *map(Tensor.data_ptr, weights),
+            *map(Tensor.data_ptr, found),
+        ]:
+            return found
+        found = [v for m, w in zip(self.members, weights, strict=True) for v in m.vectors(w)]
         for m, w in zip(self.members, weights, strict=True):
             check_memory(w, f"bssn_fast: the weight of {m.name}")
-        self._layout = _layout(weights, self._vectors)
-        return self._vectors
+        self._alike = Guard(found)
+        self._addresses = [*map(Tensor.data_ptr, weights), *map(Tensor.data_ptr, found)]
+        return found
 
     def _mend(self, weights: Sequence[Tensor], vectors: list[Tensor], kept: _Kept | None, iterate: bool) -> None:
         """Estimate vectors where they cannot belong to the weight.
@@ -205,34 +218,16 @@ class Plan:
         return same and list(map(version, weights)) != versions, list(map(version, vectors)) != vector_versions
 
 
-def _attached(normalizer: Normalizer, values: Values, weights: Sequence[Tensor], protect: bool) -> Results:
-    return Results(normalizer.attach(values, weights, protect=protect), normalizer, values, [])
-
-
-def _layout(weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[object]:
-    """Return all that decides, with a weight's shape and strides, which memory the kernels touch."""
-    return [
-        *map(Tensor.data_ptr, weights),
-        *map(Tensor.is_neg, weights),
-        *map(Tensor.data_ptr, vectors),
-        *map(Tensor.numel, vectors),
-        *map(_dtype, vectors),
-        *map(Tensor.is_contiguous, vectors),
-        *map(Tensor.is_neg, vectors),
-    ]
+def _attached(
+    normalizer: Normalizer, values: Values, weights: Sequence[Tensor], protect: bool, readable: bool
+) -> Results:
+    return Results(normalizer.attach(values, weights, protect=protect, readable=readable), normalizer, values, [])
 
 
 def check_memory(tensor: Tensor, what: str) -> None:
     """Raise RuntimeError for a tensor that reaches beyond its memory, or whose memory has been freed."""
-    if tensor.device.type == "meta":
-        return
-    reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + reach) * tensor.element_size()
-    if tensor.numel() and tensor.untyped_storage().nbytes() < needed:
-        raise RuntimeError(
-            f"{what} needs {needed} bytes of a storage of {tensor.untyped_storage().nbytes()}: its memory has been "
-            "freed or made smaller. Bring it back before the layer is used"
-        )
+    if tensor.device.type != "meta" and not has_its_memory(tensor):
+        raise RuntimeError(f"{what}: its memory has been freed or made smaller. Bring it back before the layer is used")
 
 
 class _Kept:

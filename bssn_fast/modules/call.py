@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +14,7 @@ from bssn_fast.calls.contents import version
 from bssn_fast.calls.plan import Results
 from bssn_fast.layout import result_dtype
 from bssn_fast.modules import recomputation
+from bssn_fast.modules.advice import Advice
 
 _CALL = nn.Module._call_impl.__code__
 
@@ -55,6 +56,7 @@ class Call:
 
     __slots__ = (
         "children",
+        "entries",
         "frame",
         "grad_enabled",
         "inherited",
@@ -62,21 +64,19 @@ class Call:
         "reads",
         "results",
         "sources",
-        "versions",
-        "weights",
     )
 
     def __init__(self, frame: FrameType, layers: int) -> None:
         self.frame = frame
         self.grad_enabled = torch.is_grad_enabled()
-        self.weights: list[Tensor | None] = [None] * layers
         self.results: list[Tensor | None] = [None] * layers
-        self.versions = [(0, 0)] * layers  # of weights and results
+        # Weights and results, each with its version.
+        self.entries: list[tuple[Tensor, int, Tensor, int] | None] = [None] * layers
         self.sources: list[tuple[list[int], Results]] = []  # of the layers with these indices
         self.others: dict[int, Source | None] = {}  # of single layers
         self.inherited = False  # the frame is that of another call, which goes on
         self.children: list[Any] = []  # groups whose calls end with this one
-        self.reads: set[tuple[int, str]] | None = None  # counted in a model's first calls
+        self.reads: set[object] | None = None  # counted in a model's first calls
 
     def running(self) -> bool:
         """Whether the model's call has not ended yet."""
@@ -86,25 +86,34 @@ class Call:
             return True
         return False
 
-    def put(self, indices: Sequence[int], weights: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    def put(self, indices: Iterable[int], weights: Iterable[Tensor], results: Iterable[Tensor]) -> None:
         """Make results those of the layers with these indices."""
-        try:
-            versions = [(w._version, r._version) for w, r in zip(weights, results, strict=True)]
-        except RuntimeError:  # one of them keeps no version
-            versions = [(version(w), version(r)) for w, r in zip(weights, results, strict=True)]
-        for j, weight, result, both in zip(indices, weights, results, versions, strict=True):
-            self.weights[j], self.results[j], self.versions[j] = weight, result, both
+        for j, weight, result in zip(indices, weights, results, strict=True):
+            self.results[j] = result
+            self.entries[j] = weight, version(weight), result, version(result)
 
     def find(self, j: int, weight: Tensor) -> Tensor | None:
         """Return the j-th layer's result if it is that of this weight as it is now, with a graph if one is wanted."""
-        ready = self.results[j]
-        if ready is None or self.weights[j] is not weight:
+        entry = self.entries[j]
+        if entry is None:
+            return None
+        owner, owner_version, ready, ready_version = entry
+        if owner is not weight or not serves(ready, weight):
             return None
         try:
-            same = self.versions[j] == (weight._version, ready._version)
+            same = owner_version == weight._version and ready_version == ready._version
         except RuntimeError:  # one of them keeps no version
-            same = self.versions[j] == (version(weight), version(ready))
-        return ready if same and serves(ready, weight) and self.running() else None
+            same = owner_version == version(weight) and ready_version == version(ready)
+        return ready if same and self.running() else None
+
+    def read(self, j: int, weight: Tensor, norm: object) -> Tensor | None:
+        """Return the same for code inside the call that reads the weight; a checkpoint around it hears of it."""
+        ready = self.find(j, weight)
+        if ready is not None and recomputation.maybe_in_checkpoint():
+            source = self.source(j)
+            if source is not None and (self.grad_enabled or torch.is_grad_enabled()):  # else no graph will repeat it
+                recomputation.note(norm, source.vectors, in_call=False)
+        return ready
 
     def source(self, j: int) -> Source | None:
         """Return where the j-th layer's result comes from, if that is known."""
@@ -115,13 +124,8 @@ class Call:
 
     def iterated(self, j: int, weight: Tensor) -> bool:
         """Whether the layer's vectors have had their iteration for this weight in this call."""
-        return self.results[j] is not None and self.weights[j] is weight and self.versions[j][0] == version(weight)
-
-    def note_read(self, j: int, norm: object) -> None:
-        """Let the checkpoint around the reading code, inside this call, know the layer's vectors."""
-        source = self.source(j)
-        if source is not None and (self.grad_enabled or torch.is_grad_enabled()):  # else no graph will repeat it
-            recomputation.note(norm, source.vectors, in_call=False)
+        entry = self.entries[j]
+        return entry is not None and entry[0] is weight and entry[1] == version(weight)
 
 
 def serves(ready: Tensor, weight: Tensor) -> bool:
@@ -143,11 +147,7 @@ class Caller(Protocol):
     calls: dict[int, Call]
     published: list[Tensor | None] | None
     recorded: bool
+    members: list[Any]
+    advice: Advice
 
     def discard(self, norms: Iterable[Any]) -> None: ...
-
-    def count_read(self, call: Call, module: nn.Module, tensor_name: str) -> None: ...
-
-    def count_alone(self) -> None: ...
-
-    def count_unknown(self) -> None: ...

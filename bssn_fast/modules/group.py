@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from threading import get_ident
@@ -15,6 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.hooks import RemovableHandle
 
 from bssn_fast.calls import composite
+from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.plan import Plan, parted_by_autocast, partition, signature
 from bssn_fast.distributed.sharded import (
     ShardedWeightError,
@@ -25,8 +25,9 @@ from bssn_fast.distributed.sharded import (
 )
 from bssn_fast.layout import result_dtype
 from bssn_fast.modules import blocks, recomputation, writes
+from bssn_fast.modules.advice import Advice
 from bssn_fast.modules.call import Call, frame_of_call
-from bssn_fast.modules.parametrization import SpectralNormalization, original_of, parametrizations_of
+from bssn_fast.modules.parametrization import SpectralNormalization, original_of
 from bssn_fast.tracing.recording import call_eagerly, is_exporting
 
 
@@ -37,8 +38,9 @@ class _Planned:
         for each case, as a model may be called with and without autocast in turn.
     """
 
-    def __init__(self, key: object = None, parted: Sequence[int] = ()) -> None:
-        self.key, self.parted = key, parted
+    def __init__(self, key: object = None, signature: object = None, parted: Sequence[int] = ()) -> None:
+        self.key, self.signature, self.parted = key, signature, parted
+        self.alike = Guard()  # weights like the latest ones
         self.plans: dict[tuple[bool, ...], list[tuple[Plan, list[int]]]] = {}
 
 
@@ -48,6 +50,7 @@ class _Chosen:
     def __init__(self, indices: list[int], members: list[SpectralNormalization], weights: list[Tensor]) -> None:
         self.indices, self.members, self.weights = indices, members, weights
         self.iterating = [m.training for m in members]
+        self.readable = False  # by kernels, for certain
         self.vectors: list[Sequence[Tensor] | None] | None = None  # those of a forward that is repeated
 
 
@@ -73,9 +76,7 @@ class Group:
         self.members: list[SpectralNormalization] = []
         self._set_layers(layers)
         self._start()
-        self._model_called = self._warned_alone = self._warned_unknown = False
-        self._reads_alone = self._iterations = 0
-        self._calls_to_watch = _CALLS_TO_WATCH
+        self.advice = Advice()
 
     def _start(self) -> None:
         self.calls: dict[int, Call] = {}
@@ -149,15 +150,11 @@ class Group:
         if before is not None and not before.inherited:
             return  # a call inside a call
         writes.settle(self.indices, forget=True)
-        self._model_called = True
         try:
             call = self._called(frame, before)
         except ShardedWeightError:
             self._hand_over(model)
             call = self._called(frame, before)
-        if self._calls_to_watch > 0 and any(m.training for m in self.members):
-            self._calls_to_watch -= 1
-            call.reads = set()
         self.calls[get_ident()] = call
         self.published, self.recorded = call.results, False
 
@@ -165,35 +162,40 @@ class Group:
         """Return a call of the model with all its layers normalised."""
         if self._pending is not None:
             self._set_layers(self._pending)
-        if any(ref() is None for ref in self._layers):
+        layers = [ref() for ref in self._layers]
+        if None in layers:
             self.discard([])
-        call = Call(frame, len(self._layers))
-        chosen = self._choose(call, before)
+            layers = [ref() for ref in self._layers]
+        call = Call(frame, len(layers))
+        chosen = self._choose(call, cast("list[ParametrizationList]", layers), before)
         if chosen.members:
             self._normalize(call, chosen)
+        if self.advice.called(any(m.training for m in self.members), any(chosen.iterating)):
+            call.reads = set()
         return call
 
-    def _choose(self, call: Call, before: Call | None) -> _Chosen:
+    def _choose(self, call: Call, layers: list[ParametrizationList], before: Call | None) -> _Chosen:
         """Return the layers that are to be normalised, and put what others have left into the call.
 
         before: the call of a part of a model that has ended while the whole model's call goes on.
         """
-        layers = [ref() for ref in self._layers]
         try:
-            weights = cast("list[Tensor]", [layer._parameters["original"] for layer in layers if layer is not None])
+            weights = cast("list[Tensor]", [layer._parameters["original"] for layer in layers])
         except KeyError:
             refuse_flattened(None, self.members[0])
             raise
         members, indices = self.members, list(range(len(weights)))
-        if any([w.device.type == "meta" for w in weights]):
+        readable = self._planned.alike.holds(weights)
+        if not readable and any([w.is_meta for w in weights]):
             # They may be brought in before they are used, by a hook of their layer.
-            indices = [j for j, w in enumerate(weights) if w.device.type != "meta"]
+            indices = [j for j, w in enumerate(weights) if not w.is_meta]
         held: set[int] = set()
         if before is not None or self._shared or blocks.any_block():
             indices, held = self._found_elsewhere(call, before, indices, weights)
         if len(indices) != len(members):
             members, weights = [members[j] for j in indices], [weights[j] for j in indices]
         chosen = _Chosen(indices, members, weights)
+        chosen.readable = readable
         if held:
             chosen.iterating = [t and j not in held for t, j in zip(chosen.iterating, indices, strict=True)]
         if recomputation.in_backward():
@@ -238,7 +240,7 @@ class Group:
                 for v, m, w in zip(known, chosen.members, chosen.weights, strict=True)
             ]
         if any(v is None and m.training for v, m in zip(known, chosen.members, strict=True)):
-            self.count_unknown()
+            self.advice.unknown()
 
     def _normalize(self, call: Call, chosen: _Chosen) -> None:
         plans = self._plans(chosen)
@@ -251,6 +253,7 @@ class Group:
                 iterate=iterate,
                 keep=chosen.vectors is None and (not iterate or (bool(cached) and None not in cached)),
                 protect=any(block is not None for block in cached),
+                readable=chosen.readable,
                 vectors=None if chosen.vectors is None else [chosen.vectors[p] or () for p in part],
             )
             indices = [chosen.indices[p] for p in part]
@@ -262,18 +265,20 @@ class Group:
             self._used = True
             for m in self.members:
                 m.used = True
-        if any(chosen.iterating):
-            self._iterations += 1
         if recomputation.maybe_in_checkpoint():
             self._note(call, chosen)
 
     def _plans(self, chosen: _Chosen) -> list[tuple[Plan, list[int]]]:
         members, weights, iterating = chosen.members, chosen.weights, chosen.iterating
         flags = iterating if len(set(iterating)) > 1 else None
-        key = (members, signature(weights), flags, [m.settings for m in members])
+        key = (members, flags, [m.settings for m in members])
         planned = self._planned
-        if key != planned.key:
-            planned = self._planned = _Planned(key, parted_by_autocast(members, weights))
+        chosen.readable = chosen.readable or planned.alike.holds(weights)
+        if key != planned.key or not chosen.readable:
+            whole = signature(weights)
+            if key != planned.key or whole != planned.signature:
+                planned = self._planned = _Planned(key, whole, parted_by_autocast(members, weights))
+            planned.alike = Guard(weights)
         casts = tuple([result_dtype(weights[p], True) != weights[p].dtype for p in planned.parted])
         plans = planned.plans.get(casts)
         if plans is None:
@@ -284,9 +289,10 @@ class Group:
 
     def _keep(self, block: blocks.Block | None, call: Call, j: int) -> None:
         """Keep a result for other calls in the block, unless a backward pass will free its graph."""
-        weight, result = call.weights[j], call.results[j]
-        if block is None or weight is None or result is None or recomputation.in_backward():
+        entry = call.entries[j]
+        if block is None or entry is None or recomputation.in_backward():
             return
+        weight, _, result, _ = entry
         self.members[j].traced.iterated = True
         if not composite.in_transform():  # to which the result would belong
             block.keep(self.members[j], weight, result, call.source(j))
@@ -321,7 +327,7 @@ class Group:
             return  # every layer normalises itself
         from bssn_fast.tracing import hooks  # with it comes torch's compiler, which takes long to import
 
-        self._model_called = True
+        self.advice.model_called = True
         hooks.begin(self, self.members, [original_of(layer) for layer in self.layers()])
 
     def end(self, model: nn.Module, args: object, output: object) -> None:
@@ -346,54 +352,6 @@ class Group:
         for child in call.children:
             child.calls.pop(thread, None)
             child.published = None
-
-    # What users are told.
-
-    def count_read(self, call: Call, module: nn.Module, tensor_name: str) -> None:
-        """Say, once, that a layer is used twice in a call of the model, which torch would iterate twice for."""
-        key = id(module), tensor_name
-        if call.reads is None or key not in call.reads:
-            call.reads = {key} if call.reads is None else call.reads | {key}
-            return
-        norm = cast(SpectralNormalization, parametrizations_of(module, tensor_name)[0])
-        if norm.training and norm.settings.variant == "sn":
-            self._calls_to_watch, call.reads = 0, None
-            warnings.warn(
-                f"bssn_fast: layer {norm.name!r} is used more than once in a call of the model. Its weight is "
-                "normalised once for the call, with one power iteration, where torch's spectral_norm makes one for "
-                "each use; results differ a little until the vectors have converged. update='access' gives torch's "
-                "numbers, and takes longer",
-                stacklevel=3,
-            )
-
-    def count_alone(self) -> None:
-        """Warn, once, if a whole model is normalised layer by layer."""
-        self._reads_alone += 1
-        n = len(self.members)
-        if n > 1 and not self._model_called and not self._warned_alone and self._reads_alone >= 2 * n:
-            self._warned_alone = True
-            warnings.warn(
-                "bssn_fast: the layers are normalised one by one, which is slow, because the module given to "
-                "`bssn_fast.apply` is never called itself. Apply it to the module whose forward is called "
-                "(`model(x)`, not `model.forward(x)`), or choose update='access' if one by one is what you want.",
-                stacklevel=2,
-            )
-
-    def count_unknown(self) -> None:
-        """Warn, once, where a backward pass asks for weights and it is not known which forward's are meant."""
-        several, self._iterations = self._iterations > 1, 0
-        if several and not self._warned_unknown:
-            self._warned_unknown = True
-            warnings.warn(
-                "bssn_fast: a backward pass computes with the model again, outside of torch.utils.checkpoint, after "
-                "several forwards. It uses the vectors as they are now, which are those of the latest forward. Run the "
-                "forwards in `with bssn_fast.cached(model):` to have all use the same",
-                stacklevel=2,
-            )
-
-
-_CALLS_TO_WATCH = 3
-"""In so many of a model's first calls in training, a layer that is used twice is noticed."""
 
 
 call_eagerly(Group.begin, Group.end)

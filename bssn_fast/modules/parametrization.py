@@ -16,11 +16,10 @@ from bssn_fast.calls.contents import version
 from bssn_fast.calls.estimation import estimate_vectors, write
 from bssn_fast.calls.member import Measured
 from bssn_fast.calls.normalizer import Normalizer
-from bssn_fast.calls.plan import Plan, Results, checked_vectors, signature
+from bssn_fast.calls.plan import Plan, Results, checked_vectors
 from bssn_fast.layout import compute_dtype, fits_kernels, needs_two_sides, vector_sizes
 from bssn_fast.modules import blocks, recomputation, writes
 from bssn_fast.modules.call import Call, Caller, Source, in_module_call, serves
-from bssn_fast.modules.recomputation import maybe_in_checkpoint
 from bssn_fast.tracing.recording import Traced, call_eagerly, is_exporting, traced_result
 
 VARIANTS = {
@@ -190,10 +189,8 @@ class SpectralNormalization(nn.Module):
         for group, j in self.slots:
             call = group.calls.get(get_ident())
             if call is not None:
-                ready = call.find(j, weight)
+                ready = call.read(j, weight, self)
                 if ready is not None:
-                    if recomputation.maybe_in_checkpoint():
-                        call.note_read(j, self)
                     return ready
         return None
 
@@ -258,11 +255,11 @@ class SpectralNormalization(nn.Module):
         known = recomputation.recall(self, in_call=False) if backward and self.training else None
         for group in self.groups:
             if iterate and inside:
-                group.count_alone()
+                group.advice.alone(len(group.members))
             elif backward and known is None and self.training and torch.is_grad_enabled():
-                group.count_unknown()
+                group.advice.unknown()
         plan = self._plan
-        if plan is None or plan.settings is not self.settings or plan.signature != signature([weight]):
+        if plan is None or plan.settings is not self.settings or not plan.fits([weight]):
             plan = self._plan = Plan([self], [weight])
         # It may be written to, which `writes` sees, or be shared: neither goes together with autograd.
         results = plan.normalize(
@@ -316,7 +313,7 @@ class SpectralNormalization(nn.Module):
         return self
 
 
-call_eagerly(Call.find, Call.note_read, SpectralNormalization.forward, SpectralNormalization.normalized)
+call_eagerly(Call.find, Call.read, SpectralNormalization.forward, SpectralNormalization.normalized)
 
 
 def parametrizations_of(module: nn.Module, tensor_name: str) -> ParametrizationList:
@@ -349,12 +346,10 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
         for group, j in norm.slots:
             call = group.calls.get(thread)
             if call is not None:
-                ready = call.find(j, weight)
+                ready = call.read(j, weight, norm)
                 if ready is not None:
                     if call.reads is not None:
-                        group.count_read(call, self, tensor_name)
-                    if maybe_in_checkpoint():
-                        call.note_read(j, norm)
+                        group.advice.read(call.reads, (id(self), tensor_name), norm)
                     return ready
         return norm.normalized(weight, layer)
 
