@@ -80,6 +80,7 @@ class Plan:
         self._normalizer = self._for_kernels(weights) if fits_kernels(weights[0], members[0].dim) else None
         self._measured = [m.measured for m in members]
         self._unchecked = True
+        self._stored = [(m._buffers, name) for m in members for name in m.vector_names]
         self._alike = Guard()  # vectors like those that were found to be right
         self._addresses: list[int] = []  # where the weights and the vectors were found to have all their memory
         self._seen: tuple[list[Tensor], list[int], list[int]] = ([], [], [])  # weights, versions, those of vectors
@@ -162,7 +163,7 @@ class Plan:
         The memory behind a tensor can change while the object stays the same: by `tensor.data = ...`, `resize_`, `set_`
         and by what happens to its storage.
         """
-        found: list[Any] = [m._buffers[name] for m in self.members for name in m.vector_names]
+        found: list[Any] = [buffers[name] for buffers, name in self._stored]
         if self._alike.holds(found) and self._addresses == [
             *map(Tensor.data_ptr, weights),
             *map(Tensor.data_ptr, found),

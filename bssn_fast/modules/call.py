@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from gc import get_referents
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -80,6 +81,8 @@ class Call:
 
     def running(self) -> bool:
         """Whether the model's call has not ended yet."""
+        if not get_referents(self.frame):
+            return True  # CPython shows nothing of a running frame; to ask is quicker than the exception below
         try:
             self.frame.clear()  # an ended call's: its inputs are not kept alive either
         except RuntimeError:  # what is running cannot be cleared
@@ -90,10 +93,16 @@ class Call:
         """Make results those of the layers with these indices."""
         for j, weight, result in zip(indices, weights, results, strict=True):
             self.results[j] = result
-            self.entries[j] = weight, version(weight), result, version(result)
+            try:
+                self.entries[j] = weight, weight._version, result, result._version
+            except RuntimeError:  # one of them keeps no version
+                self.entries[j] = weight, version(weight), result, version(result)
 
-    def find(self, j: int, weight: Tensor) -> Tensor | None:
-        """Return the j-th layer's result if it is that of this weight as it is now, with a graph if one is wanted."""
+    def find(self, j: int, weight: Tensor, reader: object = None) -> Tensor | None:
+        """Return the j-th layer's result if it is that of this weight as it is now, with a graph if one is wanted.
+
+        reader: the layer's parametrization, for code inside the call; a checkpoint around that code hears of it.
+        """
         entry = self.entries[j]
         if entry is None:
             return None
@@ -104,15 +113,12 @@ class Call:
             same = owner_version == weight._version and ready_version == ready._version
         except RuntimeError:  # one of them keeps no version
             same = owner_version == version(weight) and ready_version == version(ready)
-        return ready if same and self.running() else None
-
-    def read(self, j: int, weight: Tensor, norm: object) -> Tensor | None:
-        """Return the same for code inside the call that reads the weight; a checkpoint around it hears of it."""
-        ready = self.find(j, weight)
-        if ready is not None and recomputation.maybe_in_checkpoint():
+        if not same or (get_referents(self.frame) and not self.running()):
+            return None
+        if reader is not None and recomputation.maybe_in_checkpoint():
             source = self.source(j)
             if source is not None and (self.grad_enabled or torch.is_grad_enabled()):  # else no graph will repeat it
-                recomputation.note(norm, source.vectors, in_call=False)
+                recomputation.note(reader, source.vectors, in_call=False)
         return ready
 
     def source(self, j: int) -> Source | None:
@@ -132,7 +138,7 @@ def serves(ready: Tensor, weight: Tensor) -> bool:
     """Whether a result has a graph if one is wanted now, and the dtype that is."""
     return (ready.requires_grad or not weight.requires_grad or not torch.is_grad_enabled()) and (
         # What was made for autocast is of no use where a model switches autocast off.
-        ready.dtype == weight.dtype or ready.dtype == result_dtype(weight, True)
+        ready.dtype is weight.dtype or ready.dtype == result_dtype(weight, True)
     )
 
 

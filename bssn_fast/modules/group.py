@@ -49,7 +49,7 @@ class _Chosen:
 
     def __init__(self, indices: list[int], members: list[SpectralNormalization], weights: list[Tensor]) -> None:
         self.indices, self.members, self.weights = indices, members, weights
-        self.iterating = [m.training for m in members]
+        self.iterating: list[bool] = []
         self.readable = False  # by kernels, for certain
         self.vectors: list[Sequence[Tensor] | None] | None = None  # those of a forward that is repeated
 
@@ -64,6 +64,8 @@ class Group:
     """
 
     _layers: list[weakref.ref[ParametrizationList]]
+    _parameters: list[dict[str, Any]]  # of the layers
+    _states: list[dict[str, Any]]  # the attributes of the members
     indices: dict[int, int]
     _planned: _Planned
     _used: bool  # a call of the model has computed with the layers
@@ -97,6 +99,9 @@ class Group:
             # Weak: what torch's own remove_parametrizations has taken off is gone.
             _layers=[weakref.ref(layer) for layer in self._pending],
             members=members,
+            # Dictionaries of modules: an attribute of a module takes five times as long.
+            _parameters=[layer._parameters for layer in self._pending],
+            _states=[m.__dict__ for m in members],
             indices={id(m): j for j, m in enumerate(members)},
             _used=False,
             _planned=_Planned(),  # replaced at once, as other threads may be calling the model
@@ -113,14 +118,15 @@ class Group:
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its plans anew, for its own layers
         state = {**self.__dict__, "_pending": self.layers()}  # whose parts may not all have been copied yet
-        for name in ("_planned", "_layers", "calls", "published", "members", "indices"):
+        for name in ("_planned", "_layers", "_parameters", "_states", "calls", "published", "members", "indices"):
             del state[name]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
-        self._layers, self.members, self.indices, self._planned = [], [], {}, _Planned()
+        self._layers, self._parameters, self._states, self.members = [], [], [], []
+        self.indices, self._planned = {}, _Planned()
 
     def hook(self, model: nn.Module, *, first: bool = True) -> None:
         """Take part in the model's calls, before or after other pre-hooks that are there."""
@@ -162,25 +168,23 @@ class Group:
         """Return a call of the model with all its layers normalised."""
         if self._pending is not None:
             self._set_layers(self._pending)
-        layers = [ref() for ref in self._layers]
-        if None in layers:
+        if None in [ref() for ref in self._layers]:
             self.discard([])
-            layers = [ref() for ref in self._layers]
-        call = Call(frame, len(layers))
-        chosen = self._choose(call, cast("list[ParametrizationList]", layers), before)
+        call = Call(frame, len(self._layers))
+        chosen = self._choose(call, before)
         if chosen.members:
             self._normalize(call, chosen)
         if self.advice.called(any(m.training for m in self.members), any(chosen.iterating)):
             call.reads = set()
         return call
 
-    def _choose(self, call: Call, layers: list[ParametrizationList], before: Call | None) -> _Chosen:
+    def _choose(self, call: Call, before: Call | None) -> _Chosen:
         """Return the layers that are to be normalised, and put what others have left into the call.
 
         before: the call of a part of a model that has ended while the whole model's call goes on.
         """
         try:
-            weights = cast("list[Tensor]", [layer._parameters["original"] for layer in layers])
+            weights: list[Tensor] = [parameters["original"] for parameters in self._parameters]
         except KeyError:
             refuse_flattened(None, self.members[0])
             raise
@@ -196,6 +200,7 @@ class Group:
             members, weights = [members[j] for j in indices], [weights[j] for j in indices]
         chosen = _Chosen(indices, members, weights)
         chosen.readable = readable
+        chosen.iterating = [self._states[j]["training"] for j in indices]
         if held:
             chosen.iterating = [t and j not in held for t, j in zip(chosen.iterating, indices, strict=True)]
         if recomputation.in_backward():
@@ -271,7 +276,7 @@ class Group:
     def _plans(self, chosen: _Chosen) -> list[tuple[Plan, list[int]]]:
         members, weights, iterating = chosen.members, chosen.weights, chosen.iterating
         flags = iterating if len(set(iterating)) > 1 else None
-        key = (members, flags, [m.settings for m in members])
+        key = (members, flags, [state["settings"] for state in self._states])
         planned = self._planned
         chosen.readable = chosen.readable or planned.alike.holds(weights)
         if key != planned.key or not chosen.readable:

@@ -189,7 +189,7 @@ class SpectralNormalization(nn.Module):
         for group, j in self.slots:
             call = group.calls.get(get_ident())
             if call is not None:
-                ready = call.read(j, weight, self)
+                ready = call.find(j, weight, self)
                 if ready is not None:
                     return ready
         return None
@@ -313,7 +313,7 @@ class SpectralNormalization(nn.Module):
         return self
 
 
-call_eagerly(Call.find, Call.read, SpectralNormalization.forward, SpectralNormalization.normalized)
+call_eagerly(Call.find, SpectralNormalization.forward, SpectralNormalization.normalized)
 
 
 def parametrizations_of(module: nn.Module, tensor_name: str) -> ParametrizationList:
@@ -336,9 +336,10 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
 
     def get(self: Any) -> Any:
         layer = self._modules["parametrizations"]._modules[tensor_name]
-        if len(layer._modules) > 1:
+        modules = layer._modules
+        if len(modules) > 1:
             return slow.fget(self)
-        norm, weight = layer._modules["0"], layer._parameters["original"]
+        norm, weight = modules["0"], layer._parameters["original"]
         if is_dynamo_compiling():
             ready = traced_result(norm)
             return layer() if ready is None else ready
@@ -346,7 +347,7 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
         for group, j in norm.slots:
             call = group.calls.get(thread)
             if call is not None:
-                ready = call.read(j, weight, norm)
+                ready = call.find(j, weight, norm)
                 if ready is not None:
                     if call.reads is not None:
                         group.advice.read(call.reads, (id(self), tensor_name), norm)
