@@ -16,11 +16,24 @@ from bssn_fast.calls.member import Member
 from bssn_fast.layout import compute_dtype, has_tangent, result_dtype
 
 _WITH_MEMORY = {Tensor, torch.nn.Parameter}
+_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # of fake tensors, of recording, functional
 
 
 def in_transform() -> bool:
     """Whether a transform of torch.func, such as `grad` or `vmap`, is being applied."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def in_mode() -> bool:
+    """Whether operations, also those on real tensors, give fake tensors or are recorded, as by `make_fx`."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _MODES)
+
+
+def is_temporary() -> bool:
+    """Whether results mean something only as long as a transform or a mode is there."""
+    return in_transform() or in_mode()
 
 
 def has_tangents(tensors: Iterable[Tensor]) -> bool:
@@ -32,10 +45,10 @@ def wants_plain_operations(weights: Sequence[Tensor]) -> bool:
     """Whether kernels cannot read these weights, or who follows the computation could not see what they do.
 
     So it is with tensors of torch.func's transforms, dual tensors, those of the meta device, fake ones and other
-    subclasses of Tensor.
+    subclasses of Tensor, and with all tensors where a mode makes fake ones of them or records.
     """
     return (
-        in_transform()
+        is_temporary()
         or not _WITH_MEMORY.issuperset(map(type, weights))
         or weights[0].device.type == "meta"
         or has_tangents(weights)

@@ -298,8 +298,8 @@ class Group:
         if block is None or entry is None or recomputation.in_backward():
             return
         weight, _, result, _ = entry
-        self.members[j].traced.iterated = True
-        if not composite.in_transform():  # to which the result would belong
+        self.members[j].traced.iterated = not composite.in_mode()  # which leaves the vectors as they are
+        if not composite.is_temporary():
             block.keep(self.members[j], weight, result, call.source(j))
 
     def _note(self, call: Call, chosen: _Chosen) -> None:

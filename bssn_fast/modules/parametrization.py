@@ -237,8 +237,8 @@ class SpectralNormalization(nn.Module):
         results = self._normalize_alone(weight, block, backward, inside)
         (normalized,) = results.normalized
         if block is not None and not backward:
-            self.traced.iterated = True
-            if not composite.in_transform():  # to which the result would belong
+            self.traced.iterated = not composite.in_mode()  # which leaves the vectors as they are
+            if not composite.is_temporary():
                 block.keep(self, weight, normalized, Source(results, 0))
         elif not backward:
             if inside:
