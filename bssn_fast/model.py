@@ -224,7 +224,7 @@ def sigma(model: nn.Module) -> dict[str, Tensor]:
 
     Raises ValueError if no layer of the model is normalised.
     """
-    return {place.name: p.sigma_of(original_of(place.parametrizations())) for place, p in _normalized_layers(model)}
+    return {place.name: p.sigma_of(place.parametrizations().original) for place, p in _normalized_layers(model)}
 
 
 def summary(model: nn.Module) -> str:
@@ -235,7 +235,7 @@ def summary(model: nn.Module) -> str:
     rows = [("layer", "type", "weight", "variant", "sigma")]
     for place, p in _normalized_layers(model):
         kind = type(place.module).__name__.removeprefix("Parametrized")
-        weight = original_of(place.parametrizations())
+        weight = place.parametrizations().original
         shape = "x".join(map(str, weight.shape))
         variant = p.settings.variant
         if VARIANTS[variant][1]:

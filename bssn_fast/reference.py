@@ -32,6 +32,8 @@ def without_autocast(function: Callable[Concatenate[Tensor, P], R]) -> Callable[
 
     @wraps(function)
     def full_precision(weight: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        if weight.is_meta:  # for which torch.autocast raises
+            return function(weight, *args, **kwargs)
         with torch.autocast(weight.device.type, enabled=False):
             return function(weight, *args, **kwargs)
 

@@ -8,6 +8,7 @@ from threading import get_ident
 from types import FrameType
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.parametrize import ParametrizationList
@@ -187,11 +188,11 @@ class Group:
             weights: list[Tensor] = [parameters["original"] for parameters in self._parameters]
         except KeyError:
             refuse_flattened(None, self.members[0])
-            raise
+            weights = [cast(Tensor, layer._parameters.get("original", _ELSEWHERE)) for layer in layers]
         members, indices = self.members, list(range(len(weights)))
         readable = self._planned.alike.holds(weights)
         if not readable and any([w.is_meta for w in weights]):
-            # They may be brought in before they are used, by a hook of their layer.
+            # Hooks of their layer, or of its list of parametrizations, may bring them in before they are used.
             indices = [j for j, w in enumerate(weights) if not w.is_meta]
         held: set[int] = set()
         if before is not None or self._shared or blocks.any_block():
@@ -357,6 +358,10 @@ class Group:
         for child in call.children:
             child.calls.pop(thread, None)
             child.published = None
+
+
+_ELSEWHERE = torch.empty(0, device="meta")
+"""In place of a weight that is no parameter, as one that is pruned."""
 
 
 call_eagerly(Group.begin, Group.end)

@@ -117,7 +117,7 @@ def _translate(
     for tensor_name in getattr(module, "parametrizations", {}):
         layer = parametrizations_of(module, tensor_name)
         norm = layer[0]
-        if isinstance(norm, SpectralNormalization):
+        if isinstance(norm, SpectralNormalization) and "original" in layer._parameters:  # else it is pruned
             weight = original_of(layer)
             _refuse_untying(norm, f"{prefix}{tensor_name}", metadata)
             target = f"{prefix}parametrizations.{tensor_name}."

@@ -322,8 +322,17 @@ def parametrizations_of(module: nn.Module, tensor_name: str) -> ParametrizationL
 
 
 def original_of(layer: ParametrizationList) -> Tensor:
-    """Return the weight before normalisation; quicker than the attribute `original`."""
-    return cast(Tensor, layer._parameters["original"])
+    """Return the weight before normalisation; quicker than the attribute `original`.
+
+    Raises ValueError for a weight that is no parameter of the list.
+    """
+    weight = layer._parameters.get("original")
+    if weight is None:
+        raise ValueError(
+            f"{cast(Any, layer[0]).name}: the weight before normalisation is no parameter any more; call "
+            "torch.nn.utils.prune.remove(layer.parametrizations.weight, 'original') if the layer was pruned"
+        )
+    return weight
 
 
 def quick_access(module: nn.Module, tensor_name: str) -> None:
@@ -339,7 +348,7 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
         modules = layer._modules
         if len(modules) > 1:
             return slow.fget(self)
-        norm, weight = modules["0"], layer._parameters["original"]
+        norm, weight = modules["0"], layer._parameters.get("original")
         if is_dynamo_compiling():
             ready = traced_result(norm)
             return layer() if ready is None else ready
@@ -352,6 +361,8 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
                     if call.reads is not None:
                         group.advice.read(call.reads, (id(self), tensor_name), norm)
                     return ready
+        if weight is None or weight.is_meta:
+            return layer()  # whose hooks may bring it in, as those of offloading and of pruning do
         return norm.normalized(weight, layer)
 
     def put(self: Any, value: Tensor) -> None:
