@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
@@ -24,9 +25,11 @@ class Guard:
     __slots__ = ("_check", "_size")
 
     def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
-        """Without tensors, or for those that kernels cannot read, the guard never holds."""
+        """Without tensors, for those that kernels cannot read, and made in a mode, the guard never holds."""
         self._size = len(tensors)
         self._check = None
+        if torch._C._len_torch_dispatch_stack():
+            return  # the keys are the same for all modes, also for one that makes fake tensors
         if tensors and not wants_plain_operations(tensors) and not any(map(Tensor.is_neg, tensors)):
             sizes: list[Any] = [list(t.shape) for t in tensors]
             strides: list[Any] = [list(t.stride()) for t in tensors]

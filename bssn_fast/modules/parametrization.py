@@ -194,6 +194,13 @@ class SpectralNormalization(nn.Module):
                     return ready
         return None
 
+    def looked_at(self) -> None:
+        """Let a running call of a model know that somebody has got at the weight, and may write into it."""
+        for group, j in self.slots:
+            call = group.calls.get(get_ident())
+            if call is not None:
+                call.doubt(j)
+
     def find_recorded(self, weight: Tensor) -> Tensor | None:
         """Return what a compiled beginning of a call has left, for a layer of the model that is not compiled."""
         for group, j in self.slots:
