@@ -93,3 +93,14 @@ def test_flops_of_the_layers_are_torchs(update):
             layer(torch.randn(3, 8))
         counts.append(counter.get_flop_counts()["Global"][torch.ops.aten.addmm])
     assert counts[0] == counts[1]
+
+
+def test_modes_in_turn(update):
+    """What was found out in one mode, as that kernels can read the weights, is not taken to hold in another."""
+    model = bssn_fast.apply(Net(), update=update)
+    x = images()
+    for mode in (Onlooker, Onlooker, lambda: FakeTensorMode(allow_non_fake_inputs=True), Onlooker):
+        before = vectors_of(model)
+        with mode():
+            out = model(x)
+        assert same(before, vectors_of(model)) is (type(out) is not torch.Tensor)

@@ -25,11 +25,9 @@ class Guard:
     __slots__ = ("_check", "_size")
 
     def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
-        """Without tensors, for those that kernels cannot read, and made in a mode, the guard never holds."""
+        """Without tensors, or for those that kernels cannot read, the guard never holds."""
         self._size = len(tensors)
         self._check = None
-        if torch._C._len_torch_dispatch_stack():
-            return  # the keys are the same for all modes, also for one that makes fake tensors
         if tensors and not wants_plain_operations(tensors) and not any(map(Tensor.is_neg, tensors)):
             sizes: list[Any] = [list(t.shape) for t in tensors]
             strides: list[Any] = [list(t.stride()) for t in tensors]
@@ -41,5 +39,6 @@ class Guard:
             self._check is not None
             and len(tensors) == self._size
             and self._check(*tensors)
+            and not torch._C._len_torch_dispatch_stack()  # modes have no key: one may make fake tensors of all
             and not has_tangents(tensors)  # dual tensors have no key
         )
