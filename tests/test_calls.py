@@ -364,3 +364,23 @@ def test_a_look_in_a_call_changes_nothing():
     x = images(2, torch.float64)
     assert torch.equal(model(x), twin(x))
     assert same(vectors_of(model), vectors_of(twin))
+
+
+class MaskedConv(nn.Conv2d):
+    def forward(self, x):
+        self.weight.data[:, 1:] *= 0
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mask_on_the_normalised_weight(training):
+    """As with torch's hook, the layer computes with the masked weight; sigma is that of the whole one."""
+    model = bssn_fast.apply(nn.Sequential(MaskedConv(3, 4, 3).double()), "sn").train(training)
+    weight = original(model[0]).detach().clone()
+    for _ in range(3):
+        x = images(2, torch.float64)
+        found = model(x)
+        masked = weight / bssn_fast.sigma(model)["0"]
+        masked[:, 1:] = 0
+        torch.testing.assert_close(found, nn.functional.conv2d(x, masked, model[0].bias))
+    assert torch.equal(original(model[0]), weight)

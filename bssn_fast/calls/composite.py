@@ -31,6 +31,11 @@ def in_mode() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in _MODES)
 
 
+def makes_fake_tensors() -> bool:
+    """Whether a mode makes fake tensors of all, so that nothing is computed and vectors stay as they are."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 def is_temporary() -> bool:
     """Whether results mean something only as long as a transform or a mode is there."""
     return in_transform() or in_mode()

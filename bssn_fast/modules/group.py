@@ -188,7 +188,7 @@ class Group:
             weights: list[Tensor] = [parameters["original"] for parameters in self._parameters]
         except KeyError:
             refuse_flattened(None, self.members[0])
-            weights = [cast(Tensor, layer._parameters.get("original", _ELSEWHERE)) for layer in layers]
+            weights = [parameters.get("original", _ELSEWHERE) for parameters in self._parameters]
         members, indices = self.members, list(range(len(weights)))
         readable = self._planned.alike.holds(weights)
         if not readable and any([w.is_meta for w in weights]):
@@ -299,7 +299,7 @@ class Group:
         if block is None or entry is None or recomputation.in_backward():
             return
         weight, _, result, _ = entry
-        self.members[j].traced.iterated = not composite.in_mode()  # which leaves the vectors as they are
+        self.members[j].traced.iterated = not composite.makes_fake_tensors()
         if not composite.is_temporary():
             block.keep(self.members[j], weight, result, call.source(j))
 

@@ -244,7 +244,7 @@ class SpectralNormalization(nn.Module):
         results = self._normalize_alone(weight, block, backward, inside)
         (normalized,) = results.normalized
         if block is not None and not backward:
-            self.traced.iterated = not composite.in_mode()  # which leaves the vectors as they are
+            self.traced.iterated = not composite.makes_fake_tensors()
             if not composite.is_temporary():
                 block.keep(self, weight, normalized, Source(results, 0))
         elif not backward:
