@@ -26,7 +26,7 @@ from bssn_fast.distributed.sharded import (
 from bssn_fast.layout import result_dtype
 from bssn_fast.modules import blocks, recomputation, writes
 from bssn_fast.modules.advice import Advice
-from bssn_fast.modules.call import Call, frame_of_call
+from bssn_fast.modules.call import Call, Caller, frame_of_call, interrupts
 from bssn_fast.modules.parametrization import SpectralNormalization, original_of
 from bssn_fast.tracing.recording import call_eagerly, is_exporting
 
@@ -69,10 +69,10 @@ class Group:
     _used: bool  # a call of the model has computed with the layers
     _shared: bool  # whether another group has some of the layers too
 
-    def __init__(self, layers: Iterable[ParametrizationList]) -> None:
+    def __init__(self, layers: Iterable[ParametrizationList], parent: Group | None = None) -> None:
         self._handles: list[RemovableHandle] = []
-        self._parent: Group | None = None  # whose calls of the model end those of this one
-        self._children = 0
+        self._parent = parent  # whose calls of the model end those of this one
+        self._has_children = False
         self.members: list[SpectralNormalization] = []
         self._set_layers(layers)
         self._start()
@@ -124,17 +124,15 @@ class Group:
 
     def hook(self, model: nn.Module, *, first: bool = True) -> None:
         """Take part in the model's calls, before or after other pre-hooks that are there."""
-        self._handles = [
-            model.register_forward_pre_hook(self.begin, prepend=first),
-            model.register_forward_hook(self.end, always_call=True),
-        ]
+        end = model.register_forward_hook(self.end, always_call=True)  # first, as without a beginning it does nothing
+        self._handles = [model.register_forward_pre_hook(self.begin, prepend=first), end]
 
     def discard(self, norms: Iterable[SpectralNormalization]) -> None:
         """Leave out some layers, and those that are gone; remove the hooks when none is left."""
         gone = set(map(id, norms))
         left = [layer for layer in self.layers() if id(layer[0]) not in gone]
         self._set_layers(left)
-        if not left and not self._children:
+        if not left and not self._has_children:
             for handle in self._handles:
                 handle.remove()
 
@@ -145,20 +143,35 @@ class Group:
             return
         frame = frame_of_call()
         before = self.calls.get(get_ident())
-        if before is not None and not before.running():
-            before = None
-        if before is not None and not before.inherited:
-            return  # a call inside a call
+        aside: Sequence[tuple[Caller, Call]] = ()
+        if before is not None or self._shared:
+            aside = self._interrupted(frame)
+            if aside or (before is not None and not before.running()):
+                before = None
+            if before is not None and not before.inherited:
+                return  # a call inside a call
         writes.settle(self.indices, forget=True)
         try:
-            call = self._called(frame, before)
+            call = self._called(frame, before, aside)
         except ShardedWeightError:
             self._hand_over(model)
-            call = self._called(frame, before)
+            call = self._called(frame, before, aside)
         self.calls[get_ident()] = call
         self.published, self.recorded = call.results, False
+        for group, _ in aside:
+            if group is not self:
+                group.calls.pop(get_ident(), None)
 
-    def _called(self, frame: FrameType, before: Call | None) -> Call:
+    def _interrupted(self, frame: FrameType) -> list[tuple[Caller, Call]]:
+        """Return the running calls, of groups of these layers, in the middle of which a signal handler calls the model.
+
+        Such a call normalises for itself: its backward pass would free the graph of theirs.
+        """
+        groups = {id(g): g for m in self.members for g in m.groups} if self._shared else {0: self}
+        found = [(group, group.calls.get(get_ident())) for group in groups.values()]
+        return [(g, c) for g, c in found if c is not None and c.running() and interrupts(frame, c.frame)]
+
+    def _called(self, frame: FrameType, before: Call | None, aside: Sequence[tuple[Caller, Call]]) -> Call:
         """Return a call of the model with all its layers normalised."""
         if self._pending is not None:
             self._set_layers(self._pending)
@@ -166,7 +179,7 @@ class Group:
         if None in layers:
             self.discard([])
             layers = [ref() for ref in self._layers]
-        call = Call(frame, len(layers))
+        call = Call(frame, len(layers), aside)
         chosen = self._choose(call, cast("list[ParametrizationList]", layers), before)
         if chosen.members:
             self._normalize(call, chosen)
@@ -186,9 +199,11 @@ class Group:
             raise
         members, indices = self.members, list(range(len(weights)))
         readable = self._planned.alike.holds(weights)
-        if not readable and any([w.is_meta for w in weights]):
+        if not readable and not all([w.numel() and not w.is_meta for w in weights]):
             # They may be brought in before they are used, by a hook of their layer.
-            indices = [j for j, w in enumerate(weights) if not w.is_meta]
+            indices = [j for j, w in enumerate(weights) if w.numel() and not w.is_meta]
+            for m, w in zip(members, weights, strict=True):
+                refuse_flattened(w, m)
         held: set[int] = set()
         if before is not None or self._shared or blocks.any_block():
             indices, held = self._found_elsewhere(call, before, indices, weights)
@@ -214,7 +229,7 @@ class Group:
         for j in indices:
             norm, weight = self.members[j], weights[j]
             ready = before.find(j, weight) if before is not None else None
-            if ready is None and len(norm.groups) > 1 and norm.find(weight) is not None:
+            if ready is None and len(norm.groups) > 1 and not call.aside and norm.find(weight) is not None:
                 continue  # the layer asks all its groups
             block = blocks.block_of(norm) if ready is None else None
             if block is not None:
@@ -226,7 +241,9 @@ class Group:
             if ready is not None:
                 call.put([j], [weight], [ready])
                 continue
-            if (before is not None and before.iterated(j, weight)) or norm.iterated_in_call(weight):
+            if (before is not None and before.iterated(j, weight)) or (
+                not call.aside and norm.iterated_in_call(weight)
+            ):
                 held.add(j)
             left.append(j)
         return left, held
@@ -312,11 +329,14 @@ class Group:
             found = [layer for layer in left if id(layer) in inside]
             if found:
                 left = [layer for layer in left if id(layer) not in inside]
-                self._children += 1
+                # In this order no layer is ever without a group; what an interrupt leaves half done is done again.
+                self._has_children = True
+                child = next((group for group in _hooked(module) if group._parent is self), None)
+                if child is None:
+                    child = Group((), self)
+                    child.hook(module, first=False)  # FSDP's own hook gathers the weights
+                child._set_layers(found)
                 self.discard([cast(SpectralNormalization, layer[0]) for layer in found])
-                child = Group(found)
-                child._parent = self
-                child.hook(module, first=False)  # FSDP's own hook gathers the weights
         for layer in left:
             names = {id(m): name for name, m in model.named_modules()}
             name = names[id(layer)].rpartition("parametrizations.")[0].rstrip(".")
@@ -340,6 +360,9 @@ class Group:
             return
         thread = get_ident()
         call = self.calls.get(thread)
+        if call is not None and call.aside and not call.running():  # an interrupt has ended it, within the call of now
+            call.bring_back(thread)
+            call = self.calls.get(thread)
         if call is None or (call.frame is not frame_of_call() and call.running()):
             return  # a call inside a call, or one whose beginning has failed
         parent = self._parent.calls.get(thread) if self._parent is not None else None
@@ -352,6 +375,8 @@ class Group:
         for child in call.children:
             child.calls.pop(thread, None)
             child.published = None
+        if call.aside:
+            call.bring_back(thread)
 
 
 call_eagerly(Group.begin, Group.end)
@@ -360,7 +385,12 @@ call_eagerly(Group.begin, Group.end)
 def groups_of(model: nn.Module) -> Iterator[Group]:
     """Yield the groups whose model is this module or one of its submodules."""
     for module in model.modules():
-        for hook in list(module._forward_pre_hooks.values()):
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, Group):
-                yield owner
+        yield from _hooked(module)
+
+
+def _hooked(module: nn.Module) -> Iterator[Group]:
+    """Yield the groups whose model is this module."""
+    for hook in list(module._forward_pre_hooks.values()):
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Group):
+            yield owner
