@@ -5,16 +5,20 @@ For tensors that have no memory of their own, for those who record, and for weig
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
+from types import FrameType
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.utils import stateless
 
 from bssn_fast import reference
 from bssn_fast.calls.member import Member
 from bssn_fast.layout import compute_dtype, has_tangent, result_dtype
 
+_FUNCTIONAL_CALL = stateless._functional_call.__code__
 _WITH_MEMORY = {Tensor, torch.nn.Parameter}
 _MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # of fake tensors, of recording, functional
 
@@ -31,14 +35,24 @@ def in_mode() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in _MODES)
 
 
-def makes_fake_tensors() -> bool:
-    """Whether a mode makes fake tensors of all, so that nothing is computed and vectors stay as they are."""
+def in_fake_mode() -> bool:
+    """Whether FakeTensorMode is active: what operations return has no values then."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def is_temporary() -> bool:
     """Whether results mean something only as long as a transform or a mode is there."""
     return in_transform() or in_mode()
+
+
+def in_functional_call() -> bool:
+    """Whether torch.func.functional_call has put other tensors in the place of a module's own."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _FUNCTIONAL_CALL:
+        frame = frame.f_back
+    return frame is not None
 
 
 def has_tangents(tensors: Iterable[Tensor]) -> bool:

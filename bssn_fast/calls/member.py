@@ -28,6 +28,7 @@ class Member(Protocol):
     two_sided: bool
     autocast: bool
     measured: Measured
+    seen: Any  # plan.Seen of the last evaluation, None before the first
     vector_names: tuple[str, ...]
     _buffers: dict[str, Tensor | None]
 

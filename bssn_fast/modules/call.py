@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from gc import get_referents
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -38,6 +39,31 @@ def in_module_call() -> bool:
     return False
 
 
+def interrupts(frame: FrameType, outer: FrameType) -> bool:
+    """Whether a frame runs in the middle of what an outer frame runs, without having been called from there.
+
+    Signal handlers, debuggers and tracing functions begin at any instruction. To each of them Python passes the frame
+    that it has interrupted, which is then both the next frame on the stack and one of the arguments. A stack without
+    the outer frame is another one in the same thread, as of a greenlet.
+    """
+    inner: FrameType | None = frame
+    while inner is not outer:
+        if inner is None:
+            return True
+        below = inner.f_back
+        for value in _arguments(inner):
+            if value is below or (type(value) is tuple and any(v is below for v in value)):
+                return True
+        inner = below
+    return False
+
+
+def _arguments(frame: FrameType) -> list[Any]:
+    code, values = frame.f_code, frame.f_locals
+    n = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+    return [values.get(name) for name in code.co_varnames[:n]]
+
+
 class Source(NamedTuple):
     """Where a result comes from."""
 
@@ -57,6 +83,7 @@ class Call:
     """
 
     __slots__ = (
+        "aside",
         "children",
         "doubted",
         "entries",
@@ -69,8 +96,9 @@ class Call:
         "sources",
     )
 
-    def __init__(self, frame: FrameType, layers: int) -> None:
+    def __init__(self, frame: FrameType, layers: int, aside: Sequence[tuple[Any, Call]] = ()) -> None:
         self.frame = frame
+        self.aside = aside  # calls, of groups, that this one has interrupted and that go on afterwards
         self.grad_enabled = torch.is_grad_enabled()
         self.results: list[Tensor | None] = [None] * layers
         # Weights and results, each with its version.
@@ -91,6 +119,12 @@ class Call:
         except RuntimeError:  # what is running cannot be cleared
             return True
         return False
+
+    def bring_back(self, thread: int) -> None:
+        """After this call: let the calls that it has interrupted go on."""
+        for group, call in self.aside:
+            group.calls[thread] = call
+            group.published, group.recorded = call.results, False
 
     def put(self, indices: Iterable[int], weights: Iterable[Tensor], results: Iterable[Tensor]) -> None:
         """Make results those of the layers with these indices."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from threading import get_ident
 from types import FrameType
 from typing import Any, cast
@@ -16,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bssn_fast.calls import composite
 from bssn_fast.calls.guard import Guard
-from bssn_fast.calls.plan import Plan, parted_by_autocast, partition, signature
+from bssn_fast.calls.plan import Plan, Plans, parted_by_autocast, partition, signature
 from bssn_fast.distributed.sharded import (
     ShardedWeightError,
     gathering_modules,
@@ -27,32 +28,21 @@ from bssn_fast.distributed.sharded import (
 from bssn_fast.layout import result_dtype
 from bssn_fast.modules import blocks, recomputation, writes
 from bssn_fast.modules.advice import Advice
-from bssn_fast.modules.call import Call, frame_of_call
+from bssn_fast.modules.call import Call, Caller, frame_of_call, interrupts
 from bssn_fast.modules.parametrization import SpectralNormalization, original_of
 from bssn_fast.tracing.recording import call_eagerly, is_exporting
 
 
-class _Planned:
-    """Plans for all layers of a call, each with the layers' positions, and what they depend on.
-
-    parted: the layers that tell, by whether autocast casts their results, which of the plans to take. There are plans
-        for each case, as a model may be called with and without autocast in turn.
-    """
-
-    def __init__(self, key: object = None, signature: object = None, parted: Sequence[int] = ()) -> None:
-        self.key, self.signature, self.parted = key, signature, parted
-        self.alike = Guard()  # weights like the latest ones
-        self.plans: dict[tuple[bool, ...], list[tuple[Plan, list[int]]]] = {}
-
-
+@dataclass
 class _Chosen:
     """Layers that are to be normalised in a call, by their indices in the group."""
 
-    def __init__(self, indices: list[int], members: list[SpectralNormalization], weights: list[Tensor]) -> None:
-        self.indices, self.members, self.weights = indices, members, weights
-        self.iterating: list[bool] = []
-        self.readable = False  # by kernels, for certain
-        self.vectors: list[Sequence[Tensor] | None] | None = None  # those of a forward that is repeated
+    indices: list[int]
+    members: list[SpectralNormalization]
+    weights: list[Tensor]
+    iterating: list[bool]
+    readable: bool  # by kernels, for certain
+    vectors: list[Sequence[Tensor] | None] | None = None  # those of a forward that is repeated
 
 
 class Group:
@@ -68,14 +58,14 @@ class Group:
     _parameters: list[dict[str, Any]]  # of the layers
     _states: list[dict[str, Any]]  # the attributes of the members
     indices: dict[int, int]
-    _planned: _Planned
+    _planned: Plans
     _used: bool  # a call of the model has computed with the layers
     _shared: bool  # whether another group has some of the layers too
 
-    def __init__(self, layers: Iterable[ParametrizationList]) -> None:
+    def __init__(self, layers: Iterable[ParametrizationList], parent: Group | None = None) -> None:
         self._handles: list[RemovableHandle] = []
-        self._parent: Group | None = None  # whose calls of the model end those of this one
-        self._children = 0
+        self._parent = parent  # whose calls of the model end those of this one
+        self._has_children = False
         self.members: list[SpectralNormalization] = []
         self._set_layers(layers)
         self._start()
@@ -105,7 +95,7 @@ class Group:
             _states=[m.__dict__ for m in members],
             indices={id(m): j for j, m in enumerate(members)},
             _used=False,
-            _planned=_Planned(),  # replaced at once, as other threads may be calling the model
+            _planned=Plans(),  # replaced at once, as other threads may be calling the model
             _shared=any(len(m.slots) > 1 for m in members),
             _pending=None,
         )
@@ -127,21 +117,19 @@ class Group:
         self.__dict__.update(state)
         self._start()
         self._layers, self._parameters, self._states, self.members = [], [], [], []
-        self.indices, self._planned = {}, _Planned()
+        self.indices, self._planned = {}, Plans()
 
     def hook(self, model: nn.Module, *, first: bool = True) -> None:
         """Take part in the model's calls, before or after other pre-hooks that are there."""
-        self._handles = [
-            model.register_forward_pre_hook(self.begin, prepend=first),
-            model.register_forward_hook(self.end, always_call=True),
-        ]
+        end = model.register_forward_hook(self.end, always_call=True)  # first, as without a beginning it does nothing
+        self._handles = [model.register_forward_pre_hook(self.begin, prepend=first), end]
 
     def discard(self, norms: Iterable[SpectralNormalization]) -> None:
         """Leave out some layers, and those that are gone; remove the hooks when none is left."""
         gone = set(map(id, norms))
         left = [layer for layer in self.layers() if id(layer[0]) not in gone]
         self._set_layers(left)
-        if not left and not self._children:
+        if not left and not self._has_children:
             for handle in self._handles:
                 handle.remove()
 
@@ -152,26 +140,41 @@ class Group:
             return
         frame = frame_of_call()
         before = self.calls.get(get_ident())
-        if before is not None and not before.running():
-            before = None
-        if before is not None and not before.inherited:
-            return  # a call inside a call
+        aside: Sequence[tuple[Caller, Call]] = ()
+        if before is not None or self._shared:
+            aside = self._interrupted(frame)
+            if aside or (before is not None and not before.running()):
+                before = None
+            if before is not None and not before.inherited:
+                return  # a call inside a call
         writes.settle(self.indices, forget=True)
         try:
-            call = self._called(frame, before)
+            call = self._called(frame, before, aside)
         except ShardedWeightError:
             self._hand_over(model)
-            call = self._called(frame, before)
+            call = self._called(frame, before, aside)
         self.calls[get_ident()] = call
         self.published, self.recorded = call.results, False
+        for group, _ in aside:
+            if group is not self:
+                group.calls.pop(get_ident(), None)
 
-    def _called(self, frame: FrameType, before: Call | None) -> Call:
+    def _interrupted(self, frame: FrameType) -> list[tuple[Caller, Call]]:
+        """Return the running calls, of groups of these layers, in the middle of which a signal handler calls the model.
+
+        Such a call normalises for itself: its backward pass would free the graph of theirs.
+        """
+        groups = {id(g): g for m in self.members for g in m.groups} if self._shared else {0: self}
+        found = [(group, group.calls.get(get_ident())) for group in groups.values()]
+        return [(g, c) for g, c in found if c is not None and c.running() and interrupts(frame, c.frame)]
+
+    def _called(self, frame: FrameType, before: Call | None, aside: Sequence[tuple[Caller, Call]]) -> Call:
         """Return a call of the model with all its layers normalised."""
         if self._pending is not None:
             self._set_layers(self._pending)
         if None in [ref() for ref in self._layers]:
             self.discard([])
-        call = Call(frame, len(self._layers))
+        call = Call(frame, len(self._layers), aside)
         chosen = self._choose(call, before)
         if chosen.members:
             self._normalize(call, chosen)
@@ -191,17 +194,17 @@ class Group:
             weights = [parameters.get("original", _ELSEWHERE) for parameters in self._parameters]
         members, indices = self.members, list(range(len(weights)))
         readable = self._planned.alike.holds(weights)
-        if not readable and any([w.is_meta for w in weights]):
+        if not readable and not all([w.numel() and not w.is_meta for w in weights]):
             # Hooks of their layer, or of its list of parametrizations, may bring them in before they are used.
-            indices = [j for j, w in enumerate(weights) if not w.is_meta]
+            indices = [j for j, w in enumerate(weights) if w.numel() and not w.is_meta]
+            for m, w in zip(members, weights, strict=True):
+                refuse_flattened(w, m)
         held: set[int] = set()
         if before is not None or self._shared or blocks.any_block():
             indices, held = self._found_elsewhere(call, before, indices, weights)
         if len(indices) != len(members):
             members, weights = [members[j] for j in indices], [weights[j] for j in indices]
-        chosen = _Chosen(indices, members, weights)
-        chosen.readable = readable
-        chosen.iterating = [self._states[j]["training"] for j in indices]
+        chosen = _Chosen(indices, members, weights, [self._states[j]["training"] for j in indices], readable)
         if held:
             chosen.iterating = [t and j not in held for t, j in zip(chosen.iterating, indices, strict=True)]
         if recomputation.in_backward():
@@ -220,7 +223,7 @@ class Group:
         for j in indices:
             norm, weight = self.members[j], weights[j]
             ready = before.find(j, weight) if before is not None else None
-            if ready is None and len(norm.groups) > 1 and norm.find(weight) is not None:
+            if ready is None and len(norm.groups) > 1 and not call.aside and norm.find(weight) is not None:
                 continue  # the layer asks all its groups
             block = blocks.block_of(norm) if ready is None else None
             if block is not None:
@@ -232,7 +235,9 @@ class Group:
             if ready is not None:
                 call.put([j], [weight], [ready])
                 continue
-            if (before is not None and before.iterated(j, weight)) or norm.iterated_in_call(weight):
+            if (before is not None and before.iterated(j, weight)) or (
+                not call.aside and norm.iterated_in_call(weight)
+            ):
                 held.add(j)
             left.append(j)
         return left, held
@@ -283,7 +288,7 @@ class Group:
         if key != planned.key or not chosen.readable:
             whole = signature(weights)
             if key != planned.key or whole != planned.signature:
-                planned = self._planned = _Planned(key, whole, parted_by_autocast(members, weights))
+                planned = self._planned = Plans(key, whole, parted_by_autocast(members, weights))
             planned.alike = Guard(weights)
         casts = tuple([result_dtype(weights[p], True) != weights[p].dtype for p in planned.parted])
         plans = planned.plans.get(casts)
@@ -299,7 +304,7 @@ class Group:
         if block is None or entry is None or recomputation.in_backward():
             return
         weight, _, result, _ = entry
-        self.members[j].traced.iterated = not composite.makes_fake_tensors()
+        self.members[j].traced.iterated = not composite.in_fake_mode()
         if not composite.is_temporary():
             block.keep(self.members[j], weight, result, call.source(j))
 
@@ -318,11 +323,14 @@ class Group:
             found = [layer for layer in left if id(layer) in inside]
             if found:
                 left = [layer for layer in left if id(layer) not in inside]
-                self._children += 1
+                # In this order no layer is ever without a group; what an interrupt leaves half done is done again.
+                self._has_children = True
+                child = next((group for group in _hooked(module) if group._parent is self), None)
+                if child is None:
+                    child = Group((), self)
+                    child.hook(module, first=False)  # FSDP's own hook gathers the weights
+                child._set_layers(found)
                 self.discard([cast(SpectralNormalization, layer[0]) for layer in found])
-                child = Group(found)
-                child._parent = self
-                child.hook(module, first=False)  # FSDP's own hook gathers the weights
         for layer in left:
             names = {id(m): name for name, m in model.named_modules()}
             name = names[id(layer)].rpartition("parametrizations.")[0].rstrip(".")
@@ -346,6 +354,9 @@ class Group:
             return
         thread = get_ident()
         call = self.calls.get(thread)
+        if call is not None and call.aside and not call.running():  # an interrupt has ended it, within the call of now
+            call.bring_back(thread)
+            call = self.calls.get(thread)
         if call is None or (call.frame is not frame_of_call() and call.running()):
             return  # a call inside a call, or one whose beginning has failed
         parent = self._parent.calls.get(thread) if self._parent is not None else None
@@ -358,6 +369,8 @@ class Group:
         for child in call.children:
             child.calls.pop(thread, None)
             child.published = None
+        if call.aside:
+            call.bring_back(thread)
 
 
 _ELSEWHERE = torch.empty(0, device="meta")
@@ -370,7 +383,12 @@ call_eagerly(Group.begin, Group.end)
 def groups_of(model: nn.Module) -> Iterator[Group]:
     """Yield the groups whose model is this module or one of its submodules."""
     for module in model.modules():
-        for hook in list(module._forward_pre_hooks.values()):
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, Group):
-                yield owner
+        yield from _hooked(module)
+
+
+def _hooked(module: nn.Module) -> Iterator[Group]:
+    """Yield the groups whose model is this module."""
+    for hook in list(module._forward_pre_hooks.values()):
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Group):
+            yield owner

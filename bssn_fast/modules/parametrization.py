@@ -16,7 +16,7 @@ from bssn_fast.calls.contents import version
 from bssn_fast.calls.estimation import estimate_vectors, write
 from bssn_fast.calls.member import Measured
 from bssn_fast.calls.normalizer import Normalizer
-from bssn_fast.calls.plan import Plan, Results, checked_vectors
+from bssn_fast.calls.plan import Plan, Results, Seen, checked_vectors
 from bssn_fast.layout import compute_dtype, fits_kernels, needs_two_sides, vector_sizes
 from bssn_fast.modules import blocks, recomputation, writes
 from bssn_fast.modules.call import Call, Caller, Source, in_module_call, serves
@@ -89,12 +89,13 @@ class SpectralNormalization(nn.Module):
         self.used = False  # a model or layer has computed with the weight
         self.measured, self.traced = Measured(), Traced()
         self.vector_names: tuple[str, ...] = ()
+        self.seen: Seen | None = None  # at the last evaluation
         self._beginning: _Beginning | None = None
         self._plan: Plan | None = None
         self.configure(weight, settings, known)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy begins with nothing at hand
-        return {**self.__dict__, "slots": (), "_plan": None, "_beginning": None, "traced": Traced()}
+        return {**self.__dict__, "slots": (), "_plan": None, "seen": None, "_beginning": None, "traced": Traced()}
 
     @property
     def groups(self) -> tuple[Caller, ...]:
@@ -188,6 +189,9 @@ class SpectralNormalization(nn.Module):
         """Return what a running call of a model has normalised the weight to."""
         for group, j in self.slots:
             call = group.calls.get(get_ident())
+            if call is not None and call.aside and not call.running():  # an interrupt has ended it, in another call
+                call.bring_back(get_ident())
+                call = group.calls.get(get_ident())
             if call is not None:
                 ready = call.find(j, weight, self)
                 if ready is not None:
@@ -244,7 +248,7 @@ class SpectralNormalization(nn.Module):
         results = self._normalize_alone(weight, block, backward, inside)
         (normalized,) = results.normalized
         if block is not None and not backward:
-            self.traced.iterated = not composite.makes_fake_tensors()
+            self.traced.iterated = not composite.in_fake_mode()
             if not composite.is_temporary():
                 block.keep(self, weight, normalized, Source(results, 0))
         elif not backward:
@@ -368,7 +372,7 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
                     if call.reads is not None:
                         group.advice.read(call.reads, (id(self), tensor_name), norm)
                     return ready
-        if weight is None or weight.is_meta:
+        if weight is None or weight.is_meta or not weight.numel():
             return layer()  # whose hooks may bring it in, as those of offloading and of pruning do
         return norm.normalized(weight, layer)
 
