@@ -250,7 +250,12 @@ def nvcc_flags(cxx: str, cuda: Cuda) -> list[str]:
 
 def configuration(cuda: Cuda | None) -> str:
     """Return a name of what is built, for its folder: going back and forth between two then compiles nothing again."""
-    parts = ["abi3" if ABI3 else sys.implementation.cache_tag, sysconfig.get_platform(), "asan" * SANITIZE, "strict" * STRICT]
+    parts = [
+        "abi3" if ABI3 else sys.implementation.cache_tag,
+        sysconfig.get_platform(),
+        "asan" * SANITIZE,
+        "strict" * STRICT,
+    ]
     parts += ["cuda", *cuda.archs] if cuda else []
     return "-".join(part for part in parts if part)
 

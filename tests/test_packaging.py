@@ -226,8 +226,18 @@ def test_cuda_architectures(project: Project, asked: str, gpus: str, archs: list
     assert flags == [*expected, f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
+def test_one_module_serves_every_python(project: Project) -> None:
+    """Its name and the wheel's say so, and the code sees nothing of Python's that an older one lacks."""
+    project.build()
+    (module,) = project.modules()
+    assert module.name in ("_C.abi3.so", "_C.pyd")
+    project.write("csrc/bindings.cpp", STUB_BINDINGS.replace("return m;", "return PyTuple_GET_ITEM(m, 0);"))
+    assert "the C++ compiler failed" in project.build()
+
+
 def test_editable_build_follows_what_can_be_built(project: Project) -> None:
     package = project.root / "bssn_fast"
+    project.write("bssn_fast/_C.cpython-310-x86_64-linux-gnu.so", "an earlier one, which Python would prefer")
     assert project.run("setup.py", "-q", "build_ext", "--inplace").returncode == 0
     assert len(list(package.glob("_C*"))) == 1
     assert "NOT_BUILT" in (package / "_build_info.py").read_text()
@@ -243,7 +253,7 @@ def test_wheel_and_source_distribution(project: Project) -> None:
     done = project.run("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", "dist", CXX="/nonexistent")
     assert done.returncode == 0, done.stderr
     (wheel,) = (project.root / "dist").glob("*.whl")
-    assert "-0_no_compiler-" in wheel.name
+    assert "-0_no_compiler-cp310-abi3-" in wheel.name
     assert wheel.name in done.stdout, "pip shows nothing else of a build"
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
