@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from bssn_fast.calls.arguments import check_module
 from bssn_fast.layout import channels
 from bssn_fast.modules.convert import WEIGHT
 from bssn_fast.modules.parametrization import SpectralNormalization
@@ -72,6 +73,7 @@ def measure(model: nn.Module) -> dict[str, Measured]:
 
     Raises ValueError if the model has no such weight, or a layer whose weight is parametrized by something else.
     """
+    check_module(model, "diagnostics")
     weights = _weights(model)
     nothing = torch.zeros((), dtype=torch.float64, device="cpu")
     values = []

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bssn_fast.backends import Backend
 from bssn_fast.calls.arguments import WEIGHT_DTYPES, check_settings, check_weight
 from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.layout import compute_dtype, fits_kernels, vector_sizes
@@ -21,7 +22,7 @@ def normalize(
     eps: float = 1e-12,
     n_power_iterations: int = 1,
     dtype: torch.dtype | None = None,
-    backend: str = "",
+    backend: Backend = "",
 ) -> tuple[list[Tensor], Tensor]:
     """Divide weights by their spectral norms, all in one call, and multiply by `scale`.
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from bssn_fast import backends
-from bssn_fast.calls.arguments import check_settings, whole_number
+from bssn_fast.backends import Backend
+from bssn_fast.calls.arguments import check_module, check_settings, whole_number
 from bssn_fast.modules import blocks
 from bssn_fast.modules.call import Caller
 from bssn_fast.modules.changes import all_or_nothing
@@ -34,6 +35,10 @@ from bssn_fast.modules.places import (
 from bssn_fast.tracing import recording
 
 Model = TypeVar("Model", bound=nn.Module)
+Variant = Literal["sn", "ssn", "bsn", "bssn"]
+"""What weights are divided by, and whether the result is scaled; see `apply`."""
+Update = Literal["forward", "access"]
+"""When the power iteration runs in training: once in each call of the model, or at each read of a weight."""
 
 DEFAULT_SCALE = 2**0.5
 """The gain that Kaiming's initialisation has for ReLU. docs/evidence.md: of 0.3 to 4.0, this and 2 trained best."""
@@ -41,15 +46,15 @@ DEFAULT_SCALE = 2**0.5
 
 def apply(
     model: Model,
-    variant: str = "bssn",
+    variant: Variant = "bssn",
     *,
     scale: float | None = None,
     n_power_iterations: int | None = None,
     eps: float | None = None,
     names: Iterable[str] | None = None,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
-    update: str = "forward",
-    backend: str = "",
+    update: Update = "forward",
+    backend: Backend = "",
     gradient_groups: int = 1,
 ) -> Model:
     """Normalise the weights of a model's layers by their spectral norms, in place.
@@ -93,6 +98,7 @@ def apply(
         >>> _ = d(torch.zeros(1, 3, 8, 8))
         >>> d = bssn_fast.apply(d, "bssn", scale=1.2)
     """
+    check_module(model, "apply")
     settings = _settings(variant, scale, n_power_iterations, eps, update, backend, gradient_groups)
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
@@ -137,6 +143,7 @@ def spectral_norm(
     Example:
         >>> layer = bssn_fast.spectral_norm(torch.nn.Linear(20, 40))
     """
+    check_module(module, "spectral_norm")
     settings = _settings("sn", None, n_power_iterations, eps, "access", "", 1)
     place = own_place(module, name, dim)
     existing = {place: check(place)}
@@ -179,7 +186,7 @@ def _settings(
     scaled = VARIANTS[variant][1]
     if scale is not None and not scaled:
         raise ValueError(f"variant {variant!r} has no scale; choose {'ssn' if variant == 'sn' else 'bssn'!r} for one")
-    if update not in ("forward", "access"):
+    if update not in get_args(Update):
         raise ValueError(f"update must be 'forward' or 'access', not {update!r}")
     groups = whole_number(gradient_groups)
     if groups < 1:
@@ -194,7 +201,8 @@ def _settings(
     return Settings(variant, c, smallest, n, update, backend, groups)
 
 
-def _normalized_layers(model: nn.Module) -> list[tuple[Place, SpectralNormalization]]:
+def _normalized_layers(model: nn.Module, function: str) -> list[tuple[Place, SpectralNormalization]]:
+    check_module(model, function)
     found = normalized_places(model)
     if not found:
         raise ValueError(f"no layer of {type(model).__name__} is normalised; call bssn_fast.apply(model) first")
@@ -213,7 +221,7 @@ def cached(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 
     Raises ValueError if no layer of the model is normalised.
     """
-    norms = list({id(p): p for _, p in _normalized_layers(model)}.values())
+    norms = list({id(p): p for _, p in _normalized_layers(model, "cached")}.values())
     return recording.share(norms) if is_dynamo_compiling() else blocks.share(norms)
 
 
@@ -224,7 +232,9 @@ def sigma(model: nn.Module) -> dict[str, Tensor]:
 
     Raises ValueError if no layer of the model is normalised.
     """
-    return {place.name: p.sigma_of(original_of(place.parametrizations())) for place, p in _normalized_layers(model)}
+    return {
+        place.name: p.sigma_of(original_of(place.parametrizations())) for place, p in _normalized_layers(model, "sigma")
+    }
 
 
 def summary(model: nn.Module) -> str:
@@ -233,7 +243,7 @@ def summary(model: nn.Module) -> str:
     Raises ValueError if no layer of the model is normalised.
     """
     rows = [("layer", "type", "weight", "variant", "sigma")]
-    for place, p in _normalized_layers(model):
+    for place, p in _normalized_layers(model, "summary"):
         kind = type(place.module).__name__.removeprefix("Parametrized")
         weight = original_of(place.parametrizations())
         shape = "x".join(map(str, weight.shape))
@@ -250,7 +260,7 @@ def remove(model: Model) -> Model:
 
     Raises ValueError if no layer of the model is normalised.
     """
-    found = _normalized_layers(model)
+    found = _normalized_layers(model, "remove")
     check_removable(model, found)
     with torch.no_grad():
         baked = {id(p): p.evaluate(original_of(place.parametrizations())) for place, p in found}
