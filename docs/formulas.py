@@ -15,4 +15,6 @@ def on_page_content(content: str, **_: object) -> str:
 
 def _mathml(found: re.Match[str]) -> str:
     display = "block" if found[2] == "[" else "inline"
-    return f'<{found[1]} class="formula">{convert(html.unescape(found[3]), display=display)}</{found[1]}>'
+    mathml = convert(html.unescape(found[3]), display=display)
+    mathml = re.sub('columnalign="([a-z]+)"', r'style="text-align: \1"', mathml)  # what today's browsers understand
+    return f'<{found[1]} class="formula">{mathml}</{found[1]}>'
