@@ -78,7 +78,7 @@ docs: env
 	rm -rf build/pages
 	mkdir -p build/pages/benchmarks build/pages/experiments
 	cp README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE build/pages
-	cp -R docs bssn_fast build/pages
+	cp -R docs bssn_fast csrc build/pages
 	find build/pages/bssn_fast -type f -not -name '*.py' -delete
 	cp -R benchmarks/results build/pages/benchmarks
 	cp -R experiments/results build/pages/experiments

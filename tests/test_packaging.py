@@ -272,6 +272,18 @@ def test_wheel_and_source_distribution(project: Project) -> None:
     assert "bssn_fast/_build_info.py" not in files
 
 
+def test_the_archives_know_the_repository(project: Project) -> None:
+    """The README's links and pictures are absolute in a released archive, and the metadata have the address."""
+    done = project.run(str(ROOT / ".github" / "address.py"), "https://forge.example/a/b/", "v1")
+    assert done.returncode == 0, done.stderr
+    assert project.run("setup.py", "-q", "egg_info").returncode == 0
+    metadata = (project.root / "bssn_fast.egg-info" / "PKG-INFO").read_text()
+    assert "Project-URL: Repository, https://forge.example/a/b\n" in metadata
+    assert "(https://forge.example/a/b/raw/v1/docs/images/speed.png)" in metadata
+    assert "(https://forge.example/a/b/blob/v1/docs/performance.md)" in metadata
+    assert all(target.startswith("https://") for target in re.findall(r"\]\(([^)]*)\)", metadata))
+
+
 def test_one_version() -> None:
     version = bssn_fast.__version__
     assert importlib.metadata.version("bssn_fast") == version

@@ -38,7 +38,9 @@ def draw(results: Results) -> pyplot.Figure:
     rows = range(len(names))
     left.barh(rows, [100] * len(names), 0.8, color=TORCH_COLOR, label="torch's spectral_norm")
     left.barh(rows, [ours[name] for name in names], 0.5, color=OUR_COLOR, label="bssn_fast")
-    left.barh(rows, [copy[name] for name in names], 0.2, color=LIMIT_COLOR, label="a plain copy of the weights: the limit")
+    left.barh(
+        rows, [copy[name] for name in names], 0.2, color=LIMIT_COLOR, label="a plain copy of the weights: the limit"
+    )
     left.set_yticks(rows, names)
     left.set(xlabel="% of the time of torch's spectral_norm", title="Time to normalise a model's weights: sn, forward")
     figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=3)
@@ -68,8 +70,8 @@ def sentence(results: Results) -> str:
     return (
         f"On {machine.title(results.machine)}, over the layers of {len(faster)} published models, `sn` is "
         f"{geometric_mean(both.values()):.1f} times as fast as torch's `spectral_norm`, forward and backward together "
-        f"(geometric mean). The forward pass alone is {min(faster.values()):.1f} to {max(faster.values()):.1f} times as "
-        f"fast, {geometric_mean(faster.values()):.1f} in the mean, where copying the weights would be {limit:.1f}. "
+        f"(geometric mean). The forward pass alone is {min(faster.values()):.1f} to {max(faster.values()):.1f} times "
+        f"as fast, {geometric_mean(faster.values()):.1f} in the mean, where copying the weights would be {limit:.1f}. "
         f"It adds to a GAN's whole training step {steps}."
     )
 
