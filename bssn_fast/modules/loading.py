@@ -27,16 +27,16 @@ class Incompatible(NamedTuple):
 def load_state_dict(
     model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
 ) -> Incompatible:
-    """Load a checkpoint that was saved from a wrapped model, or into one.
+    """Load a checkpoint that was saved from a wrapped model, or load into a wrapped model.
 
     As `model.load_state_dict(state_dict, strict, assign)`, but the prefixes `module.` (DataParallel,
     DistributedDataParallel, AveragedModel) and `_orig_mod.` (torch.compile) need not be the same on both sides. The
     model need not be normalised.
 
-    With or without this function, normalised layers take weights in three layouts: torch's parametrization
+    Normalised layers load weights from three layouts, with this function and without it: torch's parametrization
     (`parametrizations.weight.original`, `.0._u`, `.0._v`), in which they are saved, torch's hook (`weight_orig`,
-    `weight_u`, `weight_v`) and plain ones (`weight`). Vectors that are missing, or that are not unit vectors because
-    someone averaged them, are estimated anew.
+    `weight_u`, `weight_v`) and plain weights (`weight`). Missing vectors, and vectors that are no unit vectors because
+    they were averaged, are computed from the weights.
 
     Raises RuntimeError, as torch does, where keys or shapes do not match, and, with `strict=False` too, if the
     checkpoint is of a normalised model and `apply` has not been called on this one.
