@@ -19,6 +19,9 @@ def pair(request):
     ours, theirs = Net().double(), Net().double()
     for name in LAYER_NAMES:
         parametrizations.spectral_norm(theirs.get_submodule(name))
+    with torch.no_grad():  # until u and v have converged: evaluation would estimate others anew
+        for _ in range(30):
+            theirs(batch(0))
     bssn_fast.apply(ours, "sn", update=request.param).load_state_dict(theirs.state_dict())
 
     def once(model, x, parameters=None):
@@ -66,13 +69,13 @@ def line_search(model, call):
 
 def sharpness_aware(model, call):
     """A step to where the loss is larger, a second forward there, and back."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     for step in range(3):
         (call(model, batch(step)) - 1).square().mean().backward()
         kept = [p.detach().clone() for p in model.parameters()]
         with torch.no_grad():
             for p in model.parameters():
-                p.add_(p.grad, alpha=0.05)
+                p.add_(p.grad, alpha=2e-3)
         optimizer.zero_grad()
         loss = (call(model, batch(step)) - 1).square().mean()
         loss.backward()
