@@ -68,7 +68,7 @@ def measure(model: nn.Module) -> dict[str, Measured]:
     """Return the gradient norm, sigma and variance of all weights that are normalised or could be.
 
     The names are those of `bssn_fast.sigma`. Nothing is normalised and no vector changes: the variance is that of the
-    weight as it is now, divided by what `bssn_fast.sigma` returns. Call it between the backward pass and the
+    weight as it is now, times what its law makes of `bssn_fast.sigma`. Call it between the backward pass and the
     optimizer's step, when both belong to the same weight.
 
     Raises ValueError if the model has no such weight, or a layer whose weight is parametrized by something else.
@@ -79,7 +79,7 @@ def measure(model: nn.Module) -> dict[str, Measured]:
     values = []
     for weight, norm, _ in weights.values():
         sigma = torch.ones_like(nothing) if norm is None else norm.sigma_of(weight).double()
-        factor = (1.0 if norm is None else norm.settings.scale) / torch.where(sigma == 0, 1.0, sigma)
+        factor = torch.ones_like(sigma) if norm is None else norm.multiplier_of(sigma)
         values.append(nothing.to(weight.device) if weight.grad is None else _exact(weight.grad).norm())
         values += [sigma, _exact(weight).var(correction=0) * factor.square()]
     first = values[0].device

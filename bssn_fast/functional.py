@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bssn_fast.backends import Backend
-from bssn_fast.calls.arguments import WEIGHT_DTYPES, check_settings, check_weight
+from bssn_fast.calls.arguments import WEIGHT_DTYPES, check_settings, check_weight, positive, refuse_trained
 from bssn_fast.calls.normalizer import Normalizer
+from bssn_fast.laws import AT_MOST, CONSTANT, GAIN, Law
 from bssn_fast.layout import compute_dtype, fits_kernels, vector_sizes
 
 
@@ -18,13 +20,15 @@ def normalize(
     vectors: Sequence[Sequence[Tensor]],
     *,
     dims: int | Sequence[int] = 0,
-    scale: float = 1.0,
+    scale: float | Sequence[float | None] | None = None,
+    at_most: float | Sequence[float | None] | None = None,
+    gains: Sequence[Tensor | None] | None = None,
     eps: float = 1e-12,
     n_power_iterations: int = 1,
     dtype: torch.dtype | None = None,
     backend: Backend = "",
 ) -> tuple[list[Tensor], Tensor]:
-    """Divide weights by their spectral norms and multiply them by `scale`, all in one call.
+    """Multiply weights by functions of their spectral norms, all in one call: scale / sigma or another law.
 
     Args:
         weights: n >= 1 tensors of one device and one dtype (float32, float64, bfloat16, float16) of shape
@@ -33,7 +37,11 @@ def normalize(
             v_in [c_out k]) for the mean of both. k is the number of kernel positions. Contiguous unit vectors, float64
             for float64 weights, else float32. Updated in place, unless `n_power_iterations` is 0.
         dims: the output dimension, 0 or 1, of all weights or of each.
-        scale: the constant c.
+        scale: of the weights that have no other law; 1 by default. A number for all, or one or None for each.
+        at_most: an upper bound: the weight becomes min(1, at_most / sigma) W. A number for all, or one or None for
+            each.
+        gains: for each weight None or a real tensor of one number, gamma: the weight becomes gamma W / sigma, which is
+            differentiable with respect to gamma too.
         eps: smallest length that a vector is divided by.
         n_power_iterations: power iterations before sigma is computed; 0 evaluates with the vectors as they are.
         dtype: of the results; by default that of the weights.
@@ -49,7 +57,7 @@ def normalize(
     """
     weights, groups = list(weights), [tuple(v) for v in vectors]
     dims = [dims] * len(weights) if isinstance(dims, int) else list(dims)
-    scale, eps, n_power_iterations = check_settings(scale, eps, n_power_iterations)
+    eps, n_power_iterations = check_settings(eps, n_power_iterations)
     if not weights:
         raise ValueError("there are no weights to normalise")
     if not len(weights) == len(groups) == len(dims):
@@ -63,6 +71,7 @@ def normalize(
                 "bssn_fast.apply or bssn_fast.spectral_norm on a layer"
             )
         _check_vectors(weights[0], weight, group, dim, j)
+    laws, tensors = _laws(len(weights), scale, at_most, gains)
     dtype = dtype or weights[0].dtype
     if dtype not in WEIGHT_DTYPES:
         raise TypeError(f"results of {dtype} are not supported; choose float32, float64, bfloat16 or float16")
@@ -70,11 +79,46 @@ def normalize(
     if torch.compiler.is_dynamo_compiling():
         from bssn_fast.tracing import node  # with it comes torch's compiler, which takes long to import
 
-        results = node.normalize(weights, flat, dims, two_sided, scale, eps, n_power_iterations, dtype, backend, 1)
+        kinds, numbers = [law.kind for law in laws], [law.number for law in laws]
+        settings = (eps, n_power_iterations, dtype, backend, 1)
+        results = node.normalize(weights, flat, dims, two_sided, kinds, numbers, tensors, *settings)
         return list(results[:-1]), results[-1]
-    normalizer = Normalizer(weights, dims, two_sided, scale=scale, eps=eps, backend=backend)
-    values = normalizer.compute(weights, flat, n_power_iterations, dtype)
-    return normalizer.attach(values, weights), values.sigma.clone()
+    normalizer = Normalizer(weights, dims, two_sided, laws=laws, eps=eps, backend=backend)
+    values = normalizer.compute(weights, flat, n_power_iterations, dtype, tensors)
+    return normalizer.attach(values, weights, tensors), values.sigma.clone()
+
+
+def _laws(n: int, scale: object, at_most: object, gains: object) -> tuple[list[Law], list[Tensor]]:
+    """Return each weight's law, and the tensors of gains; raise ValueError or TypeError for what does not fit."""
+    given = [_each(n, scale, "scale"), _each(n, at_most, "at_most"), _each(n, gains, "gains")]
+    laws, tensors = [], []
+    for j, (c, bound, gain) in enumerate(zip(*given, strict=True)):
+        if sum(x is not None for x in (c, bound, gain)) > 1:
+            raise ValueError(f"weights[{j}] is given more than one of scale, at_most and gains; keep one of them")
+        if gain is not None:
+            if not isinstance(gain, Tensor) or gain.numel() != 1 or not gain.is_floating_point():
+                raise TypeError(f"gains[{j}] must be a real tensor of one number, not {gain!r}")
+            tensors.append(gain)
+            laws.append(Law(GAIN, 0.0))
+        elif bound is not None:
+            laws.append(Law(AT_MOST, positive(bound, "at_most")))
+        else:
+            laws.append(Law(CONSTANT, 1.0 if c is None else positive(c, "scale")))
+    return laws, tensors
+
+
+def _each(n: int, values: Any, name: str) -> list[Any]:
+    """Return a value for each weight."""
+    if not isinstance(values, (list, tuple)):
+        if name == "gains" and values is not None:
+            raise TypeError("gains must be a list with a tensor or None for each weight")
+        refuse_trained(values, name)
+        return [values] * n
+    if len(values) != n:
+        raise ValueError(f"{name} has {len(values)} values for {n} weights")
+    for value in values if name != "gains" else ():
+        refuse_trained(value, name)
+    return list(values)
 
 
 def _check_vectors(first: Tensor, weight: Tensor, group: tuple[Tensor, ...], dim: int, j: int) -> None:

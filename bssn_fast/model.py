@@ -14,10 +14,11 @@ from bssn_fast import backends
 from bssn_fast.backends import Backend
 from bssn_fast.calls.arguments import check_module, check_settings, whole_number
 from bssn_fast.modules import blocks
+from bssn_fast.modules.assignment import Learned, Numbers, check_laws, laws_of
 from bssn_fast.modules.call import Caller
 from bssn_fast.modules.changes import all_or_nothing
 from bssn_fast.modules.group import Group, groups_of
-from bssn_fast.modules.parametrization import VARIANTS, Settings, SpectralNormalization, original_of
+from bssn_fast.modules.parametrization import SpectralNormalization, original_of
 from bssn_fast.modules.places import (
     Norm,
     Place,
@@ -32,6 +33,7 @@ from bssn_fast.modules.places import (
     take_off,
     weight_of,
 )
+from bssn_fast.modules.settings import VARIANTS, Settings
 from bssn_fast.tracing import recording
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,15 +42,14 @@ Variant = Literal["sn", "ssn", "bsn", "bssn"]
 Update = Literal["forward", "access"]
 """When the power iteration runs in training: once in each call of the model, or at each read of a weight."""
 
-DEFAULT_SCALE = 2**0.5
-"""The gain that Kaiming's initialisation has for ReLU. In docs/evidence.md this and 2 trained best of 0.3 to 4.0."""
-
 
 def apply(
     model: Model,
     variant: Variant = "bssn",
     *,
-    scale: float | None = None,
+    scale: Numbers = None,
+    at_most: Numbers = None,
+    gain: Learned = None,
     n_power_iterations: int | None = None,
     eps: float | None = None,
     names: Iterable[str] | None = None,
@@ -74,7 +75,15 @@ def apply(
         model: the module that your training loop calls. Each call normalises all its layers together.
         variant: "sn": W / s_out. "ssn": c W / s_out. "bsn": W / mean(s_out, s_in). "bssn": c W / mean(s_out, s_in).
             s_out and s_in are the largest singular values of W unfolded as [c_out, c_in k] and as [c_in, c_out k].
-        scale: the constant c of "ssn" and "bssn", sqrt(2) by default. The paper tries 0.7 to 4.0 on CIFAR10.
+        scale: the constant c of "ssn" and "bssn", sqrt(2) by default. The paper tries 0.7 to 4.0 on CIFAR10. A number,
+            or numbers by layers' names, as in `names`; the other layers then have the default.
+        at_most: an upper bound of the spectral norm, for "sn", or of the mean of both, for "bsn": the weight becomes
+            min(1, at_most / sigma) W, and stays as it is while sigma is no larger. A number, or numbers by names; the
+            other layers then have the variant's own law.
+        gain: "learn" gives each layer, of "sn" or "bsn", a Parameter gamma [1] and the weight gamma W / sigma, or does
+            so for the layers in a list of names. It is made such that the weight does not change, and is called
+            `parametrizations.weight.0.gain` in the layer's `state_dict`. An optimizer has to be made after `apply` to
+            train it.
         n_power_iterations: at each normalisation in training. By default 1, or that of a converted layer.
         eps: smallest length that a vector is divided by. By default 1e-12, or that of a converted layer.
         names: only these layers, as in `model.named_modules()`, or single parameters of any module, as in
@@ -100,19 +109,21 @@ def apply(
         >>> d = bssn_fast.apply(d, "bssn", scale=1.2)
     """
     check_module(model, "apply")
-    settings = _settings(variant, scale, n_power_iterations, eps, update, backend, gradient_groups)
+    settings = _settings(variant, n_power_iterations, eps, update, backend, gradient_groups)
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
             "call bssn_fast.apply before wrapping in DistributedDataParallel, which keeps only those buffers equal on "
             "all ranks that are there when it is made"
         )
     places = choose(model, names, filter_fn)
+    laws = laws_of(model, places, variant, scale=scale, at_most=at_most, gain=gain)
     existing = {}
     for place in places:
         existing[place] = check(place)
         backends.get(backend, weight_of(place, existing[place])[0].device)
+    check_laws(laws, existing)
     with all_or_nothing(model):
-        _put_on(model, places, existing, settings)
+        _put_on(model, existing, {p: settings._replace(kind=kind, scale=c) for p, (kind, c) in laws.items()})
     return model
 
 
@@ -145,61 +156,57 @@ def spectral_norm(
         >>> layer = bssn_fast.spectral_norm(torch.nn.Linear(20, 40))
     """
     check_module(module, "spectral_norm")
-    settings = _settings("sn", None, n_power_iterations, eps, "access", "", 1)
+    settings = _settings("sn", n_power_iterations, eps, "access", "", 1)
     place = own_place(module, name, dim)
     existing = {place: check(place)}
     with all_or_nothing(module):
-        _put_on(module, [place], existing, settings)
+        _put_on(module, existing, {place: settings})
     return module
 
 
-def _put_on(model: nn.Module, places: list[Place], existing: dict[Place, Norm], settings: Settings) -> None:
+def _put_on(model: nn.Module, existing: dict[Place, Norm], settings: dict[Place, Settings]) -> None:
     """Put the normalisation on all places, and the hooks on the model."""
     shared = norms_by_weight(model)
     norms: dict[int, SpectralNormalization] = {}
-    for place in places:
-        norm = put(place, existing[place], shared, norms, settings)
+    for place, its_settings in settings.items():
+        norm = put(place, existing[place], shared, norms, its_settings)
         norms[id(norm)] = norm
     lists = {id(norm): layer for layer, norm in normalized(model) if id(norm) in norms}
     for key, layer in lists.items():
         norms[key].begin_with(original_of(layer))  # parametrize has touched weights
     groups: list[Caller] = list(groups_of(model))
-    if settings.update == "access":  # not part of any model's calls
+    update = next(iter(settings.values())).update
+    if update == "access":  # not part of any model's calls
         groups = list(dict.fromkeys([*groups, *(g for norm in norms.values() for g in norm.groups)]))
     for group in groups:
         group.discard(norms.values())
-    if settings.update == "forward":
+    if update == "forward":
         Group(lists.values()).hook(model)
 
 
 def _settings(
     variant: str,
-    scale: float | None,
     n_power_iterations: int | None,
     eps: float | None,
     update: str,
     backend: str,
     gradient_groups: int,
 ) -> Settings:
-    """Return the settings, iterations and eps 0 if unset; raise ValueError or TypeError for settings out of range."""
+    """Return the settings, iterations and eps 0 if unset, of the law W / sigma; raise ValueError for bad ones."""
     if not isinstance(variant, str) or variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(map(repr, VARIANTS))}")
-    scaled = VARIANTS[variant][1]
-    if scale is not None and not scaled:
-        raise ValueError(f"variant {variant!r} has no scale; choose {'ssn' if variant == 'sn' else 'bssn'!r} for one")
     if update not in get_args(Update):
         raise ValueError(f"update must be 'forward' or 'access', not {update!r}")
     groups = whole_number(gradient_groups)
     if groups < 1:
         raise ValueError(f"gradient_groups must be a whole number of at least 1, not {gradient_groups!r}")
-    c, smallest, n = check_settings(
-        scale if scale is not None else DEFAULT_SCALE if scaled else 1.0,
+    smallest, n = check_settings(
         1e-12 if eps is None else eps,
         1 if n_power_iterations is None else n_power_iterations,
         fewest=1,
     )
     n, smallest = 0 if n_power_iterations is None else n, 0.0 if eps is None else smallest
-    return Settings(variant, c, smallest, n, update, backend, groups)
+    return Settings(variant, 1.0, smallest, n, update, backend, groups)
 
 
 def _normalized_layers(model: nn.Module, function: str) -> list[tuple[Place, SpectralNormalization]]:
@@ -248,10 +255,7 @@ def summary(model: nn.Module) -> str:
         kind = type(place.module).__name__.removeprefix("Parametrized")
         weight = place.parametrizations().original
         shape = "x".join(map(str, weight.shape))
-        variant = p.settings.variant
-        if VARIANTS[variant][1]:
-            variant += f" x {p.settings.scale:.4g}"
-        rows.append((place.name or "(model)", kind, shape, variant, f"{p.sigma_of(weight).item():.4g}"))
+        rows.append((place.name or "(model)", kind, shape, p.settings.shown(), f"{p.sigma_of(weight).item():.4g}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

@@ -14,17 +14,20 @@ from torch import Tensor
 
 from bssn_fast import backends
 from bssn_fast.distributed.sharded import refuse_sharded
+from bssn_fast.laws import Law, Laws
 from bssn_fast.layout import Batch
 
 _library = torch.library.Library("bssn_fast", "DEF")
 
 _library.define(
-    "normalize(Tensor[] weights, Tensor(a!)[] vectors, int[] dims, bool[] two_sided, float scale, float eps, "
-    "int n_power_iterations, Tensor(b!)[] normalized, Tensor(c!) snapshot, Tensor(d!) sigma, str backend) -> ()"
+    "normalize(Tensor[] weights, Tensor(a!)[] vectors, int[] dims, bool[] two_sided, int[] kinds, "
+    "float[] numbers, Tensor[] gains, float eps, int n_power_iterations, Tensor(b!)[] normalized, "
+    "Tensor(c!) snapshot, Tensor(d!) sigma, str backend) -> ()"
 )
 _library.define(
-    "normalize_backward(Tensor[] grads, Tensor[] weights, int[] layers, int[] dims, bool[] two_sided, float scale, "
-    "Tensor snapshot, Tensor sigma, Tensor(a!)[] grad_weights, str backend) -> ()"
+    "normalize_backward(Tensor[] grads, Tensor[] weights, int[] layers, int[] dims, bool[] two_sided, "
+    "int[] kinds, float[] numbers, Tensor[] gains, Tensor snapshot, Tensor sigma, Tensor(a!)[] grad_weights, "
+    "Tensor(b!)? grad_gains, str backend) -> ()"
 )
 
 
@@ -33,7 +36,9 @@ def _normalize(
     vectors: list[Tensor],
     dims: list[int],
     two_sided: list[bool],
-    scale: float,
+    kinds: list[int],
+    numbers: list[float],
+    gains: list[Tensor],
     eps: float,
     n_power_iterations: int,
     normalized: list[Tensor],
@@ -43,7 +48,8 @@ def _normalize(
 ) -> None:
     """Normalise n weights. `backends` documents the arguments."""
     batch, outputs = Batch.of(weights, dims, two_sided), (normalized, snapshot, sigma)
-    backends.run("forward", backend, sigma.device, batch, weights, vectors, scale, eps, n_power_iterations, *outputs)
+    laws = _laws(kinds, numbers, gains)
+    backends.run("forward", backend, sigma.device, batch, weights, vectors, laws, eps, n_power_iterations, *outputs)
 
 
 def _normalize_backward(
@@ -52,16 +58,27 @@ def _normalize_backward(
     layers: list[int],
     dims: list[int],
     two_sided: list[bool],
-    scale: float,
+    kinds: list[int],
+    numbers: list[float],
+    gains: list[Tensor],
     snapshot: Tensor,
     sigma: Tensor,
     grad_weights: list[Tensor],
+    grad_gains: Tensor | None,
     backend: str,
 ) -> None:
     """Gradients of the weights of some of n layers. `backends` documents the arguments."""
     batch = Batch.of(weights, dims, two_sided)
-    args = (batch, grads, weights, layers, scale, snapshot, sigma, grad_weights)
+    args = (batch, grads, weights, layers, _laws(kinds, numbers, gains), snapshot, sigma, grad_weights, grad_gains)
     backends.run("backward", backend, sigma.device, *args)
+
+
+def _laws(kinds: Sequence[int], numbers: Sequence[float], gains: Sequence[Tensor]) -> Laws:
+    return Laws.of(list(map(Law, kinds, numbers))).with_gains(gains)
+
+
+def _flat(laws: Laws) -> tuple[list[int], list[float], list[Tensor]]:
+    return list(laws.kinds), list(laws.numbers), list(laws.gains)
 
 
 for _name, _kernel in (("normalize", _normalize), ("normalize_backward", _normalize_backward)):
@@ -84,27 +101,27 @@ def _watched(weights: Sequence[Tensor]) -> bool:
     )
 
 
-def normalize(batch: Batch, weights: Sequence[Tensor], vectors: Sequence[Tensor], *args: Any) -> None:
+def normalize(batch: Batch, weights: Sequence[Tensor], vectors: Sequence[Tensor], laws: Laws, *args: Any) -> None:
     """Run the op `bssn_fast::normalize`, or the backend alone: torch's dispatcher is slow on long lists.
 
-    The arguments are the op's, but for the geometry, which is one object.
+    The arguments are the op's, but for the geometry and the laws, which are one object each.
     """
     if not _watched(weights):
         *rest, backend = args
-        backends.run("forward", backend, weights[0].device, batch, weights, vectors, *rest)
+        backends.run("forward", backend, weights[0].device, batch, weights, vectors, laws, *rest)
         return
     for weight in weights:
         refuse_sharded(weight, "bssn_fast")
     with torch.no_grad():  # the weights require gradients, and what the op writes to must not
-        normalize_op(weights, vectors, batch.dims, batch.two_sided, *args)
+        normalize_op(weights, vectors, batch.dims, batch.two_sided, *_flat(laws), *args)
 
 
 def normalize_backward(
-    batch: Batch, grads: Sequence[Tensor], weights: Sequence[Tensor], layers: list[int], *args: Any
+    batch: Batch, grads: Sequence[Tensor], weights: Sequence[Tensor], layers: list[int], laws: Laws, *args: Any
 ) -> None:
     """The same for `bssn_fast::normalize_backward`."""
     if not _watched(weights):
         *rest, backend = args
-        backends.run("backward", backend, weights[0].device, batch, grads, weights, layers, *rest)
+        backends.run("backward", backend, weights[0].device, batch, grads, weights, layers, laws, *rest)
         return
-    normalize_backward_op(grads, weights, layers, batch.dims, batch.two_sided, *args)
+    normalize_backward_op(grads, weights, layers, batch.dims, batch.two_sided, *_flat(laws), *args)

@@ -103,21 +103,43 @@ def spectral_norm(weight: Tensor, vectors: Vectors, dim: int) -> Tensor:
     return torch.where(torch.isfinite(sigma), sigma, torch.nan)
 
 
-def multiplier(sigma: Tensor, scale: float) -> Tensor:
-    """Return scale / sigma, and 0 where sigma is 0: a zero weight stays zero."""
-    return torch.where(sigma == 0, 0, scale / sigma)
+def unscaled(sigma: Tensor, scale: float | Tensor, at_most: bool) -> Tensor:
+    """Whether sigma has no part in the multiplier: where a bound is slack, and of zero weights."""
+    return sigma.real <= scale if at_most else sigma == 0
+
+
+def multiplier(sigma: Tensor, scale: float | Tensor, at_most: bool = False) -> Tensor:
+    """Return g(sigma) of a weight's law (laws.py): scale / sigma or, `at_most` that much, min(1, scale / sigma).
+
+    scale: c, or the tensor [1] of a gain. Where sigma is 0, scale / sigma is 0: a zero weight stays zero.
+    """
+    if isinstance(scale, Tensor):
+        scale = scale.reshape(sigma.shape)
+    fixed = unscaled(sigma, scale, at_most)
+    return torch.where(fixed, int(at_most), scale / torch.where(fixed, 1, sigma))  # whose derivatives are finite
 
 
 def normalize(
-    weight: Tensor, vectors: Vectors, dim: int, *, scale: float, eps: float, n_power_iterations: int
+    weight: Tensor,
+    vectors: Vectors,
+    dim: int,
+    *,
+    scale: float | Tensor,
+    eps: float,
+    n_power_iterations: int,
+    at_most: bool = False,
 ) -> tuple[Tensor, Vectors, Tensor]:
-    """Return (normalised weight, updated vectors, sigma); zero iterations use the given vectors (evaluation)."""
+    """Return (normalised weight, updated vectors, sigma); zero iterations use the given vectors (evaluation).
+
+    scale, at_most: the law; see `multiplier`.
+    """
     w = weight.to(compute_dtype(weight.dtype))
     for _ in range(n_power_iterations if vectors else 0):
         # u and v are constants, also in forward mode, which no_grad would let pass
         vectors = power_iteration(w.detach(), vectors, dim, eps)
     sigma = spectral_norm(w, vectors, dim)
-    factor = multiplier(sigma, scale) if weight.ndim > 1 else scale / sigma.clamp_min(eps)
+    length = sigma if weight.ndim > 1 else sigma.clamp_min(eps)
+    factor = multiplier(length, scale, at_most)
     return (w * factor).to(weight.dtype), vectors, sigma
 
 
@@ -132,9 +154,27 @@ def gradient_of_sigma(vectors: Vectors, shape: Sequence[int], dim: int) -> Tenso
     return out_side if len(vectors) == 2 else (out_side + outer(vectors[2], vectors[3], input_dimension(dim))) / 2
 
 
-def normalize_backward(grad: Tensor, weight: Tensor, vectors: Vectors, sigma: Tensor, dim: int, scale: float) -> Tensor:
-    """Return dL/dW from grad = dL/d(normalised weight), with u and v held constant as in torch."""
+def normalize_backward(
+    grad: Tensor,
+    weight: Tensor,
+    vectors: Vectors,
+    sigma: Tensor,
+    dim: int,
+    scale: float | Tensor,
+    at_most: bool = False,
+) -> Tensor:
+    """Return dL/dW from grad = dL/d(normalised weight), with u and v held constant as in torch.
+
+    With S = d sigma / dW it is g G + g' <G, W> S, and g' is -g / sigma, or 0 where a bound is slack.
+    """
     w, g = weight.to(compute_dtype(weight.dtype)), grad.to(compute_dtype(weight.dtype))
     direction = gradient_of_sigma(vectors, weight.shape, dim)
-    ratio = torch.where(sigma == 0, 0, (g * w).sum() / sigma)
-    return (multiplier(sigma, scale) * (g - ratio * direction)).to(weight.dtype)
+    fixed = unscaled(sigma, scale, at_most)
+    ratio = torch.where(fixed, 0, (g * w).sum() / torch.where(fixed, 1, sigma))
+    return (multiplier(sigma, scale, at_most) * (g - ratio * direction)).to(weight.dtype)
+
+
+def gain_backward(grad: Tensor, weight: Tensor, sigma: Tensor) -> Tensor:
+    """Return dL/dgamma = <G, W> / sigma [1] of a gain; 0 where sigma is."""
+    w, g = weight.to(compute_dtype(weight.dtype)), grad.to(compute_dtype(weight.dtype))
+    return torch.where(sigma == 0, 0, (g * w).sum() / torch.where(sigma == 0, 1, sigma)).reshape(1)

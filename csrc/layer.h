@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "law.h"
+
 namespace bssn {
 
 enum class DType : int64_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
@@ -39,6 +41,9 @@ struct Layer : Geometry {
   void* vectors[4];   // forward only: u_out [c_out], v_out [c_in k], u_in [c_in], v_in [c_out k]
   void* snapshot[4];  // copies of the vectors that sigma was computed with
   void* sigma;        // one number
+  Law law;
+  const void* gain;  // gamma, one number, if that is the law
+  void* grad_gain;   // backward only
 };
 
 }  // namespace bssn

@@ -35,9 +35,9 @@ def launches(monkeypatch):
     forward = backend.forward
     seen: list[tuple[int, int]] = []
 
-    def counting(batch, weights, vectors, scale, eps, n_power_iterations, *outputs):
+    def counting(batch, weights, vectors, laws, eps, n_power_iterations, *outputs):
         seen.append((len(weights), n_power_iterations))
-        forward(batch, weights, vectors, scale, eps, n_power_iterations, *outputs)
+        forward(batch, weights, vectors, laws, eps, n_power_iterations, *outputs)
 
     monkeypatch.setattr(backend, "forward", counting)
     return seen

@@ -7,25 +7,27 @@ from matrix import Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bssn_fast import ops
+from bssn_fast.laws import Laws
 from bssn_fast.layout import Batch
 
-CASE = Case(shapes=((4, 3, 3, 3), (5, 7)))
+CASE = Case(shapes=((4, 3, 3, 3), (5, 7), (6, 2, 3), (3, 4)), mixed_laws=True)
 
 
 def arguments(x):
     """Those of the two functions."""
     batch = Batch.of(x.weights, CASE.dim_list, CASE.two_sided)
     outputs = [torch.empty_like(w) for w in x.weights]
-    snapshot, sigma = torch.empty(batch.snapshot_size), torch.empty(2)
-    forward = (batch, x.weights, x.vectors, 1.3, 1e-12, 1, outputs, snapshot, sigma, "reference")
+    snapshot, sigma = torch.empty(batch.snapshot_size), torch.empty(len(CASE.shapes))
+    laws = Laws.of(CASE.law_list).with_gains(x.gains)
+    forward = (batch, x.weights, x.vectors, laws, 1e-12, 1, outputs, snapshot, sigma, "reference")
     grads = [torch.empty_like(w) for w in x.weights]
-    backward = (batch, x.grads, x.weights, [0, 1], 1.3, snapshot, sigma, grads, "reference")
+    backward = (batch, x.grads, x.weights, CASE.layer_list, laws, snapshot, sigma, grads, torch.empty(1), "reference")
     return forward, backward
 
 
 def arguments_of_ops(x):
-    (batch, weights, vectors, *rest), (_, grads, _, layers, *rest_of_backward) = arguments(x)
-    geometry = batch.dims, batch.two_sided
+    (batch, weights, vectors, laws, *rest), (_, grads, _, layers, _, *rest_of_backward) = arguments(x)
+    geometry = batch.dims, batch.two_sided, laws.kinds, laws.numbers, laws.gains
     return (weights, vectors, *geometry, *rest), (grads, weights, layers, *geometry, *rest_of_backward)
 
 
@@ -47,7 +49,7 @@ def test_fake_tensors_compute_nothing(monkeypatch):
     with FakeTensorMode() as mode:
         x = matrix.inputs(CASE)
         fake = matrix.Inputs(*([mode.from_tensor(t) if not hasattr(t, "fake_mode") else t for t in part]
-                               for part in (x.weights, x.vectors, x.grads)))  # fmt: skip
+                               for part in (x.weights, x.vectors, x.grads, x.gains)))  # fmt: skip
         forward, backward = arguments(fake)
         ops.normalize(*forward)
         ops.normalize_backward(*backward)

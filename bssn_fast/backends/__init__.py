@@ -5,7 +5,7 @@
 `why_unavailable(device) -> str | None`: None when it works on this device, else the reason with its remedy. Asked once
 per device, so that it may take its time: to compile and load a kernel, for instance.
 
-`forward(batch, weights, vectors, scale, eps, n_power_iterations, normalized, snapshot, sigma) -> None` normalises n
+`forward(batch, weights, vectors, laws, eps, n_power_iterations, normalized, snapshot, sigma) -> None` normalises n
 layers of one device and dtype:
 
 - `batch`: the layers' geometry, `layout.Batch`: shapes, strides, output dimensions, which of them are two-sided.
@@ -13,6 +13,7 @@ layers of one device and dtype:
   and fp32 for all others; all arithmetic is done in it.
 - `vectors`: the layers' persistent vectors one after another, contiguous, in the compute dtype: u_out [c_out],
   v_out [c_in k], and for two-sided layers u_in [c_in], v_in [c_out k]. Updated in place if n_power_iterations > 0.
+- `laws`: of the n weights, `laws.Laws`, with the tensors of gains.
 - `n_power_iterations`: 0 evaluates with the vectors as they are.
 - `normalized`: n tensors to write, each with the shape and strides of its weight; their common dtype is the weights'
   or another floating dtype (autocast). Calls go fastest if they, and `grad_weights` below, lie in one buffer each: what
@@ -20,13 +21,15 @@ layers of one device and dtype:
 - `snapshot`: to write, flat, compute dtype: the vectors that sigma was computed with, at `batch.snapshot_offsets`.
 - `sigma`: to write, [n], compute dtype.
 
-`backward(batch, grads, weights, layers, scale, snapshot, sigma, grad_weights) -> None` does so for the m <= n layers
-whose indices are in `layers`:
+`backward(batch, grads, weights, layers, laws, snapshot, sigma, grad_weights, grad_gains) -> None` does so for the
+m <= n layers whose indices are in `layers`:
 
 - `grads`: m gradients of the normalised weights, strides of their weights, one common floating dtype.
-- `batch`, `weights`: of all n layers.
+- `batch`, `weights`, `laws`: of all n layers.
 - `snapshot`, `sigma`: what the forward, of this or another backend, wrote.
 - `grad_weights`: m tensors to write, shape, strides and dtype of their weights.
+- `grad_gains`: to write, compute dtype: one number for each of the m layers whose law is a gain, in order of `layers`;
+  None where there are none.
 
 Both may raise BackendUnavailableError for a call that they cannot serve after all, before they have written anything.
 """

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bssn_fast.backends import extension
+from bssn_fast.laws import Laws
 from bssn_fast.layout import Batch, channels, compute_dtype
 
 DEVICES = ("cpu",)
@@ -115,7 +116,7 @@ def forward(
     batch: Batch,
     weights: list[Tensor],
     vectors: list[Tensor],
-    scale: float,
+    laws: Laws,
     eps: float,
     n_power_iterations: int,
     normalized: list[Tensor],
@@ -123,7 +124,7 @@ def forward(
     sigma: Tensor,
 ) -> None:
     table = _table(batch, range(len(weights)), _converts(weights, normalized))
-    pointers = array("q", list(map(Tensor.data_ptr, (*weights, *normalized, *vectors))))
+    pointers = array("q", list(map(Tensor.data_ptr, (*weights, *normalized, *vectors, *laws.gains))))
     error = extension.module.cpu_forward(
         table.address,
         len(weights),
@@ -132,7 +133,7 @@ def forward(
         sigma.data_ptr(),
         _DTYPES[weights[0].dtype],
         _DTYPES[normalized[0].dtype],
-        scale,
+        laws.address,
         eps,
         n_power_iterations,
         torch.get_num_threads(),
@@ -145,15 +146,18 @@ def backward(
     grads: list[Tensor],
     weights: list[Tensor],
     layers: list[int],
-    scale: float,
+    laws: Laws,
     snapshot: Tensor,
     sigma: Tensor,
     grad_weights: list[Tensor],
+    grad_gains: Tensor | None,
 ) -> None:
     table = _table(batch, tuple(layers), _converts(weights, grads))
     pointers = array("q", list(map(Tensor.data_ptr, (*[weights[j] for j in layers], *grads, *grad_weights))))
     first, size = sigma.data_ptr(), sigma.element_size()
     pointers.extend([first + size * j for j in layers])
+    laws = laws.part(layers)
+    pointers.extend(map(Tensor.data_ptr, laws.gains))
     error = extension.module.cpu_backward(
         table.address,
         len(layers),
@@ -161,7 +165,8 @@ def backward(
         snapshot.data_ptr(),
         _DTYPES[weights[0].dtype],
         _DTYPES[grads[0].dtype],
-        scale,
+        laws.address,
+        0 if grad_gains is None else grad_gains.data_ptr(),
         torch.get_num_threads(),
     )
     _check(error)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bssn_fast import backends
 from bssn_fast.backends import extension
+from bssn_fast.laws import Laws
 from bssn_fast.layout import Batch, channels
 
 DEVICES = ("cuda",)
@@ -130,7 +131,7 @@ def forward(
     batch: Batch,
     weights: list[Tensor],
     vectors: list[Tensor],
-    scale: float,
+    laws: Laws,
     eps: float,
     n_power_iterations: int,
     normalized: list[Tensor],
@@ -141,9 +142,9 @@ def forward(
     table = _table(batch, range(n))
     if not table.addressable or not {dtype, normalized[0].dtype} <= _DTYPES.keys():
         outputs = (normalized, snapshot, sigma)
-        _instead("forward", device, batch, weights, vectors, scale, eps, n_power_iterations, *outputs)
+        _instead("forward", device, batch, weights, vectors, laws, eps, n_power_iterations, *outputs)
         return
-    pointers = array("q", list(map(Tensor.data_ptr, (*weights, *normalized, *vectors))))
+    pointers = array("q", list(map(Tensor.data_ptr, (*weights, *normalized, *vectors, *laws.gains))))
     workspace = table.workspace(True, dtype, device)
     error = extension.module.cuda_forward(
         table.address,
@@ -153,7 +154,7 @@ def forward(
         sigma.data_ptr(),
         _DTYPES[dtype],
         _DTYPES[normalized[0].dtype],
-        scale,
+        laws.address,
         eps,
         n_power_iterations,
         workspace.data_ptr(),
@@ -169,19 +170,22 @@ def backward(
     grads: list[Tensor],
     weights: list[Tensor],
     layers: list[int],
-    scale: float,
+    laws: Laws,
     snapshot: Tensor,
     sigma: Tensor,
     grad_weights: list[Tensor],
+    grad_gains: Tensor | None,
 ) -> None:
     n, device, dtype = len(layers), sigma.device, weights[0].dtype
     table = _table(batch, tuple(layers))
     if not table.addressable or not {dtype, grads[0].dtype} <= _DTYPES.keys():
-        _instead("backward", device, batch, grads, weights, layers, scale, snapshot, sigma, grad_weights)
+        _instead("backward", device, batch, grads, weights, layers, laws, snapshot, sigma, grad_weights, grad_gains)
         return
     pointers = array("q", list(map(Tensor.data_ptr, (*[weights[j] for j in layers], *grads, *grad_weights))))
     first, element = sigma.data_ptr(), sigma.element_size()
     pointers.extend([first + element * j for j in layers])
+    laws = laws.part(layers)
+    pointers.extend(map(Tensor.data_ptr, laws.gains))
     workspace = table.workspace(False, dtype, device)
     error = extension.module.cuda_backward(
         table.address,
@@ -190,7 +194,8 @@ def backward(
         snapshot.data_ptr(),
         _DTYPES[dtype],
         _DTYPES[grads[0].dtype],
-        scale,
+        laws.address,
+        0 if grad_gains is None else grad_gains.data_ptr(),
         workspace.data_ptr(),
         _single_launch(),
         device.index,

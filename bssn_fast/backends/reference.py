@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bssn_fast import reference
+from bssn_fast.laws import GAIN, Laws
 from bssn_fast.layout import Batch
 
 DEVICES: tuple[str, ...] = ()
@@ -20,7 +21,7 @@ def forward(
     batch: Batch,
     weights: list[Tensor],
     vectors: list[Tensor],
-    scale: float,
+    laws: Laws,
     eps: float,
     n_power_iterations: int,
     normalized: list[Tensor],
@@ -29,10 +30,11 @@ def forward(
 ) -> None:
     rest = iter(vectors)
     snapshots = batch.snapshot_views(snapshot)
-    for j, (weight, dim, both) in enumerate(zip(weights, batch.dims, batch.two_sided, strict=True)):
+    layers = zip(weights, batch.dims, batch.two_sided, laws.each(), strict=True)
+    for j, (weight, dim, both, (scale, at_most)) in enumerate(layers):
         stored = tuple(next(rest) for _ in range(4 if both else 2))
         result, new, sigma_j = reference.normalize(
-            weight, stored, dim, scale=scale, eps=eps, n_power_iterations=n_power_iterations
+            weight, stored, dim, scale=scale, at_most=at_most, eps=eps, n_power_iterations=n_power_iterations
         )
         normalized[j].copy_(result)
         sigma[j].copy_(sigma_j)
@@ -47,11 +49,16 @@ def backward(
     grads: list[Tensor],
     weights: list[Tensor],
     layers: list[int],
-    scale: float,
+    laws: Laws,
     snapshot: Tensor,
     sigma: Tensor,
     grad_weights: list[Tensor],
+    grad_gains: Tensor | None,
 ) -> None:
     snapshots = batch.snapshot_views(snapshot)
+    each, gains = laws.each(), iter(() if grad_gains is None else grad_gains)
     for grad, grad_weight, j in zip(grads, grad_weights, layers, strict=True):
-        grad_weight.copy_(reference.normalize_backward(grad, weights[j], snapshots[j], sigma[j], batch.dims[j], scale))
+        w, sigma_j = weights[j], sigma[j]
+        grad_weight.copy_(reference.normalize_backward(grad, w, snapshots[j], sigma_j, batch.dims[j], *each[j]))
+        if laws.kinds[j] == GAIN:
+            next(gains).copy_(reference.gain_backward(grad, w, sigma_j)[0])

@@ -44,22 +44,25 @@ def check_weight(weight: Tensor, dim: int, name: str) -> None:
         raise ValueError(f"{name}: the output dimension must be from 0 to {weight.ndim - 1}, not {dim}")
 
 
-def check_settings(
-    scale: object, eps: object, n_power_iterations: object, *, fewest: int = 0
-) -> tuple[float, float, int]:
-    """Return the settings as numbers of Python; raise ValueError or TypeError if they are none, or out of range."""
-    if isinstance(scale, Tensor) and scale.requires_grad:
+def refuse_trained(value: object, name: str) -> None:
+    """Raise TypeError for a tensor that requires a gradient where a number is wanted."""
+    if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(
-            "scale is a constant and would not be trained; give a number, and multiply the layer's output by a "
-            "Parameter of your own"
+            f"{name} is a constant and would not be trained; give a number. `gain` is for what is learned, or multiply "
+            "the layer's output by a Parameter of your own"
         )
+
+
+def check_settings(eps: object, n_power_iterations: object, *, fewest: int = 0) -> tuple[float, int]:
+    """Return the settings as numbers of Python; raise ValueError if they are none, or out of range."""
     n = whole_number(n_power_iterations)
     if n < fewest:
         raise ValueError(f"n_power_iterations must be a whole number of at least {fewest}, not {n_power_iterations!r}")
-    return _positive(scale, "scale"), _positive(eps, "eps"), n
+    return positive(eps, "eps"), n
 
 
-def _positive(value: Any, name: str) -> float:
+def positive(value: Any, name: str) -> float:
+    """Return a number of Python; raise ValueError if it is none, or not positive and finite."""
     try:
         number = -1.0 if isinstance(value, (str, bool)) else float(value)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: of a tensor of several elements, or without values

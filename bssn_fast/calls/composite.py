@@ -16,6 +16,7 @@ from torch.nn.utils import stateless
 
 from bssn_fast import reference
 from bssn_fast.calls.member import Member
+from bssn_fast.laws import AT_MOST
 from bssn_fast.layout import compute_dtype, has_tangent, result_dtype
 
 _FUNCTIONAL_CALL = stateless._functional_call.__code__
@@ -89,7 +90,16 @@ def normalize(
             used = reference.power_iteration(constant, used, member.dim, s.eps)
         for old, new in zip(stored, used, strict=True):
             _write(old, new)
-    normalized, _, sigma = reference.normalize(weight, used, member.dim, scale=s.scale, eps=s.eps, n_power_iterations=0)
+    gain = member.gain
+    normalized, _, sigma = reference.normalize(
+        weight,
+        used,
+        member.dim,
+        scale=s.law.number if gain is None else gain.to(used[0].real.dtype if used else gain.dtype),
+        at_most=s.law.kind == AT_MOST,
+        eps=s.eps,
+        n_power_iterations=0,
+    )
     member.measured.sigma = None  # whoever asks for it computes it
     if not torch.compiler.is_compiling() and not wants_plain_operations([weight]):
         member.measured.sigma, member.measured.index = sigma.detach().abs()[None], 0

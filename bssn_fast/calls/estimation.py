@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bssn_fast import reference
 from bssn_fast.calls.normalizer import Normalizer
+from bssn_fast.laws import Law
 from bssn_fast.layout import compute_dtype, fits_kernels, input_dimension, vector_sizes
 
 _UNIT_TOLERANCE = 1e-4  # of what power iterations leave, 1e-6 is the most; averages of vectors are shorter
@@ -108,7 +109,7 @@ def estimate_vectors(
 def _iterations(weight: Tensor, dim: int, vectors: list[Tensor], eps: float, backend: str) -> Callable[[int], float]:
     """Return what makes so many power iterations, in place, and returns sigma."""
     if fits_kernels(weight, dim):
-        normalizer = Normalizer([weight], [dim], [len(vectors) == 4], scale=1.0, eps=eps, backend=backend)
+        normalizer = Normalizer([weight], [dim], [len(vectors) == 4], laws=[Law()], eps=eps, backend=backend)
         return lambda n: float(normalizer.compute([weight], vectors, n, weight.dtype).sigma[0])
     w = weight.to(vectors[0].dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -19,11 +20,16 @@ class Measured:
         return Measured, (None if self.sigma is None else self.sigma[self.index : self.index + 1].clone(),)
 
 
+def gains_of(members: Sequence[Member]) -> list[Tensor]:
+    """Return the gains of those members whose law is one, in their order."""
+    return [gain for m in members if (gain := m.gain) is not None]
+
+
 class Member(Protocol):
     """A layer as calls see it; `modules.parametrization.SpectralNormalization` is the one there is."""
 
     name: str
-    settings: Any  # scale, eps, n_power_iterations, backend, gradient_groups
+    settings: Any  # law, eps, n_power_iterations, backend, gradient_groups
     dim: int
     two_sided: bool
     autocast: bool
@@ -31,6 +37,9 @@ class Member(Protocol):
     seen: Any  # plan.Seen of the last evaluation, None before the first
     vector_names: tuple[str, ...]
     _buffers: dict[str, Tensor | None]
+
+    @property
+    def gain(self) -> Tensor | None: ...  # [1], where that is its law
 
     def vectors(self, weight: Tensor) -> list[Tensor]: ...
 

@@ -15,6 +15,7 @@ from bssn_fast.calls.composite import has_tangents
 from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.hooks import past_hooks
 from bssn_fast.calls.memory import Pool
+from bssn_fast.laws import GAIN, Law, Laws
 from bssn_fast.layout import Batch, compute_dtype, has_plain_memory, is_dense, is_plain, same_strides
 
 _AS_SOON_AS_POSSIBLE = 2**63 - 1
@@ -44,14 +45,14 @@ class Normalizer:
         dims: Sequence[int],
         two_sided: Sequence[bool],
         *,
-        scale: float,
+        laws: Sequence[Law],
         eps: float,
         backend: str = "",
         gradient_groups: int = 1,
     ) -> None:
         self.batch = Batch.of(list(map(_dense, weights)), dims, two_sided)
         self.dense = all(is_dense(w) for w in weights)
-        self.scale, self.eps, self.backend = scale, eps, backend
+        self.laws, self.eps, self.backend = Laws.of(laws), eps, backend
         self._checked: list[int] = []  # where weights lay whose memory has been looked at
         self._right_weights = self._right_grads = Guard()  # like those of a backward pass that found nothing wrong
         self._outputs = Pool(self.batch.size, self.batch.views)
@@ -61,7 +62,7 @@ class Normalizer:
         if gradient_groups > 1:
             for part in _ranges([w.numel() for w in weights], gradient_groups):
                 layers = weights[part], dims[part], two_sided[part]
-                self.parts.append((part, Normalizer(*layers, scale=scale, eps=eps, backend=backend)))
+                self.parts.append((part, Normalizer(*layers, laws=laws[part], eps=eps, backend=backend)))
 
     def compute(
         self,
@@ -69,6 +70,7 @@ class Normalizer:
         vectors: Sequence[Tensor],
         n_power_iterations: int,
         dtype: torch.dtype,
+        gains: Sequence[Tensor] = (),
         *,
         readable: bool = False,
     ) -> Values:
@@ -78,7 +80,7 @@ class Normalizer:
         """
         if torch.is_inference_mode_enabled():  # what is kept of this call may be needed outside
             with torch.inference_mode(False):
-                return self.compute(weights, vectors, n_power_iterations, dtype)
+                return self.compute(weights, vectors, n_power_iterations, dtype, gains)
         batch, device, working = self.batch, weights[0].device, compute_dtype(weights[0].dtype)
         sigma = torch.empty(len(weights), dtype=working, device=device)
         snapshot = torch.empty(batch.snapshot_size, dtype=working, device=device)
@@ -89,7 +91,7 @@ class Normalizer:
             if self.dense and (readable or not any(map(Tensor.is_neg, weights)))
             else list(map(_dense, weights)),
             vectors,
-            self.scale,
+            self._laws(gains, sigma),
             self.eps,
             n_power_iterations,
             normalized,
@@ -101,73 +103,101 @@ class Normalizer:
             torch.autograd.graph.increment_version(vectors)  # kernels write past torch's versions
         return Values(normalized, snapshot, sigma)
 
+    def _laws(self, gains: Sequence[Tensor], like: Tensor) -> Laws:
+        return self.laws.with_gains([_number(gain, like) for gain in gains]) if self.laws.gained else self.laws
+
     def attach(
-        self, values: Values, weights: Sequence[Tensor], *, protect: bool = False, readable: bool = False
+        self,
+        values: Values,
+        weights: Sequence[Tensor],
+        gains: Sequence[Tensor] = (),
+        *,
+        protect: bool = False,
+        readable: bool = False,
     ) -> list[Tensor]:
-        """Return the normalised weights with a graph that leads to the weights, if one is wanted.
+        """Return the normalised weights with a graph that leads to weights and gains, if one is wanted.
 
         They then belong to that graph: attach copies made by `Values.aliases` to use the values again.
 
         protect: as views, into which torch refuses to write differentiably.
         """
-        if not torch.is_grad_enabled() or not any([w.requires_grad for w in weights]):
+        if not torch.is_grad_enabled() or not any([x.requires_grad for x in (*weights, *gains)]):
             return values.normalized
         if self.parts:
-            return [w for k in range(len(self.parts)) for w in self._attach_part(k, values, weights, protect)]
+            return [w for k in range(len(self.parts)) for w in self._attach_part(k, values, weights, gains, protect)]
         if protect:
             values = values._replace(normalized=[w.view_as(w) for w in values.normalized])
         with past_hooks():
             if readable:  # half of the overhead of `apply`, which looks at each argument, in Python
-                return list(_apply_directly(self, values, *weights))
-            return list(_Attach.apply(self, values, *weights))
+                return list(_apply_directly(self, values, *weights, *gains))
+            return list(_Attach.apply(self, values, *weights, *gains))
 
-    def _attach_part(self, k: int, values: Values, weights: Sequence[Tensor], protect: bool) -> list[Tensor]:
+    def _attach_part(
+        self, k: int, values: Values, weights: Sequence[Tensor], gains: Sequence[Tensor], protect: bool
+    ) -> list[Tensor]:
         part, normalizer = self.parts[k]
         offsets = [*(starts[0] for starts in self.batch.snapshot_offsets), self.batch.snapshot_size]
         snapshot = values.snapshot[offsets[part.start] : offsets[part.stop]]
         own = Values(values.normalized[part], snapshot, values.sigma[part])
-        results = normalizer.attach(own, weights[part], protect=protect)
+        its_gains = [g for j, g in zip(self.laws.gained, gains, strict=True) if part.start <= j < part.stop]
+        results = normalizer.attach(own, weights[part], its_gains, protect=protect)
         for graph in [w.grad_fn for w in results if w.grad_fn is not None][:1]:
             # Autograd runs what was recorded last first, and this was recorded before all layers' own operations.
             cast(Any, graph)._set_sequence_nr(_AS_SOON_AS_POSSIBLE)
         return results
 
     def gradients(
-        self, values: Values, weights: Sequence[Tensor], grads: Sequence[Tensor | None]
+        self, values: Values, weights: Sequence[Tensor], gains: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """Return dL/dW where grads, dL/d(normalised weight), are given."""
+        """Return dL/dW, and then dL/dgamma of the gains, where grads, dL/d(normalised weight), are given."""
         known = self._right_grads.holds(grads)
         if not known and not _have_memory(grads):
-            return self.differentiable_gradients(values, weights, grads)
-        batch, weights = self.batch, self._as_in_forward(weights, values.sigma)
+            return self.differentiable_gradients(values, weights, gains, grads)
+        batch, sigma = self.batch, values.sigma
+        weights = self._as_in_forward(weights, sigma)
         recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0  # nothing is read then
         if not recorded:
             self._check_memory(weights)
         given = cast("Sequence[Tensor]", grads) if known else self._readable(grads, weights, recorded)
         layers = [j for j, g in enumerate(grads) if g is not None]
         if not layers:
-            return [None] * len(weights)
+            return [None] * (len(weights) + len(gains))
         if len(layers) == len(weights):
             # By now nobody holds the normalised weights, as a rule: the gradients come to lie where they were.
             pool = self._outputs if given[0].dtype == weights[0].dtype else self._grads
             results = pool.take(weights[0].dtype, weights[0].device)
         else:
             results = _in_one_buffer([weights[j] for j in layers])
+        gained = [j for j in layers if self.laws.kinds[j] == GAIN] if gains else []
+        grad_gains = sigma.new_empty(len(gained)) if gained else None
         ops.normalize_backward(
             batch,
             given,
             weights,
             layers,
-            self.scale,
+            self._laws(gains, sigma),
             values.snapshot,
             values.sigma,
             results,
+            grad_gains,
             self.backend,
         )
         found: list[Tensor | None] = [None] * len(weights)
         for j, result in zip(layers, results, strict=True):
             found[j] = result
+        if gains:
+            parts = {} if grad_gains is None else dict(zip(gained, grad_gains.split(1), strict=True))
+            found += [_like(parts.get(j), gain) for j, gain in zip(self.laws.gained, gains, strict=True)]
         return found
+
+    def needed(self, wanted: tuple[bool, ...]) -> tuple[bool, ...]:
+        """Return which normalised weights lead to what needs a gradient, of the weights and then of the gains."""
+        if not self.laws.gained:
+            return wanted
+        needed = list(wanted[: len(self.laws.kinds)])
+        for j, of_gain in zip(self.laws.gained, wanted[len(needed) :], strict=True):
+            needed[j] = needed[j] or of_gain
+        return tuple(needed)
 
     def _as_in_forward(self, weights: Sequence[Tensor], sigma: Tensor) -> Sequence[Tensor]:
         """Return the weights in tensors that kernels can read; raise RuntimeError if they are unlike the forward's."""
@@ -220,19 +250,30 @@ class Normalizer:
         self._checked = addresses
 
     def differentiable_gradients(
-        self, values: Values, weights: Sequence[Tensor], grads: Sequence[Tensor | None]
+        self, values: Values, weights: Sequence[Tensor], gains: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
         """The same in torch operations, for gradients of gradients: sigma = <S, W> is a function of W."""
+        batch = self.batch
         found: list[Tensor | None] = []
-        for w, g, vectors, dim in zip(
-            weights, grads, self.batch.snapshot_views(values.snapshot), self.batch.dims, strict=True
+        of_gains: dict[int, Tensor] = {}
+        for j, (w, g, vectors, dim, law) in enumerate(
+            zip(
+                weights,
+                grads,
+                batch.snapshot_views(values.snapshot),
+                batch.dims,
+                self.laws.with_gains(gains).each(),
+                strict=True,
+            )
         ):
             if g is None:
                 found.append(None)
                 continue
             sigma = reference.spectral_norm(w.to(values.sigma.dtype), vectors, dim)
-            found.append(reference.normalize_backward(g, w, vectors, sigma, dim, self.scale))
-        return found
+            found.append(reference.normalize_backward(g, w, vectors, sigma, dim, *law))
+            if self.laws.kinds[j] == GAIN:
+                of_gains[j] = reference.gain_backward(g, w, sigma)
+        return found + [_like(of_gains.get(j), gain) for j, gain in zip(self.laws.gained, gains, strict=True)]
 
 
 def _ranges(sizes: Sequence[int], count: int) -> list[slice]:
@@ -247,6 +288,18 @@ def _in_one_buffer(weights: Sequence[Tensor]) -> list[Tensor]:
     """Return a new tensor like each weight. They share a buffer: their distances are the same at every call."""
     batch = Batch.of(weights, [0] * len(weights), [False] * len(weights))
     return batch.views(torch.empty(batch.size, dtype=weights[0].dtype, device=weights[0].device))
+
+
+def _number(gain: Tensor, like: Tensor) -> Tensor:
+    """Return a gain [1] as the kernels read it."""
+    if gain.dtype == like.dtype and gain.device == like.device and has_plain_memory(gain):
+        return gain
+    return gain.detach().to(like.device, like.dtype).resolve_neg()  # torch refuses to copy from freed memory
+
+
+def _like(grad: Tensor | None, gain: Tensor) -> Tensor | None:
+    """Return a gain's gradient in its dtype and on its device."""
+    return None if grad is None else grad.to(gain.device, gain.dtype).reshape(gain.shape)
 
 
 def _dense(weight: Tensor) -> Tensor:
@@ -269,22 +322,24 @@ class _Attach(torch.autograd.Function):
     # With `setup_context` as a method of its own, every call would inspect the signature of `forward`: tens of
     # microseconds.
     @staticmethod
-    def forward(ctx: Any, normalizer: Normalizer, values: Values, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, normalizer: Normalizer, values: Values, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.normalizer = normalizer
         ctx.values = Values([], values.snapshot, values.sigma)
-        ctx.save_for_backward(*weights)
+        ctx.save_for_backward(*tensors)  # weights, then gains
         ctx.set_materialize_grads(False)
-        needed = ctx.needs_input_grad[2:]
+        needed = normalizer.needed(ctx.needs_input_grad[2:])
         if not all(needed):
             ctx.mark_non_differentiable(*[w for w, wanted in zip(values.normalized, needed, strict=True) if not wanted])
         return tuple(values.normalized)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)]
         normalizer: Normalizer = ctx.normalizer
+        needed = normalizer.needed(ctx.needs_input_grad[2:])
+        wanted = [g if n else None for g, n in zip(grads, needed, strict=True)]
         differentiate = normalizer.differentiable_gradients if torch.is_grad_enabled() else normalizer.gradients
-        return None, None, *differentiate(ctx.values, ctx.saved_tensors, wanted)
+        saved, n = ctx.saved_tensors, len(grads)
+        return None, None, *differentiate(ctx.values, saved[:n], saved[n:], wanted)
 
 
 def _all_plain(grads: Sequence[Tensor]) -> bool:

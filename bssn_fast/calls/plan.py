@@ -15,10 +15,10 @@ from bssn_fast.calls.arguments import check_weight
 from bssn_fast.calls.contents import contents_of, version
 from bssn_fast.calls.estimation import BELONGING, STILL_BELONGING, are_units, belong, estimate_vectors, write
 from bssn_fast.calls.guard import Guard
-from bssn_fast.calls.member import Member
+from bssn_fast.calls.member import Member, gains_of
 from bssn_fast.calls.normalizer import Normalizer, Values
 from bssn_fast.distributed.sharded import refuse_flattened, refuse_sharded
-from bssn_fast.layout import compute_dtype, fits_kernels, has_its_memory, is_dense, result_dtype
+from bssn_fast.layout import compute_dtype, fits_kernels, has_its_memory, is_dense, is_plain, result_dtype
 
 
 def signature(weights: Iterable[Tensor]) -> tuple[object, ...]:
@@ -27,7 +27,7 @@ def signature(weights: Iterable[Tensor]) -> tuple[object, ...]:
 
 
 def partition(members: Sequence[Member], weights: Sequence[Tensor], flags: Sequence[object]) -> list[list[int]]:
-    """Return the indices of the members that can share a call: same device, dtypes, settings, way and flag.
+    """Return the indices of the members that can share a call: same device, dtypes, eps, iterations, way and flag.
 
     The results' dtype is that of the moment: embeddings do not follow autocast.
     """
@@ -35,7 +35,7 @@ def partition(members: Sequence[Member], weights: Sequence[Tensor], flags: Seque
     for j, (m, w, flag) in enumerate(zip(members, weights, flags, strict=True)):
         s, dtype = m.settings, result_dtype(w, m.autocast)
         way = fits_kernels(w, m.dim)
-        key = (w.device, w.dtype, dtype, s.scale, s.eps, s.n_power_iterations, s.backend, way, flag)
+        key = (w.device, w.dtype, dtype, s.eps, s.n_power_iterations, s.backend, way, flag)
         groups.setdefault(key, []).append(j)
     return list(groups.values())
 
@@ -112,6 +112,7 @@ class Plan:
         self.settings = members[0].settings
         self._normalizer = self._for_kernels(weights) if fits_kernels(weights[0], members[0].dim) else None
         self._measured = [m.measured for m in members]
+        self.learned = any(m.gain is not None for m in members)
         self._unchecked = True
         self._stored = [(m._buffers, name) for m in members for name in m.vector_names]
         self._alike = Guard()  # vectors like those that were found to be right
@@ -130,7 +131,7 @@ class Plan:
             weights,
             [m.dim for m in self.members],
             [m.two_sided for m in self.members],
-            scale=self.settings.scale,
+            laws=[m.settings.law for m in self.members],
             eps=self.settings.eps,
             backend=self.settings.backend,
             gradient_groups=self.settings.gradient_groups,
@@ -154,7 +155,11 @@ class Plan:
         protect: let torch refuse to write into the results differentiably.
         vectors: of each member, to evaluate with in place of its own.
         """
-        if not readable and composite.wants_plain_operations(weights):
+        gains = gains_of(self.members) if self.learned else []
+        for gain in gains:
+            refuse_sharded(gain, "bssn_fast: a gain")
+        readable = readable and all(map(is_plain, gains)) and not composite.has_tangents(gains)
+        if not readable and composite.wants_plain_operations([*weights, *gains] if gains else weights):
             return self._in_plain_operations(weights, iterate, vectors)
         dtype = result_dtype(weights[0], self.members[0].autocast)
         own, normalizer = self._current_vectors(weights), self._normalizer
@@ -163,21 +168,22 @@ class Plan:
                 self._mend(weights, own, None, iterate)
             return self._in_plain_operations(weights, iterate, vectors)
         if vectors is not None:
-            values = normalizer.compute(weights, [v for group in vectors for v in group], 0, dtype, readable=readable)
-            return _attached(normalizer, values, weights, protect, readable)
+            flat = [v for group in vectors for v in group]
+            values = normalizer.compute(weights, flat, 0, dtype, gains, readable=readable)
+            return _attached(normalizer, values, weights, gains, protect, readable)
         kept, self._kept = self._kept, None  # in an error's case it is gone
-        if keep and not iterate and kept is not None and kept.current(weights, own, dtype):
+        if keep and not iterate and kept is not None and kept.current(weights, own, gains, dtype):
             self._kept = kept
-            return _attached(normalizer, kept.values.aliases(), weights, protect, readable)
+            return _attached(normalizer, kept.values.aliases(), weights, gains, protect, readable)
         if self._unchecked or not iterate:
             self._mend(weights, own, kept, iterate)
         n = self.settings.n_power_iterations if iterate else 0
-        values = normalizer.compute(weights, own, n, dtype, readable=readable)
+        values = normalizer.compute(weights, own, n, dtype, gains, readable=readable)
         for j, measured in enumerate(self._measured):
             measured.sigma, measured.index = values.sigma, j
         if keep:
-            self._kept = _Kept.of(weights, own, dtype, values)
-        return _attached(normalizer, values, weights, protect, readable)
+            self._kept = _Kept.of(weights, own, gains, dtype, values)
+        return _attached(normalizer, values, weights, gains, protect, readable)
 
     def _in_plain_operations(
         self, weights: Sequence[Tensor], iterate: bool, vectors: Sequence[Sequence[Tensor]] | None
@@ -260,9 +266,15 @@ class Plans:
 
 
 def _attached(
-    normalizer: Normalizer, values: Values, weights: Sequence[Tensor], protect: bool, readable: bool
+    normalizer: Normalizer,
+    values: Values,
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    protect: bool,
+    readable: bool,
 ) -> Results:
-    return Results(normalizer.attach(values, weights, protect=protect, readable=readable), normalizer, values, [])
+    attached = normalizer.attach(values, weights, gains, protect=protect, readable=readable)
+    return Results(attached, normalizer, values, [])
 
 
 def check_memory(tensor: Tensor, what: str) -> None:
@@ -275,36 +287,50 @@ class _Kept:
     """Values, and all that they depend on, to tell whether they still hold."""
 
     def __init__(
-        self, weights: Sequence[Tensor], vectors: Sequence[Tensor], dtype: torch.dtype, values: Values
+        self,
+        weights: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        gains: Sequence[Tensor],
+        dtype: torch.dtype,
+        values: Values,
     ) -> None:
         self.values = values.aliases()
         # As long as the old weights are held here, new ones cannot come to lie at the same address.
         self.weights = [w.detach() for w in weights]
         self.vectors, self.dtype = list(vectors), dtype
-        self.contents = self.latest = contents_of([*weights, *vectors, *values.normalized])
+        self.gains = [g.detach() for g in gains]
+        self.contents = self.latest = contents_of([*weights, *vectors, *gains, *values.normalized])
 
     @staticmethod
-    def of(weights: Sequence[Tensor], vectors: Sequence[Tensor], dtype: torch.dtype, values: Values) -> _Kept | None:
+    def of(
+        weights: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        gains: Sequence[Tensor],
+        dtype: torch.dtype,
+        values: Values,
+    ) -> _Kept | None:
         """Return the values to keep; None where it could not be told later whether they still hold."""
         if not all(map(is_dense, weights)):
             return None
-        kept = _Kept(weights, vectors, dtype, values)
+        kept = _Kept(weights, vectors, gains, dtype, values)
         return None if kept.contents is None else kept
 
-    def _same_tensors(self, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> bool:
-        return all(map(is_, vectors, self.vectors)) and [w.data_ptr() for w in weights] == [
-            w.data_ptr() for w in self.weights
+    def _same_tensors(self, weights: Sequence[Tensor], vectors: Sequence[Tensor], gains: Sequence[Tensor]) -> bool:
+        return all(map(is_, vectors, self.vectors)) and [x.data_ptr() for x in (*weights, *gains)] == [
+            x.data_ptr() for x in (*self.weights, *self.gains)
         ]
 
-    def current(self, weights: Sequence[Tensor], vectors: Sequence[Tensor], dtype: torch.dtype) -> bool:
-        """Whether weights, vectors and results are what they were, every element of them.
+    def current(
+        self, weights: Sequence[Tensor], vectors: Sequence[Tensor], gains: Sequence[Tensor], dtype: torch.dtype
+    ) -> bool:
+        """Whether weights, vectors, gains and results are what they were, every element of them.
 
         Results too: whoever got them may have written into them.
         """
-        if not self._same_tensors(weights, vectors):
+        if not self._same_tensors(weights, vectors, gains):
             self.latest = None
             return False
-        self.latest = contents_of([*weights, *vectors, *self.values.normalized])
+        self.latest = contents_of([*weights, *vectors, *gains, *self.values.normalized])
         return self.latest == self.contents and self.dtype == dtype
 
     def changes(self, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> tuple[bool, bool]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from bssn_fast.calls.contents import contents_of, version
-from bssn_fast.modules.call import Source, serves
+from bssn_fast.modules.call import Source, leads_to, serves
 from bssn_fast.modules.recomputation import in_backward
 
 
@@ -26,7 +26,10 @@ class Entry(NamedTuple):
     weight_version: int
     result: Tensor
     source: Source | None
-    contents: bytes | None  # of weight and result; None where versions alone cannot tell whether they have changed
+    gain: Tensor | None
+    contents: (
+        bytes | None
+    )  # of weight, result and gain; None where versions alone cannot tell whether they have changed
 
     def holds(self, weight: Tensor) -> bool:
         """Whether it was made of this weight as it is now: no other power iteration is due."""
@@ -39,8 +42,12 @@ class Entry(NamedTuple):
         return (
             self.contents is not None
             and self.weight_version == version(self.weight)
-            and contents_of([self.weight, self.result]) == self.contents
+            and contents_of(_all(self.weight, self.result, self.gain)) == self.contents
         )
+
+
+def _all(weight: Tensor, result: Tensor, gain: Tensor | None) -> list[Tensor]:
+    return [weight, result] if gain is None else [weight, result, gain]
 
 
 class Block:
@@ -53,13 +60,15 @@ class Block:
         self.covers, self.running = covers, running
         self._entries: dict[int, Entry] = {}
 
-    def find(self, norm: object, weight: Tensor) -> Entry | None:
+    def find(self, norm: Any, weight: Tensor) -> Entry | None:
         """Return a layer's result if it is that of this weight as it is now, and of use to who asks.
 
         In a backward pass it may be needed by a forward that is repeated, whose own backward pass would free its graph.
         """
         entry = self._entries.get(id(norm))
         if entry is None or entry.weight is not weight or not entry.current() or not serves(entry.result, weight):
+            return None
+        if entry.gain is not norm.gain or (entry.gain is not None and not leads_to(entry.result, entry.gain)):
             return None
         return None if entry.result.requires_grad and in_backward() else entry
 
@@ -68,10 +77,10 @@ class Block:
         entry = self._entries.get(id(norm))
         return bool(norm.traced.iterated) if entry is None else entry.holds(weight)
 
-    def keep(self, norm: object, weight: Tensor, result: Tensor, source: Source | None) -> None:
+    def keep(self, norm: Any, weight: Tensor, result: Tensor, source: Source | None) -> None:
         """Keep a layer's result for later calls."""
-        contents = contents_of([weight, result])
-        self._entries[id(norm)] = Entry(weight, version(weight), result, source, contents)
+        contents = contents_of(_all(weight, result, norm.gain))
+        self._entries[id(norm)] = Entry(weight, version(weight), result, source, norm.gain, contents)
 
     def forget(self, norm: object) -> None:
         """Drop a layer's result, as its settings have changed."""

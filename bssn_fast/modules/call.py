@@ -88,6 +88,7 @@ class Call:
         "doubted",
         "entries",
         "frame",
+        "gains",
         "grad_enabled",
         "inherited",
         "others",
@@ -104,6 +105,7 @@ class Call:
         # Weights and results, each with its version.
         self.entries: list[tuple[Tensor, int, Tensor, int] | None] = [None] * layers
         self.sources: list[tuple[list[int], Results]] = []  # of the layers with these indices
+        self.gains: dict[int, tuple[Tensor, int]] = {}  # of the layers that have one, with its version
         self.others: dict[int, Source | None] = {}  # of single layers
         self.doubted: dict[int, bytes | Tensor] = {}  # what a weight was when somebody looked at its layer
         self.inherited = False  # the frame is that of another call, which goes on
@@ -135,6 +137,10 @@ class Call:
             except RuntimeError:  # one of them keeps no version
                 self.entries[j] = weight, version(weight), result, version(result)
 
+    def put_gains(self, indices: Iterable[int], gains: Iterable[Tensor | None]) -> None:
+        """Note with which gains the results of the layers with these indices were made."""
+        self.gains.update({j: (g, version(g)) for j, g in zip(indices, gains, strict=True) if g is not None})
+
     def find(self, j: int, weight: Tensor, reader: object = None) -> Tensor | None:
         """Return the j-th layer's result if it is that of this weight as it is now, with a graph if one is wanted.
 
@@ -155,6 +161,10 @@ class Call:
         if self.doubted and self._written(j, weight):
             self.results[j] = self.entries[j] = None
             return None
+        if self.gains and j in self.gains:
+            gain, before = self.gains[j]
+            if version(gain) != before or not leads_to(ready, gain):
+                return None
         if reader is not None and recomputation.maybe_in_checkpoint():
             source = self.source(j)
             if source is not None and (self.grad_enabled or torch.is_grad_enabled()):  # else no graph will repeat it
@@ -191,6 +201,11 @@ class Call:
         """Whether the layer's vectors have had their iteration for this weight in this call."""
         entry = self.entries[j]
         return entry is not None and entry[0] is weight and entry[1] == version(weight)
+
+
+def leads_to(ready: Tensor, source: Tensor) -> bool:
+    """Whether a result has a graph if one is wanted now."""
+    return ready.requires_grad or not source.requires_grad or not torch.is_grad_enabled()
 
 
 def serves(ready: Tensor, weight: Tensor) -> bool:

@@ -11,8 +11,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 
+from bssn_fast import reference
 from bssn_fast.calls.estimation import are_units
-from bssn_fast.layout import vector_sizes
+from bssn_fast.layout import compute_dtype, vector_sizes
 from bssn_fast.modules.parametrization import SpectralNormalization, original_of, parametrizations_of
 
 WEIGHT = "weight"
@@ -28,6 +29,13 @@ class TorchSpectralNorm:
     dim: int
     eps: float
     n_power_iterations: int
+
+    def multiplier(self) -> Tensor:
+        """Return 1 / sigma, as in evaluation."""
+        w = self.weight.detach()
+        w = w.to(compute_dtype(w.dtype))
+        vectors = tuple([v.detach().to(w.device, w.dtype) for v in self.vectors])
+        return reference.multiplier(reference.spectral_norm(w, vectors, self.dim), 1.0)
 
 
 def find(module: nn.Module, name: str, tensor_name: str = WEIGHT) -> SpectralNormalization | TorchSpectralNorm | None:

@@ -234,6 +234,7 @@ class Group:
                     held.add(j)
             if ready is not None:
                 call.put([j], [weight], [ready])
+                call.put_gains([j], [norm.gain])
                 continue
             if (before is not None and before.iterated(j, weight)) or (
                 not call.aside and norm.iterated_in_call(weight)
@@ -269,6 +270,8 @@ class Group:
             )
             indices = [chosen.indices[p] for p in part]
             call.put(indices, weights, results.normalized)
+            if plan.learned:
+                call.put_gains(indices, [chosen.members[p].gain for p in part])
             call.sources.append((indices, results))
             for j, block in zip(indices, cached, strict=False):
                 self._keep(block, call, j)

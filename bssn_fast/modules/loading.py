@@ -8,11 +8,12 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from bssn_fast import reference
 from bssn_fast.calls.arguments import check_module
 from bssn_fast.calls.estimation import are_units, belong, estimate_vectors
 from bssn_fast.distributed.sharded import is_sharded
 from bssn_fast.layout import compute_dtype, vector_sizes
-from bssn_fast.modules.parametrization import SpectralNormalization, original_of, parametrizations_of
+from bssn_fast.modules.parametrization import SpectralNormalization, first_gain, original_of, parametrizations_of
 
 _WRAPPERS = {"module", "_orig_mod"}
 
@@ -140,11 +141,12 @@ def _translate(
             weight = original_of(layer)
             _refuse_untying(norm, f"{prefix}{tensor_name}", metadata)
             target = f"{prefix}parametrizations.{tensor_name}."
-            _rename(state_dict, f"{prefix}{tensor_name}", target)
+            plain = _rename(state_dict, f"{prefix}{tensor_name}", target)
             for key in [k for k in (f"{target}0._u", f"{target}0._v") if k in state_dict]:
                 if not norm.vector_names:  # torch's hook has vectors for a weight of one dimension too
                     del state_dict[key]
             _complete(state_dict, target, norm, weight)
+            _complete_gain(state_dict, target, norm, weight, plain)
 
 
 def _refuse_untying(norm: SpectralNormalization, name: str, metadata: dict[str, Any]) -> None:
@@ -158,9 +160,10 @@ def _refuse_untying(norm: SpectralNormalization, name: str, metadata: dict[str, 
         )
 
 
-def _rename(state_dict: MutableMapping[str, Any], plain: str, target: str) -> None:
+def _rename(state_dict: MutableMapping[str, Any], plain: str, target: str) -> bool:
+    """Bring a weight, and u and v, under the names of torch's parametrization; return whether it was a plain one."""
     if f"{target}original" in state_dict:
-        return
+        return False
     if f"{plain}_orig" in state_dict:
         # The first versions of the hook saved the normalised weight too.
         state_dict.pop(plain, None)
@@ -169,6 +172,8 @@ def _rename(state_dict: MutableMapping[str, Any], plain: str, target: str) -> No
                 state_dict[target + new] = state_dict.pop(plain + old)
     elif plain in state_dict:
         state_dict[f"{target}original"] = state_dict.pop(plain)
+        return True
+    return False
 
 
 def _of_the_weight_that_stays(
@@ -216,3 +221,25 @@ def _complete(state_dict: MutableMapping[str, Any], target: str, norm: SpectralN
     )
     for direction in missing:
         state_dict.update(zip(keys[direction], found[direction], strict=True))
+
+
+def _complete_gain(
+    state_dict: MutableMapping[str, Any], target: str, norm: SpectralNormalization, weight: Tensor, plain: bool
+) -> None:
+    """Give a layer that learns its gain the one that leaves the checkpoint's weight as it was in use there.
+
+    That is the weight itself of a plain layer, and W / s_out of one that torch, or `sn`, has normalised.
+    """
+    loaded, key = state_dict.get(f"{target}original"), f"{target}0.gain"
+    if norm.gain is None or key in state_dict or not isinstance(loaded, Tensor) or loaded.shape != weight.shape:
+        return
+    found = [state_dict.get(f"{target}0.{name}") for name in norm.vector_names]
+    sizes = vector_sizes(weight.shape, norm.dim, norm.two_sided)
+    if is_sharded(loaded) or any(v is None or tuple(v.shape) != (n,) for v, n in zip(found, sizes, strict=True)):
+        return  # torch says what is missing
+    device = loaded.device if weight.is_meta else weight.device
+    w = loaded.detach().to(device, compute_dtype(weight.dtype))
+    vectors = tuple([cast(Tensor, v).detach().to(device, w.dtype) for v in found])
+    in_use = None if plain else reference.multiplier(reference.spectral_norm(w, vectors[:2], norm.dim), 1.0)
+    gain = first_gain(reference.spectral_norm(w, vectors, norm.dim), in_use)
+    state_dict[key] = gain.reshape(1).to(norm.gain.dtype)

@@ -11,40 +11,22 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.parametrize import ParametrizationList
 
+from bssn_fast import reference
 from bssn_fast.calls import composite
 from bssn_fast.calls.contents import version
 from bssn_fast.calls.estimation import estimate_vectors, write
 from bssn_fast.calls.member import Measured
 from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.calls.plan import Plan, Results, Seen, checked_vectors
+from bssn_fast.laws import AT_MOST, CONSTANT, GAIN
 from bssn_fast.layout import compute_dtype, fits_kernels, needs_two_sides, vector_sizes
 from bssn_fast.modules import blocks, recomputation, writes
-from bssn_fast.modules.call import Call, Caller, Source, in_module_call, serves
+from bssn_fast.modules.call import Call, Caller, Source, in_module_call, leads_to, serves
+from bssn_fast.modules.settings import VARIANTS, Settings
 from bssn_fast.tracing.recording import Traced, call_eagerly, is_exporting, traced_result
-
-VARIANTS = {
-    # name: (both directions, multiplied by a constant)
-    "sn": (False, False),
-    "ssn": (False, True),
-    "bsn": (True, False),
-    "bssn": (True, True),
-}
-
 
 FIRST_ITERATIONS = 15
 """Power iterations on random first vectors: as many as torch's parametrization does."""
-
-
-class Settings(NamedTuple):
-    """What `apply` was told for a layer; its arguments' meanings are documented there."""
-
-    variant: str
-    scale: float
-    eps: float
-    n_power_iterations: int
-    update: str
-    backend: str
-    gradient_groups: int
 
 
 class _Beginning(NamedTuple):
@@ -60,7 +42,9 @@ class _Beginning(NamedTuple):
 
 
 class SpectralNormalization(nn.Module):
-    """Parametrization that gives c W / sigma(W), sigma being a spectral norm or the mean of the two unfoldings'.
+    """Parametrization that gives g(sigma(W)) W, sigma being a spectral norm or the mean of the two unfoldings'.
+
+    g is the law: c / sigma, min(1, c / sigma), or gamma / sigma with the Parameter `gain` [1], gamma.
 
     Buffers, in float32 (float64 for float64 weights, complex for complex ones), also after `.half()`: `_u` [c_out] and
     `_v` [c_in k], the names of torch.nn.utils.parametrizations.spectral_norm; for two directions also `_u_in` [c_in]
@@ -69,6 +53,7 @@ class SpectralNormalization(nn.Module):
 
     _u: Tensor
     _v: Tensor
+    gain: nn.Parameter | None
 
     def __init__(
         self,
@@ -79,8 +64,10 @@ class SpectralNormalization(nn.Module):
         dim: int,
         autocast: bool,
         known: Sequence[Tensor] = (),
+        in_use: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.register_parameter("gain", None)
         self.name = name  # of the layer, for messages
         self.dim, self.autocast = dim, autocast
         self.layers = 1  # that share the weight
@@ -92,7 +79,7 @@ class SpectralNormalization(nn.Module):
         self.seen: Seen | None = None  # at the last evaluation
         self._beginning: _Beginning | None = None
         self._plan: Plan | None = None
-        self.configure(weight, settings, known)
+        self.configure(weight, settings, known, in_use)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy begins with nothing at hand
         return {**self.__dict__, "slots": (), "_plan": None, "seen": None, "_beginning": None, "traced": Traced()}
@@ -102,11 +89,18 @@ class SpectralNormalization(nn.Module):
         """The groups in whose calls of a model the layer is normalised."""
         return tuple([group for group, _ in self.slots])
 
-    def configure(self, weight: Tensor, settings: Settings, known: Sequence[Tensor] = ()) -> None:
-        """Change the settings, and compute the vectors that are not there yet.
+    def configure(
+        self, weight: Tensor, settings: Settings, known: Sequence[Tensor] = (), in_use: Tensor | None = None
+    ) -> None:
+        """Change the settings, and compute the vectors, and the gain, that are not there yet.
 
         known: the first vectors, in the order of `vector_names`, if they do not come from the buffers.
+        in_use: what the weight has been multiplied by so far, if not by these settings' predecessors.
         """
+        new_gain = settings.kind == GAIN and self.gain is None
+        if new_gain and "settings" in vars(self):
+            self.evaluate(weight)
+            in_use = self.multiplier_of(self.sigma_of(weight))
         two_sided = VARIANTS[settings.variant][0] and needs_two_sides(weight.shape, self.dim)
         known = known or self._stored()
         sizes = vector_sizes(weight.shape, self.dim, two_sided)
@@ -115,6 +109,11 @@ class SpectralNormalization(nn.Module):
         new = [*(k.clone() for k in kept), *(random_direction(weight, size) for size in sizes[len(kept) :])]
         for name in self.vector_names:
             del self._buffers[name]
+        if settings.kind != GAIN:
+            self.gain = None
+        elif new_gain:
+            one = torch.ones(1, dtype=_real(compute_dtype(weight.dtype)), device=weight.device)
+            self.gain = nn.Parameter(one, requires_grad=weight.requires_grad)
         self.settings, self.two_sided, self.vector_names = settings, two_sided, names
         for name, vector in zip(names, new, strict=True):
             self.register_buffer(name, vector)
@@ -127,6 +126,15 @@ class SpectralNormalization(nn.Module):
             self._compute(weight, FIRST_ITERATIONS)
             write(self._stored()[: len(kept)], kept)
         self.evaluate(weight)
+        if new_gain:
+            with torch.no_grad():
+                cast(Tensor, self.gain).copy_(first_gain(self.sigma_of(weight), in_use))
+
+    def multiplier_of(self, sigma: Tensor) -> Tensor:
+        """Return g(sigma)."""
+        scale, gain = self.settings.scale, self.gain
+        number = scale if gain is None else gain.detach().to(sigma.device, sigma.dtype)
+        return reference.multiplier(sigma, number, self.settings.kind == AT_MOST)
 
     def begin_with(self, weight: Tensor) -> None:
         """Remember what the vectors were computed for, until the layer is first used."""
@@ -151,9 +159,9 @@ class SpectralNormalization(nn.Module):
     def _compute(self, weight: Tensor, n_power_iterations: int) -> Tensor:
         if not fits_kernels(weight, self.dim):
             return composite.normalize(self, weight.detach(), n_power_iterations)[0]
-        s = self.settings
-        normalizer = Normalizer([weight], [self.dim], [self.two_sided], scale=s.scale, eps=s.eps, backend=s.backend)
-        values = normalizer.compute([weight.detach()], self.vectors(weight), n_power_iterations, weight.dtype)
+        s, gains = self.settings, [] if self.gain is None else [self.gain]
+        normalizer = Normalizer([weight], [self.dim], [self.two_sided], laws=[s.law], eps=s.eps, backend=s.backend)
+        values = normalizer.compute([weight.detach()], self.vectors(weight), n_power_iterations, weight.dtype, gains)
         self.measured.sigma, self.measured.index = values.sigma, 0
         return values.normalized[0]
 
@@ -210,7 +218,7 @@ class SpectralNormalization(nn.Module):
         for group, j in self.slots:
             if group.recorded and group.published is not None and get_ident() not in group.calls:
                 ready = group.published[j]
-                if ready is not None and serves(ready, weight):
+                if ready is not None and serves(ready, weight) and (self.gain is None or leads_to(ready, self.gain)):
                     return ready
         return None
 
@@ -306,6 +314,8 @@ class SpectralNormalization(nn.Module):
     def extra_repr(self) -> str:
         variant, scale, eps, n_power_iterations, *_ = self.settings
         shown = f"{variant!r}, dim={self.dim}, n_power_iterations={n_power_iterations}, eps={eps}"
+        if self.settings.kind != CONSTANT:
+            return shown + (f", at_most={scale:.4g}" if self.settings.kind == AT_MOST else ", gain='learn'")
         return f"{shown}, scale={scale:.4g}" if VARIANTS[variant][1] else shown
 
     def _replicate_for_data_parallel(self) -> SpectralNormalization:
@@ -315,13 +325,19 @@ class SpectralNormalization(nn.Module):
         )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SpectralNormalization:
-        # `.half()` and `.bfloat16()` reach the vectors too, which must keep their precision.
-        kept = self._stored()
+        # `.half()` and `.bfloat16()` reach vectors and gain too, which must keep their precision.
+        kept, gain = self._stored(), None if self.gain is None else self.gain.detach()
         super()._apply(fn, recurse)
+        if gain is not None and self.gain is not None and compute_dtype(self.gain.dtype) != self.gain.dtype:
+            self.gain.data = gain.to(self.gain.device, torch.float32)
         for name, old, new in zip(self.vector_names, kept, self._stored(), strict=True):
             if compute_dtype(new.dtype) != new.dtype:
                 self._buffers[name] = old.to(new.device, torch.float32)
         return self
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
 
 
 call_eagerly(Call.find, SpectralNormalization.forward, SpectralNormalization.normalized)
@@ -391,6 +407,12 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
 
     setattr(kind, tensor_name, property(get, put))
     writes.settle_before_looks(kind)
+
+
+def first_gain(sigma: Tensor, in_use: Tensor | None) -> Tensor:
+    """Return the gain with which the weight in use does not change: W times `in_use`, or W."""
+    start = (sigma if in_use is None else sigma * in_use.to(sigma.dtype)).real
+    return torch.where(torch.isfinite(start) & (start != 0), start, 1)  # a zero weight is zero with any
 
 
 def random_direction(weight: Tensor, size: int) -> Tensor:

@@ -12,16 +12,17 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from bssn_fast.calls.arguments import check_weight
 from bssn_fast.distributed.sharded import refuse_managed
+from bssn_fast.laws import GAIN
 from bssn_fast.modules import convert, recurrent
 from bssn_fast.modules.convert import WEIGHT, TorchSpectralNorm
 from bssn_fast.modules.loading import stop_watching, watch_loading
 from bssn_fast.modules.parametrization import (
-    Settings,
     SpectralNormalization,
     original_of,
     parametrizations_of,
     quick_access,
 )
+from bssn_fast.modules.settings import Settings
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _COMPUTING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
@@ -68,7 +69,7 @@ def choose(
                     f"names must be names of layers, not {type(name).__name__}: those of `model.named_modules()`; or "
                     "choose layers by `filter_fn`"
                 )
-        places = [_named(name, modules) for name in names]
+        places = [named(name, modules) for name in names]
     if filter_fn is not None:
         places = [p for p in places if filter_fn(p.name, p.module)]
     if not places:
@@ -90,7 +91,7 @@ def own_place(module: nn.Module, tensor_name: str, dim: int | None) -> Place:
     return Place("" if tensor_name == WEIGHT else tensor_name, module, tensor_name, None if dim is None else dim % n)
 
 
-def _named(name: str, modules: Mapping[str, nn.Module]) -> Place:
+def named(name: str, modules: Mapping[str, nn.Module]) -> Place:
     """Return the place that a module's or a parameter's name means."""
     if name in modules and isinstance(modules[name], LAYER_TYPES):
         return Place(name, modules[name])
@@ -189,13 +190,16 @@ def put(
     if parametrize.is_parametrized(module):
         order = next((vars(p)["_order"] for p in _lists(module) if "_order" in vars(p)), order)
     known: list[Tensor] = []
+    in_use = None
     if norm is not None:
-        known = norm.vectors
+        known, in_use = norm.vectors, norm.multiplier() if settings.kind == GAIN else None
         convert.strip(module, norm, tensor_name)
     autocast = isinstance(module, _COMPUTING) and tensor_name == WEIGHT
     found = shared.get((id(weight), dim))
     if found is None:
-        found = SpectralNormalization(weight, settings, name=place.shown(), dim=dim, autocast=autocast, known=known)
+        found = SpectralNormalization(
+            weight, settings, name=place.shown(), dim=dim, autocast=autocast, known=known, in_use=in_use
+        )
         found.train(module.training)
         shared[id(weight), dim] = found
     else:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bssn_fast.calls import composite
 from bssn_fast.calls.arguments import check_weight
-from bssn_fast.calls.member import Member
+from bssn_fast.calls.member import Member, gains_of
 from bssn_fast.calls.plan import checked_vectors, partition
 from bssn_fast.layout import fits_kernels, result_dtype, vector_sizes
 from bssn_fast.tracing.node import normalize
@@ -90,7 +90,9 @@ def _normalize(members: list[Any], weights: list[Tensor], *, iterate: bool) -> l
         vectors,
         [m.dim for m in members],
         [m.two_sided for m in members],
-        settings.scale,
+        [m.settings.law.kind for m in members],
+        [m.settings.law.number for m in members],
+        gains_of(members),
         settings.eps,
         n,
         result_dtype(weights[0], members[0].autocast),

@@ -13,6 +13,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
 
 from bssn_fast.calls.normalizer import Normalizer
+from bssn_fast.laws import Law
 
 
 @torch.compiler.allow_in_graph
@@ -21,7 +22,9 @@ def normalize(
     vectors: list[Tensor],
     dims: list[int],
     two_sided: list[bool],
-    scale: float,
+    kinds: list[int],
+    numbers: list[float],
+    gains: list[Tensor],
     eps: float,
     n_power_iterations: int,
     dtype: torch.dtype,
@@ -35,11 +38,12 @@ def normalize(
             "pass would iterate again and find other weights. Use it inside the module given to bssn_fast.apply, "
             "around parts of it, or leave the call of the checkpoint out of what is compiled"
         )
+    laws = list(map(Law, kinds, numbers))
     normalizer = Normalizer(
-        weights, dims, two_sided, scale=scale, eps=eps, backend=backend, gradient_groups=gradient_groups
+        weights, dims, two_sided, laws=laws, eps=eps, backend=backend, gradient_groups=gradient_groups
     )
-    values = normalizer.compute(weights, vectors, n_power_iterations, dtype)
-    return (*normalizer.attach(values, weights), values.sigma)
+    values = normalizer.compute(weights, vectors, n_power_iterations, dtype, gains)
+    return (*normalizer.attach(values, weights, gains), values.sigma)
 
 
 def _in_checkpoint() -> bool:

@@ -1,12 +1,14 @@
 // Gradients of the weights, for all layers of a call, with u and v held constant:
 //
-//   dW = (c / sigma) (G - (<G, W> / sigma) S),   S = u_out v_out^T   or   (u_out v_out^T + u_in v_in^T) / 2,
+//   dW = g (G - (<G, W> / sigma) S),   S = u_out v_out^T   or   (u_out v_out^T + u_in v_in^T) / 2,
 //
-// G = dL/d(normalised weight). First <G, W>, then row by row dW: G and W are read once, G once more.
+// G = dL/d(normalised weight), g the weight's multiplier; a gain's gradient is <G, W> / sigma. First <G, W>, then row
+// by row dW: G and W are read once, G once more. Where a bound is slack, dW = G, and <G, W> is not needed.
 #include <new>
 #include <vector>
 
 #include "cpu.h"
+#include "multiplier.h"
 #include "pieces.h"
 #include "schedule.h"
 
@@ -16,14 +18,8 @@ namespace {
 template <class T>
 class Backward {
  public:
-  Backward(const Layer* layers, int64_t n, DType weight_type, DType grad_type, double scale, int threads,
-           Workspace& workspace)
-      : layers_(layers),
-        weight_type_(weight_type),
-        grad_type_(grad_type),
-        scale_(scale),
-        states_(n),
-        workers_(threads) {
+  Backward(const Layer* layers, int64_t n, DType weight_type, DType grad_type, int threads, Workspace& workspace)
+      : layers_(layers), weight_type_(weight_type), grad_type_(grad_type), states_(n), workers_(threads) {
     const Room room = room_for(layers, n, threads);
     stream_ = exceeds_last_level_cache(room.elements * (2 * element_size(weight_type) + element_size(grad_type)));
     workspace.reserve(room.bytes);
@@ -84,8 +80,9 @@ class Backward {
     const double sigma = double(*static_cast<const T*>(layer.sigma));
     double inner = 0;
     for (int64_t chunk = 0; chunk < chunk_count(layer); ++chunk) inner += state.inner[chunk];
-    state.factor = sigma == 0 ? 0 : scale_ / sigma;
-    state.ratio = sigma == 0 ? 0 : inner / sigma;
+    state.factor = multiplier<T>(layer, sigma);
+    state.ratio = sigma == 0 || is_slack<T>(layer, sigma) ? 0 : inner / sigma;
+    if (layer.grad_gain != nullptr) *static_cast<T*>(layer.grad_gain) = T(state.ratio);
     if (in_one_go(layer)) write_rows_of_gradient(layer, state, 0, row_count(layer), workers_[worker]);
   }
 
@@ -94,7 +91,7 @@ class Backward {
 
   struct State {
     double* inner;         // <G, W> of each chunk
-    double factor, ratio;  // c / sigma, <G, W> / sigma
+    double factor, ratio;  // g, <G, W> / sigma
   };
   struct Worker {
     T *u, *v, *scratch, *b;
@@ -117,7 +114,8 @@ class Backward {
   void add_inner(const Ticket& ticket, Worker& worker) {
     const Layer& layer = layers_[ticket.layer];
     double sum = 0;
-    for (int64_t x = ticket.begin; x < ticket.end; x += kConversion) {
+    const bool needed = !is_slack<T>(layer, double(*static_cast<const T*>(layer.sigma)));
+    for (int64_t x = ticket.begin; needed && x < ticket.end; x += kConversion) {
       const int64_t n = std::min(kConversion, ticket.end - x);
       const T* g = read(layer.grad, grad_type_, x, n, worker.in.numbers);
       const T* w = read(layer.weight, weight_type_, x, n, worker.out.numbers);
@@ -184,16 +182,15 @@ class Backward {
 
   const Layer* layers_;
   DType weight_type_, grad_type_;
-  double scale_;
   bool stream_ = false;
   std::vector<State> states_;
   std::vector<Worker> workers_;
 };
 
 template <class T>
-void run(const Layer* layers, int64_t n, DType weight_type, DType grad_type, double scale, int threads) {
+void run(const Layer* layers, int64_t n, DType weight_type, DType grad_type, int threads) {
   static thread_local Workspace workspace;
-  Backward<T> work(layers, n, weight_type, grad_type, scale, threads, workspace);
+  Backward<T> work(layers, n, weight_type, grad_type, threads, workspace);
   Schedule schedule(n, work.kPhases, [&](int64_t j, int64_t phase, auto add) { work.tiles(j, phase, add); });
   schedule.run(work, threads);
 }
@@ -208,23 +205,30 @@ int64_t backward_workspace(const Geometry* geometry, int64_t n, DType weight_typ
 }
 
 int backward(const Geometry* geometry, int64_t n, void* const* pointers, void* snapshot, DType weight_type,
-             DType grad_type, double scale, int threads) {
+             DType grad_type, const Law* laws, void* grad_gains, int threads) {
   try {
     std::vector<Layer> layers = with_geometry(geometry, n);
+    const int64_t number = weight_type == DType::f64 ? 8 : 4;
+    int64_t gains = 0;
     for (int64_t j = 0; j < n; ++j) {
       Layer& layer = layers[j];
       layer.weight = pointers[j];
       layer.grad = pointers[n + j];
       layer.output = pointers[2 * n + j];
       layer.sigma = pointers[3 * n + j];
-      point_to_snapshot(snapshot, weight_type == DType::f64 ? 8 : 4, layer);
+      layer.law = laws[j];
+      if (layer.law.kind == LawKind::gain) {
+        layer.gain = pointers[4 * n + gains];
+        layer.grad_gain = static_cast<std::byte*>(grad_gains) + gains++ * number;
+      }
+      point_to_snapshot(snapshot, number, layer);
     }
     threads = useful_threads(threads, layers, weight_type);
     largest_first(layers);
     if (weight_type == DType::f64) {
-      run<double>(layers.data(), n, weight_type, grad_type, scale, threads);
+      run<double>(layers.data(), n, weight_type, grad_type, threads);
     } else {
-      run<float>(layers.data(), n, weight_type, grad_type, scale, threads);
+      run<float>(layers.data(), n, weight_type, grad_type, threads);
     }
     return ok;
   } catch (const std::bad_alloc&) {

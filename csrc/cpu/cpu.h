@@ -8,15 +8,15 @@ namespace bssn::cpu {
 enum Error : int { ok = 0, out_of_memory = 1 };
 
 // Normalises n layers. The compute type T is double if weight_type is f64, else float: vectors, snapshot and sigma [n]
-// are of that type. pointers: n weights, n outputs, then each layer's two or four vectors. iterations = 0 evaluates
-// with the vectors as they are. The result does not depend on `threads`.
+// are of that type. pointers: n weights, n outputs, then each layer's two or four vectors, then the gains [1] of the
+// layers that have one. iterations = 0 evaluates with the vectors as they are. The result does not depend on `threads`.
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, void* snapshot, void* sigma, DType weight_type,
-            DType output_type, double scale, double eps, int64_t iterations, int threads);
+            DType output_type, const Law* laws, double eps, int64_t iterations, int threads);
 
 // Gradients of the weights of n layers of one forward. pointers: n weights, n gradients, n outputs, n addresses of
-// sigma.
+// sigma, then the gains [1] of the layers that have one. grad_gains: as many numbers to write, in the same order.
 int backward(const Geometry* geometry, int64_t n, void* const* pointers, void* snapshot, DType weight_type,
-             DType grad_type, double scale, int threads);
+             DType grad_type, const Law* laws, void* grad_gains, int threads);
 
 // Bytes that the two need to work in, beside what they are given. Each thread's share is bounded.
 int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int threads);

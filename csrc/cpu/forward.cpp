@@ -11,6 +11,7 @@
 #include "cpu.h"
 #include "direction.h"
 #include "forward_tiles.h"
+#include "multiplier.h"
 
 namespace bssn::cpu {
 namespace {
@@ -40,12 +41,11 @@ void write_scaled(const T* x, int64_t n, double factor, void* out) {
 template <class T>
 class Forward {
  public:
-  Forward(const Layer* layers, int64_t n, DType weight_type, DType output_type, double scale, double eps,
-          int64_t iterations, int threads, Workspace& workspace)
+  Forward(const Layer* layers, int64_t n, DType weight_type, DType output_type, double eps, int64_t iterations,
+          int threads, Workspace& workspace)
       : layers_(layers),
         weight_type_(weight_type),
         output_type_(output_type),
-        scale_(scale),
         eps_(eps),
         iterations_(iterations),
         states_(n),
@@ -121,7 +121,7 @@ class Forward {
       std::memcpy(layer.snapshot[i], layer.vectors[i], vector_size(layer, i) * sizeof(T));
     }
     *static_cast<T*>(layer.sigma) = T(sigma);
-    state.factor = T(sigma) == 0 ? T(0) : T(scale_ / sigma);
+    state.factor = T(multiplier<T>(layer, sigma));
     if (in_one_go(layer)) write_output(layer, state.factor, 0, layer.size(), workers_[worker]);
   }
 
@@ -241,7 +241,7 @@ class Forward {
 
   const Layer* layers_;
   DType weight_type_, output_type_;
-  double scale_, eps_;
+  double eps_;
   int64_t iterations_;
   bool stream_ = false;
   std::vector<State> states_;
@@ -249,10 +249,10 @@ class Forward {
 };
 
 template <class T>
-void run(const Layer* layers, int64_t n, DType weight_type, DType output_type, double scale, double eps,
-         int64_t iterations, int threads) {
+void run(const Layer* layers, int64_t n, DType weight_type, DType output_type, double eps, int64_t iterations,
+         int threads) {
   static thread_local Workspace workspace;
-  Forward<T> work(layers, n, weight_type, output_type, scale, eps, iterations, threads, workspace);
+  Forward<T> work(layers, n, weight_type, output_type, eps, iterations, threads, workspace);
   Schedule schedule(n, work.phases(), [&](int64_t j, int64_t phase, auto add) { work.tiles(j, phase, add); });
   schedule.run(work, threads);
 }
@@ -267,7 +267,7 @@ int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type
 }
 
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, void* snapshot, void* sigma, DType weight_type,
-            DType output_type, double scale, double eps, int64_t iterations, int threads) {
+            DType output_type, const Law* laws, double eps, int64_t iterations, int threads) {
   try {
     const int64_t number = weight_type == DType::f64 ? 8 : 4;
     std::vector<Layer> layers = with_geometry(geometry, n);
@@ -279,13 +279,17 @@ int forward(const Geometry* geometry, int64_t n, void* const* pointers, void* sn
       for (int i = 0; i < (layer.two_sided ? 4 : 2); ++i) layer.vectors[i] = *vector++;
       point_to_snapshot(snapshot, number, layer);
       layer.sigma = static_cast<std::byte*>(sigma) + j * number;
+      layer.law = laws[j];
+    }
+    for (Layer& layer : layers) {
+      if (layer.law.kind == LawKind::gain) layer.gain = *vector++;
     }
     threads = useful_threads(threads, layers, weight_type);
     largest_first(layers);
     if (weight_type == DType::f64) {
-      run<double>(layers.data(), n, weight_type, output_type, scale, eps, iterations, threads);
+      run<double>(layers.data(), n, weight_type, output_type, eps, iterations, threads);
     } else {
-      run<float>(layers.data(), n, weight_type, output_type, scale, eps, iterations, threads);
+      run<float>(layers.data(), n, weight_type, output_type, eps, iterations, threads);
     }
     return ok;
   } catch (const std::bad_alloc&) {

@@ -11,7 +11,7 @@ struct Sums {
   T *s, *q;  // [c_out], [c_out, kernel]
   T *t, *r;  // [tiles, columns], [tiles, r_size]: each tile's sums
   T* r_sum;  // [c_in]
-  T factor;  // scale / sigma
+  T factor;  // of the weight
 };
 
 // What a thread needs.

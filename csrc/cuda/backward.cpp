@@ -8,7 +8,7 @@ namespace {
 
 struct Settings {
   DType weight_type, grad_type;
-  double scale;
+  float* grad_gains;
   bool one_launch;
 };
 
@@ -17,7 +17,7 @@ template <class Args>
 int run(Args& args, BackwardLayer* planned, Segment* segments, const std::vector<Layer>& layers,
         const Settings& settings, void* workspace, const Device& limits, cudaStream_t stream) {
   BackwardCall& call = args.call;
-  call.scale = settings.scale;
+  call.grad_gains = settings.grad_gains;
   call.grad_type = int32_t(settings.grad_type);
   const Plan plan = plan_backward(layers, limits, settings.one_launch, call, planned, segments);
   set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
@@ -46,14 +46,15 @@ int64_t backward_workspace(const Geometry* geometry, int64_t n, int device) {
 }
 
 int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, DType weight_type,
-             DType grad_type, double scale, void* workspace, bool one_launch, int device, void* stream) {
+             DType grad_type, const Law* laws, float* grad_gains, void* workspace, bool one_launch, int device,
+             void* stream) {
   Device limits;
   const cudaError_t error = query_device(device, limits);
   if (error != cudaSuccess) return error;
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return guard.error();
-  const std::vector<Layer> layers = backward_layers(geometry, n, pointers, snapshot);
-  const Settings settings = {weight_type, grad_type, scale, one_launch};
+  const std::vector<Layer> layers = backward_layers(geometry, n, pointers, snapshot, laws);
+  const Settings settings = {weight_type, grad_type, grad_gains, one_launch};
   return with_arguments<BackwardArgs, BackwardTableArgs, BackwardLayer, kBackwardPhases>(
       n, [&](auto& args, BackwardLayer* planned, Segment* segments) {
         return run(args, planned, segments, layers, settings, workspace, limits, static_cast<cudaStream_t>(stream));

@@ -1,8 +1,9 @@
 // The backward pass, G being the gradient of the normalised weight:
 //
-//   dW = scale / sigma (G - <G, W> / sigma S),   S = u_out v_out, or half of (u_out v_out + u_in v_in)
+//   dW = g (G - <G, W> / sigma S),   S = u_out v_out, or half of (u_out v_out + u_in v_in)
 //
-// Phase 0 adds up <G, W>, and the last tile of a layer makes its record; phase 1 writes.
+// g is the weight's multiplier; a gain's gradient is <G, W> / sigma, and where a bound is slack, dW = G. Phase 0 adds
+// up <G, W> where it is needed, and the last tile of a layer makes its record; phase 1 writes.
 #pragma once
 
 #include "backward_args.h"
@@ -131,8 +132,9 @@ BSSN_HD void finish_gradient_layer(Block& block, const BackwardCall& call, const
   block.each([&](int thread) {
     if (thread != 0) return;
     const float sigma = *layer.sigma;
-    const bool zero = sigma == 0.0f;
-    call.records[index] = {zero ? 0.0f : float(call.scale) / sigma, zero ? 0.0f : float(totals[0] / double(sigma))};
+    const float ratio = sigma == 0.0f || layer.slack() ? 0.0f : float(totals[0] / double(sigma));
+    call.records[index] = {multiplier(layer.number, layer.law, sigma), ratio};
+    if (LawKind(layer.law) == LawKind::gain) call.grad_gains[layer.grad_gain] = ratio;
   });
   block.publish(counter_of(call.counters, index, recorded));
 }
@@ -141,6 +143,7 @@ template <class W, class Block>
 BSSN_HD void dot_tile(Block& block, const BackwardCall& call, const BackwardLayer& layer, int index, uint32_t tile,
                       uint32_t first, uint32_t end) {
   const double* const totals = block_sums<1>(block, [&](int thread, double* sums) {
+    if (layer.slack()) return;
     with_element_type(call.grad_type, [&](auto element) {
       using G = decltype(element);
       const W* const weight = static_cast<const W*>(layer.weight);

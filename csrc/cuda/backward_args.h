@@ -13,14 +13,18 @@ struct BackwardLayer {
   void* output;
   const float* vectors[4];  // those of the forward
   const float* sigma;
+  LawNumber number;
   uint32_t size;
   Divisor inner, plane;  // sizes of dimension 0, and of dimensions 0 and 1 together
   uint32_t middle;       // size of dimension 1
   uint32_t steps[4][3];  // how far one step along each dimension leads in each of the vectors
   uint32_t tiles;        // of each phase
   uint32_t sums;         // index of the first tile's sum
+  uint32_t grad_gain;    // index of a gain's gradient
+  uint8_t law;           // LawKind
 
   BSSN_HD bool two_sided() const { return vectors[2] != nullptr; }
+  BSSN_HD bool slack() const { return is_slack(number, law, *sigma); }
 };
 
 constexpr int kBackwardPhases = 2;
@@ -35,7 +39,7 @@ struct BackwardCall {
   uint32_t* counters;  // as in ForwardCall, with the two phases dot and write
   BackwardRecord* records;
   double* sums;
-  double scale;
+  float* grad_gains;
   int32_t n_segments;
   int32_t grad_type;  // DType
   uint32_t tile_elements;

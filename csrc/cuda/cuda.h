@@ -19,14 +19,17 @@ int64_t backward_workspace(const Geometry* geometry, int64_t n, int device);
 
 // Normalises n layers: puts one launch for each iteration (one_launch), or one for each phase, on the stream. For more
 // than 176 layers small launches before them write a table of layers. `pointers`: n weights, n outputs, then each
-// layer's two or four vectors. iterations = 0 evaluates with the vectors as they are. Returns 0 or an error code.
+// layer's two or four vectors, then the gains [1] of the layers that have one. iterations = 0 evaluates with the
+// vectors as they are. Returns 0 or an error code.
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, float* sigma,
-            DType weight_type, DType output_type, double scale, double eps, int64_t iterations, void* workspace,
+            DType weight_type, DType output_type, const Law* laws, double eps, int64_t iterations, void* workspace,
             bool one_launch, int device, void* stream);
 
-// Gradients of the weights of n layers. `pointers`: n weights, n gradients, n outputs, n addresses of sigmas.
+// Gradients of the weights of n layers. `pointers`: n weights, n gradients, n outputs, n addresses of sigmas,
+// then the gains [1] of the layers that have one. grad_gains: as many numbers to write, in the same order.
 int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, DType weight_type,
-             DType grad_type, double scale, void* workspace, bool one_launch, int device, void* stream);
+             DType grad_type, const Law* laws, float* grad_gains, void* workspace, bool one_launch, int device,
+             void* stream);
 
 // CUDA's own words for an error code.
 const char* error_string(int error);

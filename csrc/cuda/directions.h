@@ -29,14 +29,14 @@ BSSN_HD Direction direction(double first2, double second2, double stored, double
 }
 
 // sums: s s, u_out s, q q, v_in q, t t, r r. Writes the layer's sigma.
-BSSN_HD Record record_of(const ForwardCall& call, bool two_sided, const double* sums, float& sigma_out) {
+BSSN_HD Record record_of(const ForwardCall& call, const ForwardLayer& layer, const double* sums) {
   const Direction out_side = direction(sums[0], sums[4], sums[1], call.eps, call.update);
   double sigma = out_side.sigma;
   Record record = {};
   record.factors[0] = out_side.first_factor;
   record.factors[1] = out_side.second_factor;
   record.usable[0] = out_side.usable;
-  if (two_sided) {
+  if (layer.two_sided()) {
     const Direction in_side = direction(sums[2], sums[5], sums[3], call.eps, call.update);
     sigma = (sigma + in_side.sigma) / 2;
     record.factors[2] = in_side.second_factor;
@@ -44,8 +44,9 @@ BSSN_HD Record record_of(const ForwardCall& call, bool two_sided, const double* 
     record.usable[1] = in_side.usable;
   }
   const float rounded = float(sigma);
-  sigma_out = finite(rounded) ? rounded : float_of(0x7fc00000u);  // NaN
-  record.multiplier = sigma_out == 0.0f ? 0.0f : float(call.scale) / sigma_out;
+  const float written = finite(rounded) ? rounded : float_of(0x7fc00000u);  // NaN
+  call.sigmas[layer.position] = written;
+  record.multiplier = multiplier(layer.number, layer.law, written);
   return record;
 }
 

@@ -10,7 +10,8 @@ namespace {
 
 struct Settings {
   DType weight_type, output_type;
-  double scale, eps;
+  float* sigmas;
+  double eps;
   int64_t iterations;
   bool one_launch;
 };
@@ -20,7 +21,7 @@ template <class Args>
 int run(Args& args, ForwardLayer* planned, Segment* segments, const std::vector<Layer>& layers,
         const Settings& settings, void* workspace, const Device& limits, cudaStream_t stream) {
   ForwardCall& call = args.call;
-  call.scale = settings.scale;
+  call.sigmas = settings.sigmas;
   call.eps = settings.eps;
   call.output_type = int32_t(settings.output_type);
   call.update = settings.iterations > 0;
@@ -79,15 +80,15 @@ int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type
 }
 
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, float* sigma,
-            DType weight_type, DType output_type, double scale, double eps, int64_t iterations, void* workspace,
+            DType weight_type, DType output_type, const Law* laws, double eps, int64_t iterations, void* workspace,
             bool one_launch, int device, void* stream) {
   Device limits;
   const cudaError_t error = limits_of(device, limits);
   if (error != cudaSuccess) return error;
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return guard.error();
-  const std::vector<Layer> layers = forward_layers(geometry, n, pointers, snapshot, sigma);
-  const Settings settings = {weight_type, output_type, scale, eps, iterations, one_launch};
+  const std::vector<Layer> layers = forward_layers(geometry, n, pointers, snapshot, sigma, laws);
+  const Settings settings = {weight_type, output_type, sigma, eps, iterations, one_launch};
   return with_arguments<ForwardArgs, ForwardTableArgs, ForwardLayer, kPhases>(
       n, [&](auto& args, ForwardLayer* planned, Segment* segments) {
         return run(args, planned, segments, layers, settings, workspace, limits, static_cast<cudaStream_t>(stream));

@@ -16,7 +16,7 @@ BSSN_HD void finish_layer(Block& block, const ForwardCall& call, const ForwardLa
     }
   });
   block.each([&](int thread) {
-    if (thread == 0) call.records[index] = record_of(call, layer.two_sided(), totals, *layer.sigma);
+    if (thread == 0) call.records[index] = record_of(call, layer, totals);
   });
   block.publish(counter_of(call.counters, index, recorded));
 }

@@ -1,6 +1,7 @@
 // What the forward kernel is told: one description for each layer, by value, and what all layers of a call share.
 #pragma once
 
+#include "multiplier.h"
 #include "tickets.h"
 
 namespace bssn::cuda {
@@ -47,7 +48,7 @@ constexpr int kSplitElements = 6 * kThreads;  // of t and r, of a row that is no
 
 // What the write phase needs to know of a layer.
 struct Record {
-  float multiplier;   // scale / sigma
+  float multiplier;   // of the weight
   float factors[4];   // of u_out, v_out, u_in, v_in: the raw vectors times these are the new ones
   int32_t usable[2];  // output side, input side: whether there are new vectors at all
   int32_t unused;
@@ -63,7 +64,7 @@ struct ForwardLayer {
   void* output;
   float* vectors[4];   // u_out [c_out], v_out [c_in k], u_in [c_in], v_in [c_out k]
   float* snapshot[4];  // the same
-  float* sigma;
+  LawNumber number;
   int32_t c_out, c_in, kernel;
   int32_t stride_out, stride_in, stride_kernel;  // in elements
   uint32_t tiles[kPhases];
@@ -72,6 +73,7 @@ struct ForwardLayer {
   uint32_t stage_bytes;      // one step of channels in shared memory; 0: see power_split.h
   int32_t channels;          // of a power tile
   int32_t chunk;             // input channels of a power tile: all where rows are staged
+  uint32_t position;         // in the call, and of its sigma
   uint16_t stride;           // elements of a row between neighbouring packs of one thread
   uint16_t column_channels;  // input channels of a reduce tile where rows are not staged
   uint8_t group_shift;       // 2^this threads share an output channel
@@ -85,6 +87,7 @@ struct ForwardLayer {
   uint8_t gathered : 1;      // rows are put together, as [i][k], from where their elements lie
   uint8_t pieces : 1;        // of 16 bytes, gathered rows that is
   uint8_t more_v : 1;        // rows have more elements than all GPUs have registers for, of v_out
+  uint8_t law;               // LawKind
 
   BSSN_HD bool two_sided() const { return both_sides != 0; }
   BSSN_HD int group_threads() const { return 1 << group_shift; }
@@ -119,7 +122,8 @@ struct ForwardCall {
   Record* records;
   double* sums;
   float* slots;
-  double scale, eps;
+  float* sigmas;  // one number for each layer
+  double eps;
   int32_t n_segments;
   int32_t output_type;                // DType
   uint32_t write_elements;            // of a write tile

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../law.h"
+
 namespace bssn::cuda {
 
 enum class DType : int64_t { f32 = 0, bf16 = 1, f16 = 2 };
@@ -35,6 +37,10 @@ struct Layer : Geometry {
   float* vectors[4];   // forward only: u_out [c_out], v_out [c_in k], u_in [c_in], v_in [c_out k]
   float* snapshot[4];  // copies of the vectors that sigma was computed with
   float* sigma;        // one number
+  int64_t position;    // of the layer in the call
+  Law law;
+  const float* gain;   // gamma, one number, if that is the law
+  uint32_t grad_gain;  // backward only: index of its gradient
 };
 
 }  // namespace bssn::cuda

@@ -72,9 +72,29 @@ inline std::vector<Layer> layers_without_memory(const Geometry* geometry, int64_
   return layers;
 }
 
-// Pointers of a forward call: n weights, n outputs, then each layer's two or four vectors.
+// The gains of those layers whose law is one, in their order.
+inline void take_gains(std::vector<Layer>& layers, void* const* gains) {
+  uint32_t taken = 0;
+  for (Layer& layer : layers) {
+    if (layer.law.kind != LawKind::gain) continue;
+    layer.gain = static_cast<const float*>(gains[taken]);
+    layer.grad_gain = taken++;
+  }
+}
+
+inline LawNumber number_of(const Layer& layer) {
+  LawNumber number;
+  if (layer.law.kind == LawKind::gain) {
+    number.gain = layer.gain;
+  } else {
+    number.constant = layer.law.number;
+  }
+  return number;
+}
+
+// Pointers of a forward call: n weights, n outputs, each layer's two or four vectors, then gains.
 inline std::vector<Layer> forward_layers(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot,
-                                         float* sigma) {
+                                         float* sigma, const Law* laws) {
   std::vector<Layer> layers = layers_without_memory(geometry, n);
   void* const* vector = pointers + 2 * n;
   for (int64_t j = 0; j < n; ++j) {
@@ -86,12 +106,16 @@ inline std::vector<Layer> forward_layers(const Geometry* geometry, int64_t n, vo
       layer.snapshot[v] = snapshot + layer.snapshot_offsets[v];
     }
     layer.sigma = sigma + j;
+    layer.position = j;
+    layer.law = laws[j];
   }
+  take_gains(layers, vector);
   return ordered_by_size(std::move(layers));
 }
 
-// Of a backward call: n weights, n gradients, n outputs, n addresses of sigmas.
-inline std::vector<Layer> backward_layers(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot) {
+// Of a backward call: n weights, n gradients, n outputs, n addresses of sigmas, then gains.
+inline std::vector<Layer> backward_layers(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot,
+                                          const Law* laws) {
   std::vector<Layer> layers = layers_without_memory(geometry, n);
   for (int64_t j = 0; j < n; ++j) {
     Layer& layer = layers[size_t(j)];
@@ -99,8 +123,10 @@ inline std::vector<Layer> backward_layers(const Geometry* geometry, int64_t n, v
     layer.grad = pointers[n + j];
     layer.output = pointers[2 * n + j];
     layer.sigma = static_cast<float*>(pointers[3 * n + j]);
+    layer.law = laws[j];
     for (int v = 0; v < (layer.two_sided ? 4 : 2); ++v) layer.snapshot[v] = snapshot + layer.snapshot_offsets[v];
   }
+  take_gains(layers, pointers + 4 * n);
   return ordered_by_size(std::move(layers));
 }
 

@@ -49,6 +49,9 @@ inline Plan plan_backward(const std::vector<Layer>& layers, const Device& device
     to.output = layer.output;
     for (int v = 0; v < 4; ++v) to.vectors[v] = layer.snapshot[v];
     to.sigma = layer.sigma;
+    to.number = number_of(layer);
+    to.law = uint8_t(layer.law.kind);
+    to.grad_gain = layer.grad_gain;
     to.size = uint32_t(layer.size());
     plan_memory_order(layer, to);
     to.tiles = uint32_t(divide_up(layer.size(), call.tile_elements));

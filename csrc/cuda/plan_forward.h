@@ -144,7 +144,9 @@ inline void copy_pointers(const Layer& layer, ForwardLayer& to) {
     to.vectors[v] = layer.vectors[v];
     to.snapshot[v] = layer.snapshot[v];
   }
-  to.sigma = layer.sigma;
+  to.number = number_of(layer);
+  to.law = uint8_t(layer.law.kind);
+  to.position = uint32_t(layer.position);
 }
 
 inline void copy_sizes(const Layer& layer, ForwardLayer& to) {

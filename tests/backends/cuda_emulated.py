@@ -22,9 +22,9 @@ SIGNATURES = {
     "backward_workspace": (I64, (ADDRESS, I64, *DEVICE)),
     "forward": (
         I32,
-        (ADDRESS, I64, ADDRESS, ADDRESS, ADDRESS, I64, I64, REAL, REAL, I64, ADDRESS, BOOL, *DEVICE),
+        (ADDRESS, I64, ADDRESS, ADDRESS, ADDRESS, I64, I64, ADDRESS, REAL, I64, ADDRESS, BOOL, *DEVICE),
     ),
-    "backward": (I32, (ADDRESS, I64, ADDRESS, ADDRESS, I64, I64, REAL, ADDRESS, BOOL, *DEVICE)),
+    "backward": (I32, (ADDRESS, I64, ADDRESS, ADDRESS, I64, I64, ADDRESS, ADDRESS, ADDRESS, BOOL, *DEVICE)),
     "set_last_thread_first": (None, (BOOL,)),
     "set_order": (None, (ctypes.c_uint64,)),
     "count_launches": (I32, ()),

@@ -296,14 +296,14 @@ int64_t backward_workspace(const Geometry* geometry, int64_t n, int multiprocess
 }
 
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, float* sigma,
-            DType weight_type, DType output_type, double scale, double eps, int64_t iterations, void* workspace,
-            bool one_launch, int multiprocessors, int64_t shared) {
-  const std::vector<Layer> layers = forward_layers(geometry, n, pointers, snapshot, sigma);
+            DType weight_type, DType output_type, const bssn::Law* laws, double eps, int64_t iterations,
+            void* workspace, bool one_launch, int multiprocessors, int64_t shared) {
+  const std::vector<Layer> layers = forward_layers(geometry, n, pointers, snapshot, sigma, laws);
   std::vector<ForwardLayer> planned(layers.size());
   std::vector<Segment> segments(layers.size() * kPhases);
   ForwardTableArgs args = {};
   ForwardCall& call = args.call;
-  call.scale = scale;
+  call.sigmas = sigma;
   call.eps = eps;
   call.output_type = int32_t(output_type);
   call.update = iterations > 0;
@@ -326,13 +326,14 @@ int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* s
 }
 
 int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, DType weight_type,
-             DType grad_type, double scale, void* workspace, bool one_launch, int multiprocessors, int64_t shared) {
-  const std::vector<Layer> layers = backward_layers(geometry, n, pointers, snapshot);
+             DType grad_type, const bssn::Law* laws, float* grad_gains, void* workspace, bool one_launch,
+             int multiprocessors, int64_t shared) {
+  const std::vector<Layer> layers = backward_layers(geometry, n, pointers, snapshot, laws);
   std::vector<BackwardLayer> planned(layers.size());
   std::vector<Segment> segments(layers.size() * kBackwardPhases);
   BackwardTableArgs args = {};
   BackwardCall& call = args.call;
-  call.scale = scale;
+  call.grad_gains = grad_gains;
   call.grad_type = int32_t(grad_type);
   const Device device = device_of(multiprocessors, shared);
   const Plan plan = plan_backward(layers, device, one_launch, call, planned.data(), segments.data());

@@ -84,14 +84,16 @@ int notes_into(int64_t* out, int capacity) {
 // With pointers to nothing, as nothing runs.
 int forward(const bssn::cuda::Geometry* geometry, int64_t n, int device, void* stream) {
   const std::vector<void*> pointers(size_t(6 * n));
+  const std::vector<bssn::Law> laws(size_t(n), {1.0, bssn::LawKind::constant});
   return bssn::cuda::forward(geometry, n, pointers.data(), nullptr, nullptr, bssn::cuda::DType::f32,
-                             bssn::cuda::DType::f32, 1.0, 1e-12, 1, nullptr, true, device, stream);
+                             bssn::cuda::DType::f32, laws.data(), 1e-12, 1, nullptr, true, device, stream);
 }
 
 int backward(const bssn::cuda::Geometry* geometry, int64_t n, int device, void* stream) {
   const std::vector<void*> pointers(size_t(4 * n));
+  const std::vector<bssn::Law> laws(size_t(n), {1.0, bssn::LawKind::constant});
   return bssn::cuda::backward(geometry, n, pointers.data(), nullptr, bssn::cuda::DType::f32, bssn::cuda::DType::f32,
-                              1.0, nullptr, true, device, stream);
+                              laws.data(), nullptr, nullptr, true, device, stream);
 }
 
 int status(int device) { return bssn::cuda::status(device); }

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bssn_fast import ops
+from bssn_fast.laws import AT_MOST, CONSTANT, GAIN, Law, Laws
 from bssn_fast.layout import Batch, compute_dtype, needs_two_sides, vector_sizes
 from bssn_fast.reference import power_iteration, unit
 
@@ -72,13 +73,15 @@ class Case:
     offset: int = 0  # elements by which weights and gradients miss the alignment of an allocation
     magnitude: float = 1.0
     scale: float = 1.3
+    mixed_laws: bool = False  # scale / sigma, a slack bound, a tight one and a gain by turns
     eps: float = 1e-12
     seed: int = 0
 
     def __str__(self) -> str:
         sides = "both" if self.both else "one"
         types = "-".join(str(t).removeprefix("torch.") for t in dict.fromkeys((self.weight_dtype, self.result_dtype)))
-        return f"{types}-{self.memory}-{sides}-{self.n_power_iterations}"
+        laws = "-laws" if self.mixed_laws else ""
+        return f"{types}-{self.memory}-{sides}-{self.n_power_iterations}{laws}"
 
     @property
     def two_sided(self) -> list[bool]:
@@ -92,6 +95,14 @@ class Case:
     def layer_list(self) -> list[int]:
         return list(self.layers) if self.layers is not None else list(range(len(self.shapes)))
 
+    @property
+    def law_list(self) -> list[Law]:
+        constant = Law(CONSTANT, self.scale)
+        if not self.mixed_laws:
+            return [constant] * len(self.shapes)
+        turns = constant, Law(AT_MOST, 1e6 * self.magnitude), Law(AT_MOST, 0.1 * self.magnitude), Law(GAIN, 0.0)
+        return [turns[j % 4] for j in range(len(self.shapes))]
+
 
 CASES = [
     *(
@@ -101,6 +112,10 @@ CASES = [
     *(
         Case(weight_dtype=t, result_dtype=t, memory=m, both=both, n_power_iterations=n)
         for t, m, both, n in itertools.product((torch.float32, torch.bfloat16), MEMORY[:3], (True, False), (0, 3))
+    ),
+    *(
+        Case(weight_dtype=t, result_dtype=t, memory=m, n_power_iterations=n, mixed_laws=True)
+        for t, m, n in itertools.product((torch.float32, torch.bfloat16), MEMORY[:2], (0, 1))
     ),
 ]
 
@@ -136,6 +151,7 @@ class Inputs:
     weights: list[Tensor]
     vectors: list[Tensor]
     grads: list[Tensor]
+    gains: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -145,6 +161,7 @@ class Results:
     snapshot: list[Tensor] = field(default_factory=list)
     sigma: list[Tensor] = field(default_factory=list)
     grad_weights: list[Tensor] = field(default_factory=list)
+    grad_gains: list[Tensor] = field(default_factory=list)
 
 
 def inputs(case: Case, device: str = "cpu") -> Inputs:
@@ -164,11 +181,12 @@ def inputs(case: Case, device: str = "cpu") -> Inputs:
         weights.append(place(weight.to(case.weight_dtype).to(device), case.memory, case.offset))
         vectors.extend(v.to(working).to(device) for v in first)
         grads.append(place(normal(shape).to(case.result_dtype).to(device), case.memory, case.offset))
-    return Inputs(weights, vectors, [grads[j] for j in case.layer_list])
+    gains = [torch.full((1,), 0.6 + 0.1 * j, dtype=working) for j, law in enumerate(case.law_list) if law.kind == GAIN]
+    return Inputs(weights, vectors, [grads[j] for j in case.layer_list], [g.to(device) for g in gains])
 
 
 def in_dtype(x: Inputs, dtype: torch.dtype) -> Inputs:
-    return Inputs(*([t.to(dtype) for t in part] for part in (x.weights, x.vectors, x.grads)))
+    return Inputs(*([t.to(dtype) for t in part] for part in (x.weights, x.vectors, x.grads, x.gains)))
 
 
 MARGIN = 64
@@ -198,18 +216,24 @@ def run(backend: str, case: Case, x: Inputs, result_dtype: torch.dtype | None = 
     out = Poisoned(x.weights, result_dtype)
     memory = Poisoned([torch.empty(batch.snapshot_size, device=device), torch.empty(len(dims), device=device)], working)
     snapshot, sigma = memory.tensors
+    laws = Laws.of(case.law_list).with_gains(x.gains)
     ops.normalize(
-        batch, x.weights, vectors, case.scale, case.eps, case.n_power_iterations, out.tensors, snapshot, sigma,
+        batch, x.weights, vectors, laws, case.eps, case.n_power_iterations, out.tensors, snapshot, sigma,
         backend,
     )  # fmt: skip
     grad_out = Poisoned([x.weights[j] for j in layers], x.weights[0].dtype)
-    ops.normalize_backward(batch, x.grads, x.weights, layers, case.scale, snapshot, sigma, grad_out.tensors, backend)
-    for poisoned in (out, memory, grad_out):
+    gained = [j for j in layers if laws.kinds[j] == GAIN]
+    gain_out = Poisoned([torch.empty(len(gained), device=device)], working)
+    grad_gains = gain_out.tensors[0] if gained else None
+    ops.normalize_backward(
+        batch, x.grads, x.weights, layers, laws, snapshot, sigma, grad_out.tensors, grad_gains, backend
+    )
+    for poisoned in (out, memory, grad_out, gain_out):
         poisoned.check()
     for old, new in zip(before, (*x.weights, *x.grads), strict=True):
         assert same_bits(old, new), "an input was changed"
     kept = [v for vectors_of_layer in batch.snapshot_views(snapshot) for v in vectors_of_layer]
-    return Results(out.tensors, vectors, kept, list(sigma), grad_out.tensors)
+    return Results(out.tensors, vectors, kept, list(sigma), grad_out.tensors, list(gain_out.tensors[0]))
 
 
 def errors(found: Results, exact: Results, case: Case) -> dict[str, list[float]]:
@@ -219,12 +243,20 @@ def errors(found: Results, exact: Results, case: Case) -> dict[str, list[float]]
         return float((a.double().cpu() - b).norm()) / size
 
     sigma = [float(s.abs()) for s in exact.sigma]
-    grad_sizes = [case.scale / sigma[j] * prod(case.shapes[j]) ** 0.5 for j in case.layer_list]
+    roots = [prod(case.shapes[j]) ** 0.5 for j in case.layer_list]
+    slack = [law.kind == AT_MOST and sigma[j] <= law.number for j, law in enumerate(case.law_list)]
+    numbers = [law.number or 1.0 for law in case.law_list]
+    sizes_by_layer = dict(zip(case.layer_list, roots, strict=True))
+    grad_sizes = [size * (1 if slack[j] else numbers[j] / sigma[j]) for j, size in sizes_by_layer.items()]
+    gain_sizes = [
+        size * case.magnitude / sigma[j] for j, size in sizes_by_layer.items() if case.law_list[j].kind == GAIN
+    ]
     sizes = {
         "normalized": [float(w.norm()) for w in exact.normalized],
         "vectors": [1.0] * len(exact.vectors),
         "sigma": sigma,
         "grad_weights": grad_sizes,
+        "grad_gains": gain_sizes,
     }
     return {
         name: list(map(error, getattr(found, name), getattr(exact, name), sizes_of_kind))
@@ -244,7 +276,7 @@ def exact_and_bounds(case: Case) -> tuple[Results, dict[str, float]]:
         plain = errors(run("reference", case, single, torch.float32), truth, case)
     else:
         plain, units = errors(run("reference", case, x), exact, case), 1.0
-    bounds = {name: units * FACTOR * max(values) + FLOOR * rounding for name, values in plain.items()}
+    bounds = {name: units * FACTOR * max(values, default=0.0) + FLOOR * rounding for name, values in plain.items()}
     for name, dtype in (("normalized", case.result_dtype), ("grad_weights", case.weight_dtype)):
         if dtype.itemsize == 2:
             bounds[name] = FACTOR_HALF * max(plain[name])
@@ -270,3 +302,20 @@ def check(backend: str, case: Case, device: str = "cpu", more_units: int = 0) ->
             allowed = bounds[name] + more
             assert value <= allowed, f"{name}[{j}]: error {value:.2e}, allowed {allowed:.2e}"  # NaN fails too
     return found
+
+
+def check_slack(backend: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    """A bound that is slack leaves weights and gradients as they are, and backward does not read the weights."""
+    case = Case(shapes=((5, 3, 3, 3), (7, 40), (130, 33)), weight_dtype=dtype, result_dtype=dtype)
+    x = inputs(case, device)
+    batch, laws = Batch.of(x.weights, case.dim_list, case.two_sided), Laws.of([Law(AT_MOST, 1e6)] * 3)
+    working = compute_dtype(dtype)
+    snapshot = torch.empty(batch.snapshot_size, dtype=working, device=device)
+    sigma = torch.empty(3, dtype=working, device=device)
+    results, grads = ([torch.empty_like(w) for w in x.weights] for _ in range(2))
+    ops.normalize(batch, x.weights, x.vectors, laws, case.eps, 1, results, snapshot, sigma, backend)
+    assert all(map(same_bits, results, x.weights))
+    for weight in x.weights:
+        weight.fill_(torch.nan)
+    ops.normalize_backward(batch, x.grads, x.weights, [0, 1, 2], laws, snapshot, sigma, grads, None, backend)
+    assert all(map(same_bits, grads, x.grads))

@@ -18,7 +18,10 @@ from matrix import CASES, Case
 
 from bssn_fast import ops
 from bssn_fast.backends import cpu, extension
+from bssn_fast.laws import CONSTANT, Law, Laws
 from bssn_fast.layout import Batch
+
+LAW = Laws.of([Law(CONSTANT, 1.3)])
 
 if extension.module is None:
     pytest.skip(str(extension.why_missing()), allow_module_level=True)
@@ -224,11 +227,13 @@ def test_results_larger_than_the_caches(threads):
     vectors = [torch.nn.functional.normalize(torch.randn(n), dim=0) for n in (512, columns * 9, columns, 512 * 9)]
     snapshot, sigma = torch.empty(512 * 10 + columns * 10 + 16), torch.empty(1)
     batch = Batch.of([weight], [0], [True])
-    ops.normalize(batch, [weight], vectors, 1.3, 1e-12, 1, [out], snapshot, sigma, "cpu")
+    ops.normalize(batch, [weight], vectors, LAW, 1e-12, 1, [out], snapshot, sigma, "cpu")
     torch.testing.assert_close(out, weight * (1.3 / sigma), rtol=3e-7, atol=0)
     room = torch.empty(grad.numel() + 3)
     result = room[3:].view(shape)
-    ops.normalize_backward(batch, [grad], [weight], [0], 1.3, snapshot, sigma, [result], "cpu")
+    ops.normalize_backward(
+        batch, [grad], [weight], [0], Laws.of([Law(CONSTANT, 1.3)]), snapshot, sigma, [result], None, "cpu"
+    )
     ratio = (grad.flatten().double() @ weight.flatten().double() / sigma.double()).float()
     u_out, v_out, u_in, v_in = vectors
     direction = (
@@ -268,7 +273,7 @@ def test_forked_child_works_alone(threads):
     def normalize():
         for v, old in zip(vectors, first, strict=True):
             v.copy_(old)
-        ops.normalize(batch, [weight], vectors, 1.3, 1e-12, 1, [out], snapshot, sigma, "cpu")
+        ops.normalize(batch, [weight], vectors, LAW, 1e-12, 1, [out], snapshot, sigma, "cpu")
 
     normalize()  # the parent's threads exist now
     expected = out.clone()
@@ -306,13 +311,13 @@ def test_conversion_of_every_16_bit_number(instruction_set, bits):
     values = torch.cat([finite, between, torch.nextafter(between, finite[1:]), torch.nextafter(between, finite[:-1])])
     u, v = torch.zeros(1), torch.zeros(len(values))
     u[0] = v[0] = 1
-    scale = abs(float(values[0]))  # sigma = u W v is then this very number, and the factor 1
+    # sigma = u W v is then this very number, and the factor 1
     out, snapshot, sigma = torch.empty(1, len(values), dtype=bits), torch.empty(4 + len(values) + 3), torch.empty(1)
     ops.normalize(
         Batch.of([values[None]], [0], [False]),
         [values[None]],
         [u, v],
-        -scale * (values[0].sign().item() or 1) * -1,
+        Laws.of([Law(CONSTANT, float(values[0]))]),
         1e-12,
         0,
         [out],
@@ -328,7 +333,7 @@ def test_conversion_of_every_16_bit_number(instruction_set, bits):
         Batch.of([finite[None]], [0], [False]),
         [finite[None].to(bits)],
         [u, v[: len(finite)].clone()],
-        float(values[0]),
+        Laws.of([Law(CONSTANT, float(values[0]))]),
         1e-12,
         0,
         [back],
@@ -379,3 +384,8 @@ def test_missing_extension_is_explained():
     assert run.returncode == 1
     assert "BackendUnavailableError" in run.stderr
     assert "the C++ extension" in run.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_slack_bound_needs_no_look_at_the_weight_in_backward(dtype):
+    matrix.check_slack("cpu", dtype)

@@ -41,6 +41,11 @@ def test_one_launch_for_each_phase(gpu, monkeypatch, memory, n_power_iterations)
     assert all(matrix.same_bits(a, b) for a, b in zip(single.normalized, phases.normalized, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_slack_bound_needs_no_look_at_the_weight_in_backward(gpu, dtype):
+    matrix.check_slack("cuda", dtype)
+
+
 def test_unknown_way_of_launching(gpu, monkeypatch):
     monkeypatch.setenv("BSSN_FAST_CUDA_LAUNCH", "twice")
     with pytest.raises(ValueError, match="BSSN_FAST_CUDA_LAUNCH"):

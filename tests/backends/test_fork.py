@@ -16,9 +16,11 @@ import os, sys, threading
 import torch
 from bssn_fast import ops
 from bssn_fast.backends import cpu
+from bssn_fast.laws import Law, Laws
 from bssn_fast.layout import Batch
 
 torch.set_num_threads(2)
+LAWS = Laws.of([Law()])
 SIZES = (200, 900, 100, 1800)
 weight = torch.randn(200, 100, 3, 3)
 
@@ -28,8 +30,8 @@ def outcome():  # without any operation of torch that would use several threads:
     out, grad_weight, sigma = torch.empty_like(weight), torch.empty_like(weight), torch.empty(1)
     batch = Batch.of([weight], [0], [True])
     snapshot = torch.empty(batch.snapshot_size)
-    ops.normalize(batch, [weight], vectors, 1.3, 1e-12, 2, [out], snapshot, sigma, "cpu")
-    ops.normalize_backward(batch, [out], [weight], [0], 1.3, snapshot, sigma, [grad_weight], "cpu")
+    ops.normalize(batch, [weight], vectors, LAWS, 1e-12, 2, [out], snapshot, sigma, "cpu")
+    ops.normalize_backward(batch, [out], [weight], [0], LAWS, snapshot, sigma, [grad_weight], None, "cpu")
     return cpu.hashes([out, grad_weight, sigma, *vectors])
 
 

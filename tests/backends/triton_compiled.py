@@ -16,6 +16,7 @@ from triton.runtime import driver
 from bssn_fast import layout
 from bssn_fast.backends import triton as backend
 from bssn_fast.backends.triton import kernels, launch, prepared
+from bssn_fast.laws import Law, Laws
 
 ARCHS = [80, 90, 100, 120]
 
@@ -111,8 +112,9 @@ def _call(layers, dtype, out_dtype, memory_format, offset):
     vectors = [torch.empty(size, dtype=compute_dtype) for layer in layers for size in layout.vector_sizes(*layer)]
     batch = layout.Batch.of(weights, dims, two_sided)
     snapshot, sigma = (torch.empty(size, dtype=compute_dtype) for size in (batch.snapshot_size, len(layers)))
-    backend.forward(batch, weights, vectors, 1.0, 1e-12, 1, outs, snapshot, sigma)
-    backend.backward(batch, grads, weights, list(range(len(layers))), 1.0, snapshot, sigma, grad_weights)
+    laws = Laws.of([Law()] * len(layers))
+    backend.forward(batch, weights, vectors, laws, 1e-12, 1, outs, snapshot, sigma)
+    backend.backward(batch, grads, weights, list(range(len(layers))), laws, snapshot, sigma, grad_weights, None)
 
 
 def resources(kernel, tmp_path):

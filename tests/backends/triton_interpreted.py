@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import matrix
 import pytest
 import torch
 import triton.language as tl
@@ -9,6 +10,7 @@ import triton.language as tl
 from bssn_fast import layout
 from bssn_fast.backends import reference, triton
 from bssn_fast.backends.triton import fields, geometry, kernels, launch, prepared
+from bssn_fast.laws import AT_MOST, CONSTANT, GAIN, Law, Laws
 
 SCALE, EPS = 1.3, 1e-12
 MARGIN = 8
@@ -57,6 +59,7 @@ class Problem:
     n_power_iterations: int = 1
     offset: int = 0  # elements by which tensors start off their alignment
     seed: int = 0
+    mixed_laws: bool = False  # scale / sigma, a slack bound, a tight one and a gain by turns
 
     def __post_init__(self):
         generator = torch.Generator().manual_seed(self.seed)
@@ -72,6 +75,12 @@ class Problem:
                 self.vectors.append(self.empty(size, self.compute_dtype).copy_(v / v.norm()))
         _, dims, two_sided, _ = zip(*self.layers, strict=True)
         self.batch = layout.Batch.of(self.weights, dims, two_sided)
+        constant = Law(CONSTANT, SCALE)
+        turns = (constant, Law(AT_MOST, 1e6), Law(AT_MOST, 0.1), Law(GAIN, 0.0)) if self.mixed_laws else (constant,)
+        laws = [turns[j % len(turns)] for j in range(len(self.layers))]
+        learned = [j for j, law in enumerate(laws) if law.kind == GAIN]
+        self.gains = [self.empty(1, self.compute_dtype).fill_(0.6 + 0.1 * j) for j in learned]
+        self.laws = Laws.of(laws).with_gains(self.gains)
         self.poison_outputs()
         self.grads = []
         for (shape, _, _, memory), weight in zip(self.layers, self.weights, strict=True):
@@ -105,6 +114,7 @@ class Problem:
         self.grad_weights = [self.like(w, m, self.dtype) for w, m in zip(self.weights, memories, strict=True)]
         self.snapshot = self.empty(self.batch.snapshot_size, self.compute_dtype)
         self.sigma = self.empty(len(self.layers), self.compute_dtype)
+        self.grad_gains = self.empty(len(self.gains), self.compute_dtype) if self.gains else None
 
     def snapshots(self):
         sizes = [layout.vector_sizes(s, d, t) for s, d, t, _ in self.layers]
@@ -119,7 +129,7 @@ class Problem:
             self.batch,
             self.weights,
             self.vectors,
-            SCALE,
+            self.laws,
             EPS,
             self.n_power_iterations,
             self.normalized,
@@ -135,10 +145,11 @@ class Problem:
             [self.grads[j] for j in layers],
             self.weights,
             layers,
-            SCALE,
+            self.laws,
             self.snapshot,
             self.sigma,
             [self.grad_weights[j] for j in layers],
+            self.grad_gains if any(self.laws.kinds[j] == GAIN for j in layers) else None,
         )
         return self
 
@@ -149,6 +160,7 @@ class Problem:
             "vectors": self.vectors,
             "snapshot": self.snapshots(),
             "sigma": [self.sigma],
+            "grad_gains": [] if self.grad_gains is None else [self.grad_gains],
         }
 
     def check_margins(self):
@@ -158,7 +170,8 @@ class Problem:
 
     def copy(self, dtype):
         """The same problem, not yet run, in another dtype."""
-        other = Problem(self.layers, dtype, self.out_dtype if dtype == self.dtype else None, self.n_power_iterations)
+        out_dtype = self.out_dtype if dtype == self.dtype else None
+        other = Problem(self.layers, dtype, out_dtype, self.n_power_iterations, mixed_laws=self.mixed_laws)
         for mine, others in ((self.weights, other.weights), (self.vectors, other.vectors), (self.grads, other.grads)):
             for x, y in zip(mine, others, strict=True):
                 y.copy_(x)
@@ -177,7 +190,7 @@ def check(problem):
     problem.forward().backward()
     problem.check_margins()
     for name, values in problem.results().items():
-        floor = 8 * torch.finfo(values[0].dtype).eps if values[0].dtype.itemsize >= 4 else 0
+        floor = 8 * torch.finfo(values[0].dtype).eps if values and values[0].dtype.itemsize >= 4 else 0
         for j, (x, y, z) in enumerate(zip(values, exact[name], same[name], strict=True)):
             assert error(x, y) <= max(4 * error(z, y), floor), (name, j)
 
@@ -206,6 +219,30 @@ def test_fp32(monkeypatch, mode, n_power_iterations):
 )
 def test_dtypes(dtype, out_dtype):
     check(Problem(LAYERS[:8], dtype, out_dtype))
+
+
+def test_mixed_laws(mode):
+    """Of the last layer too, which the reference computes, and in evaluation."""
+    check(Problem([LAYERS[-1], *LAYERS[:7]], mixed_laws=True))
+    check(Problem([*LAYERS[2:5], LAYERS[-1]], n_power_iterations=0, mixed_laws=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_mixed_laws_of_other_dtypes(dtype):
+    check(Problem(LAYERS[:4], dtype, mixed_laws=True))
+
+
+def test_a_slack_bound_needs_no_look_at_the_weight_in_backward(mode):
+    matrix.check_slack("triton")
+
+
+def test_some_gradients_of_gains_missing():
+    layers = [*LAYERS[:7], LAYERS[-1]]
+    problem, exact = (Problem(layers, dtype, mixed_laws=True) for dtype in (torch.float32, torch.float64))
+    problem.forward().backward(layers=[7, 2])
+    exact.forward(reference).backward(reference, layers=[7, 2])
+    assert error(problem.grad_gains[:1], exact.grad_gains[:1]) < 1e-5
+    assert problem.grad_gains[1:].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -94,3 +94,8 @@ def test_weights_that_have_no_norm(backend, value, n_power_iterations):
         assert torch.equal(old, new)
     assert torch.equal(clean.normalized[1], found.normalized[1])
     assert torch.equal(clean.grad_weights[1], found.grad_weights[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_slack_bound(backend, dtype):
+    matrix.check_slack(backend, dtype, "cuda")

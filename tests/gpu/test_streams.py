@@ -8,6 +8,7 @@ import torch
 from matrix import Case
 
 from bssn_fast import ops
+from bssn_fast.laws import Laws
 from bssn_fast.layout import Batch
 
 CASE = Case(shapes=((64, 3, 3, 3), (128, 64, 3, 3), (96, 128, 1, 1), (1, 2048)), dims=(0, 0, 0, 0))
@@ -20,6 +21,7 @@ class Call:
         case = Case(shapes=CASE.shapes * repeat, dims=CASE.dims * repeat, seed=seed)
         self.backend, self.case, self.x = backend, case, matrix.inputs(case, device)
         self.batch = Batch.of(self.x.weights, case.dim_list, case.two_sided)
+        self.laws = Laws.of(case.law_list)
         self.normalized = [torch.empty_like(w) for w in self.x.weights]
         self.grad_weights = [torch.empty_like(w) for w in self.x.weights]
         self.snapshot = torch.empty(self.batch.snapshot_size, device=device)
@@ -28,15 +30,15 @@ class Call:
     def forward(self):
         c, x = self.case, self.x
         ops.normalize(
-            self.batch, x.weights, x.vectors, c.scale, c.eps, 1, self.normalized, self.snapshot, self.sigma,
+            self.batch, x.weights, x.vectors, self.laws, c.eps, 1, self.normalized, self.snapshot, self.sigma,
             self.backend,
         )  # fmt: skip
 
     def backward(self):
         c, x = self.case, self.x
         ops.normalize_backward(
-            self.batch, x.grads, x.weights, c.layer_list, c.scale, self.snapshot, self.sigma, self.grad_weights,
-            self.backend,
+            self.batch, x.grads, x.weights, c.layer_list, self.laws, self.snapshot, self.sigma, self.grad_weights,
+            None, self.backend,
         )  # fmt: skip
 
     def both(self):

@@ -16,6 +16,7 @@ import os
 import torch
 from torch import Tensor
 
+from bssn_fast.laws import Laws
 from bssn_fast.layout import Batch
 
 DEVICES: tuple[str, ...] = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
@@ -55,7 +56,7 @@ def forward(
     batch: Batch,
     weights: list[Tensor],
     vectors: list[Tensor],
-    scale: float,
+    laws: Laws,
     eps: float,
     n_power_iterations: int,
     normalized: list[Tensor],
@@ -64,7 +65,7 @@ def forward(
 ) -> None:
     from bssn_fast.backends.triton import launch
 
-    launch.forward(batch, weights, vectors, scale, eps, n_power_iterations, normalized, snapshot, sigma)
+    launch.forward(batch, weights, vectors, laws, eps, n_power_iterations, normalized, snapshot, sigma)
 
 
 def backward(
@@ -72,11 +73,12 @@ def backward(
     grads: list[Tensor],
     weights: list[Tensor],
     layers: list[int],
-    scale: float,
+    laws: Laws,
     snapshot: Tensor,
     sigma: Tensor,
     grad_weights: list[Tensor],
+    grad_gains: Tensor | None,
 ) -> None:
     from bssn_fast.backends.triton import launch
 
-    launch.backward(batch, grads, weights, layers, scale, snapshot, sigma, grad_weights)
+    launch.backward(batch, grads, weights, layers, laws, snapshot, sigma, grad_weights, grad_gains)

@@ -1,7 +1,7 @@
-"""The tiles of the backward pass: dW = scale/sigma (G - <G, W>/sigma S), S = u_out v_out, or the mean of both sides.
+"""The tiles of the backward pass: dW = g (G - <G, W>/sigma S), S = u_out v_out, or the mean of both sides.
 
-inner     this tile's share of <G, W>
-gradient  dW
+inner     this tile's share of <G, W>; nothing is read where a bound is slack, as dW = G there
+gradient  dW, and a gain's gradient, <G, W>/sigma
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from bssn_fast.backends.triton import fields as f
-from bssn_fast.backends.triton.tiles import flat_blocks, pointer
+from bssn_fast.backends.triton.tiles import flat_blocks, is_slack, pointer
 
 
 @triton.jit
@@ -19,6 +19,7 @@ def inner_tile(
     tile,
     grad_address,
     stats,
+    sigma,
     ALIGNED: tl.constexpr,
     W_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
@@ -28,6 +29,9 @@ def inner_tile(
     weight = pointer(tl.load(row + f.WEIGHT), W_TYPE, ALIGNED)
     grad = pointer(grad_address, G_TYPE, ALIGNED)
     first, last, numel, has_rest = flat_blocks(row, tile)
+    needed = is_slack(row, sigma, ACC) == 0
+    last = tl.where(needed, last, first)
+    has_rest = has_rest & needed
     o = tl.arange(0, f.FLAT_BLOCK)
     w = tl.load(weight + (first * f.FLAT_BLOCK + o), mask=first < last)
     g = tl.load(grad + (first * f.FLAT_BLOCK + o), mask=first < last)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from bssn_fast.laws import AT_MOST, GAIN
+
 # A weight is addressed in vectors of V elements along its contiguous dimension: strides below count vectors.
 # "Group" means V neighbouring input channels, K kernel positions each: the K V elements that a row of a tile holds.
 WEIGHT = tl.constexpr(0)  # address
@@ -45,7 +47,13 @@ STEPS = tl.constexpr(40)
 SLOT_K = tl.constexpr(41)  # entries of a slot's second half that add up to one of r
 IN_ENTRIES = tl.constexpr(42)  # of r in a column tile
 CHANNEL_SUMS = tl.constexpr(43)  # offset in scratch, [SLOT_K |u_in|]: r before it is added up over kernel positions
-LAYER_FIELDS = tl.constexpr(44)
+LAW = tl.constexpr(44)  # laws.CONSTANT, AT_MOST or GAIN
+NUMBER = tl.constexpr(45)  # the bits of the law's number, a double, or the address of the gain
+GRAD_GAIN = tl.constexpr(46)  # index of the gain's gradient
+LAYER_FIELDS = tl.constexpr(47)
+
+AT_MOST_LAW = tl.constexpr(AT_MOST)
+GAIN_LAW = tl.constexpr(GAIN)
 
 START = tl.constexpr(0)  # number of the segment's first tile
 KIND = tl.constexpr(1)

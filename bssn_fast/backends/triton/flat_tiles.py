@@ -133,7 +133,7 @@ def flat_gradient_tile(
     stats,
     snapshot,
     sigma,
-    scale,
+    grad_gains,
     SHAPES: tl.constexpr,
     SHAPE: tl.constexpr,
     W_TYPE: tl.constexpr,
@@ -159,7 +159,7 @@ def flat_gradient_tile(
     v_out = snapshot + tl.multiple_of(tl.load(row + f.SNAPSHOT + 1), 4)
     u_in = snapshot + tl.load(row + f.SNAPSHOT + 2)
     v_in = snapshot + tl.load(row + f.SNAPSHOT + 3)
-    ratio, multiplier = ratio_and_multiplier(row, stats, sigma, scale, TWO, ACC)
+    ratio, multiplier = ratio_and_multiplier(row, tile, stats, sigma, grad_gains, TWO, ACC)
 
     e = tl.arange(0, COLUMNS)
     channel = e // k_size

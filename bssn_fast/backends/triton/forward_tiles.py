@@ -4,7 +4,7 @@ rows     s[o] = sum_ik W[o,i,k] v_out[i,k]      q[o,k] = sum_i W[o,i,k] u_in[i] 
          and this tile's rows' share of t[i,k] = sum_o W[o,i,k] s[o] and r[i] = sum_ok W[o,i,k] q[o,k]
 columns  t and r: the row tiles' shares added in their order, r's also over kernel positions
 vectors  u_out = s/|s|, v_out = t/|t|, v_in = q/|q|, u_in = r/|r|, to the persistent vectors and the snapshot
-scaling  W scale/sigma, sigma_out = |t|/|s| and sigma_in = |r|/|q|
+scaling  W times its multiplier, sigma_out = |t|/|s| and sigma_in = |r|/|q|
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from bssn_fast.backends.triton import fields as f
-from bssn_fast.backends.triton.tiles import field, flat_blocks, pointer, sum_of
+from bssn_fast.backends.triton.tiles import field, flat_blocks, multiplier_of, pointer, sum_of
 
 
 @triton.jit
@@ -165,7 +165,6 @@ def scaling_tile(
     tile,
     out_address,
     stats,
-    scale,
     eps,
     ALIGNED: tl.constexpr,
     ITERATE: tl.constexpr,
@@ -182,7 +181,7 @@ def scaling_tile(
     # share leave loads wide.
     w = tl.load(weight + (first * f.FLAT_BLOCK + o), mask=first < last, eviction_policy="evict_first")
     sigma = both_sides(row, stats, eps, ITERATE)[0].to(ACC)
-    multiplier = tl.where(sigma == 0, 0, scale.to(ACC) / sigma).to(ACC)
+    multiplier = multiplier_of(row, sigma, ACC)
     for block in tl.range(first, last, loop_unroll_factor=2):  # twice: else the copy below waits for the load
         following = (block + 1) * f.FLAT_BLOCK + o
         w_following = tl.load(weight + following, mask=block + 1 < last, eviction_policy="evict_first")

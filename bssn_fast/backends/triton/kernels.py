@@ -14,7 +14,7 @@ from bssn_fast.backends.triton.strided_tiles import strided_gradient_tile, strid
 from bssn_fast.backends.triton.tiles import announce, choose, decode, field, float_of, take_tile, wait_for
 
 
-@triton.jit(do_not_specialize=["first_out", "scale_bits", "eps_bits", "first_tile"])
+@triton.jit(do_not_specialize=["first_out", "eps_bits", "first_tile"])
 def forward_kernel(
     layers,
     segments,
@@ -24,7 +24,6 @@ def forward_kernel(
     snapshot,
     sigmas,
     first_out: tl.int64,
-    scale_bits: tl.int64,
     eps_bits: tl.int64,
     first_tile: tl.int64,
     SHAPES: tl.constexpr,
@@ -64,12 +63,12 @@ def forward_kernel(
         vectors_tile(row, tile, scratch, stats, snapshot, sigmas, eps, ITERATE, ACC)
     else:
         out = first_out + tl.load(row + f.OUTPUT)
-        scaling_tile(row, tile, out, stats, float_of(scale_bits), eps, ALIGNED, ITERATE, W_TYPE, OUT_TYPE, ACC)
+        scaling_tile(row, tile, out, stats, eps, ALIGNED, ITERATE, W_TYPE, OUT_TYPE, ACC)
     if SINGLE:
         announce(counters, done)
 
 
-@triton.jit(do_not_specialize=["first_out", "scale_bits", "first_tile"])
+@triton.jit(do_not_specialize=["first_out", "first_tile"])
 def backward_kernel(
     layers,
     segments,
@@ -81,7 +80,7 @@ def backward_kernel(
     first_out: tl.int64,
     addresses,
     grads,
-    scale_bits: tl.int64,
+    grad_gains,
     first_tile: tl.int64,
     SHAPES: tl.constexpr,
     N_SEGMENTS: tl.constexpr,
@@ -96,26 +95,26 @@ def backward_kernel(
 
     The arguments are those of `forward_kernel`, but for
     grads: encoded addresses of the gradients; with TABLE they lie in `addresses` instead.
+    grad_gains: ACC, to write: the gradients of gains.
     """
     tile, segment = take_tile(segments, counters, first_tile, SINGLE, N_SEGMENTS)
     layer = field(segments + segment, f.LAYER)
     row = layers + layer * f.LAYER_FIELDS
+    sigma = tl.load(sigmas + field(row, f.INDEX))
     done = 0
     if TABLE:
         grad = tl.load(addresses + layer)
     else:
         grad = choose(grads, layer)
     if field(segments + segment, f.KIND) == f.INNER:
-        inner_tile(row, tile, grad, stats, ALIGNED, W_TYPE, G_TYPE, ACC)
+        inner_tile(row, tile, grad, stats, sigma, ALIGNED, W_TYPE, G_TYPE, ACC)
         done = field(row, f.DONE_COUNTER)
     else:
         out = first_out + tl.load(row + f.OUTPUT)
-        sigma = tl.load(sigmas + field(row, f.INDEX))
         shape = field(row, f.SHAPE)
-        scale = float_of(scale_bits)
         for n in tl.static_range(len(SHAPES)):
             if shape == n:
-                what = (row, tile, grad, out, stats, snapshot, sigma, scale)
+                what = (row, tile, grad, out, stats, snapshot, sigma, grad_gains)
                 if SHAPES[n][1]:
                     flat_gradient_tile(*what, SHAPES, n, W_TYPE, G_TYPE, ACC)
                 else:

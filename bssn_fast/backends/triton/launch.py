@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import reduce
@@ -20,6 +19,7 @@ from bssn_fast.backends.triton.fields import encode
 from bssn_fast.backends.triton.geometry import NUM_WARPS, geometry, power_of_two
 from bssn_fast.backends.triton.prepared import MAX_ARGUMENTS, Buffers, Cache, Made, Prepared, loading, write_table
 from bssn_fast.backends.triton.program import Layer, backward_stages, build, stages
+from bssn_fast.laws import Laws, bits
 from bssn_fast.layout import Batch
 
 TYPES = {
@@ -66,8 +66,8 @@ def _arguments(addresses: Sequence[int]) -> tuple[int, ...]:
     return (*chosen, *chosen[-1:] * (power_of_two(len(chosen)) - len(chosen)))
 
 
-def _bits(x: float) -> int:
-    return struct.unpack("q", struct.pack("d", x))[0]
+def _law_key(laws: Laws) -> tuple[object, ...]:
+    return laws.kinds, laws.numbers, _addresses(laws.gains)
 
 
 def _per_layer(vectors: Sequence[Any], two_sided: Sequence[bool]) -> list[tuple[Any, ...]]:
@@ -80,6 +80,7 @@ def _layers(
     weights: Sequence[Tensor],
     outputs: dict[int, int],
     vectors: Sequence[tuple[int, ...]],
+    laws: Laws,
     aligned: bool,
 ) -> tuple[list[Layer], list[int]]:
     """Return the layers that `outputs` names, with the distances of theirs, and the indices of those not addressable.
@@ -87,6 +88,10 @@ def _layers(
     Large layers come first, so that the waits at the end of a launch are for small ones.
     """
     layers, others = [], []
+    numbers = list(map(bits, laws.numbers))
+    for j, gain in zip(laws.gained, _addresses(laws.gains), strict=True):
+        numbers[j] = gain
+    places = {j: n for n, j in enumerate(j for j in laws.gained if j in outputs)}  # of gradients of gains
     for j in sorted(outputs, key=lambda j: -weights[j].numel()):
         w = weights[j]
         place = geometry(
@@ -95,8 +100,9 @@ def _layers(
         if place is None:
             others.append(j)
         else:
-            start = batch.snapshot_offsets[j]
-            layers.append(Layer(j, place, w.data_ptr(), outputs[j], vectors[j] if vectors else (), start))
+            start, its_vectors = batch.snapshot_offsets[j], vectors[j] if vectors else ()
+            law = laws.kinds[j], numbers[j], places.get(j, 0)
+            layers.append(Layer(j, place, w.data_ptr(), outputs[j], its_vectors, start, *law))
     return layers, others
 
 
@@ -155,7 +161,7 @@ def forward(
     batch: Batch,
     weights: Sequence[Tensor],
     vectors: Sequence[Tensor],
-    scale: float,
+    laws: Laws,
     eps: float,
     n_power_iterations: int,
     normalized: Sequence[Tensor],
@@ -176,7 +182,7 @@ def forward(
         def program() -> Made:
             aligned = _aligned(offset, *inputs, distances)
             stored = _per_layer(inputs[1], batch.two_sided)
-            layers, others = _layers(batch, weights, dict(enumerate(distances)), stored, aligned)
+            layers, others = _layers(batch, weights, dict(enumerate(distances)), stored, laws, aligned)
             if not layers:
                 return None, others
             tiles = [stages(x.geometry, iterate=iterate, write=write) for x in layers]
@@ -188,6 +194,7 @@ def forward(
     key = (
         "forward",
         sigma.device,
+        *_law_key(laws),
         weights[0].dtype,
         inputs,
         distances,
@@ -208,7 +215,7 @@ def forward(
                     prepared,
                     counters,
                     Buffers(prepared, sigma),
-                    (snapshot, sigma, outs[0], _bits(scale), _bits(eps)),
+                    (snapshot, sigma, outs[0], bits(eps)),
                     ITERATE=iterate,
                     W_TYPE=TYPES[weights[0].dtype],
                     OUT_TYPE=TYPES[normalized[0].dtype],
@@ -221,7 +228,7 @@ def forward(
             Batch.of([weights[j]], [batch.dims[j]], [batch.two_sided[j]]),
             [weights[j]],
             list(stored[j]),
-            scale,
+            laws.part([j]) if len(weights) > 1 else laws,
             eps,
             n_power_iterations,
             [normalized[j]],
@@ -235,16 +242,18 @@ def backward(
     grads: Sequence[Tensor],
     weights: Sequence[Tensor],
     layers: Sequence[int],
-    scale: float,
+    laws: Laws,
     snapshot: Tensor,
     sigma: Tensor,
     grad_weights: Sequence[Tensor],
+    grad_gains: Tensor | None,
 ) -> None:
     """See `backends`."""
     if not layers:
         return
     single = launch_mode() == "single"
     inputs = _addresses(weights)
+    gains_out = sigma if grad_gains is None else grad_gains  # without any, nothing is written there
     grad_addresses = dict(zip(layers, _addresses(grads), strict=True))
     outs = _addresses(grad_weights)
     distances = _distances(outs)
@@ -253,7 +262,7 @@ def backward(
     def program() -> Made:
         aligned = _aligned(offset, inputs, distances)
         outputs = dict(zip(layers, distances, strict=True))
-        placed, others = _layers(batch, weights, outputs, [], aligned)
+        placed, others = _layers(batch, weights, outputs, [], laws, aligned)
         if not placed:
             return None, others
         built = build(placed, [backward_stages(x.geometry) for x in placed], single=single, backward=True)
@@ -262,6 +271,7 @@ def backward(
     key = (
         "backward",
         sigma.device,
+        *_law_key(laws),
         weights[0].dtype,
         inputs,
         distances,
@@ -269,6 +279,7 @@ def backward(
         tuple(layers),
         offset,
         sigma.data_ptr() % 16,
+        gains_out.data_ptr() % 16,
         grads[0].dtype,
         single,
     )
@@ -285,7 +296,14 @@ def backward(
                 prepared,
                 counters,
                 buffers,
-                (snapshot, sigma, outs[0], buffers.addresses, _arguments([] if table else chosen), _bits(scale)),
+                (
+                    snapshot,
+                    sigma,
+                    outs[0],
+                    buffers.addresses,
+                    _arguments([] if table else chosen),
+                    gains_out,
+                ),
                 TABLE=table,
                 W_TYPE=TYPES[weights[0].dtype],
                 G_TYPE=TYPES[grads[0].dtype],
@@ -294,4 +312,8 @@ def backward(
     if others:
         places = [list(layers).index(j) for j in others]
         left, results = [grads[n] for n in places], [grad_weights[n] for n in places]
-        reference.backward(batch, left, list(weights), others, scale, snapshot, sigma, results)
+        own = [n for n, j in enumerate(j for j in laws.gained if j in layers) if j in others]
+        found = None if grad_gains is None else sigma.new_empty(len(own))
+        reference.backward(batch, left, list(weights), others, laws, snapshot, sigma, results, found)
+        if grad_gains is not None and found is not None:
+            grad_gains[own] = found

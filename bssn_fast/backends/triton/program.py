@@ -19,8 +19,9 @@ time: less and tiles wait, more and the weight has left the L2 cache before it i
 
 
 class Layer(NamedTuple):
-    """A layer of a call: its position there, geometry, addresses and places in the snapshot.
+    """A layer of a call: its position there, geometry, addresses, places in the snapshot, and its law.
 
+    number: of the law, as its bits, or the address of its gain.
     output: how many bytes its output is from that of the call's first layer.
     """
 
@@ -30,6 +31,9 @@ class Layer(NamedTuple):
     output: int
     vectors: tuple[int, ...]
     snapshot: tuple[int, ...]
+    law: int
+    number: int
+    grad_gain: int
 
 
 class Program(NamedTuple):
@@ -158,6 +162,9 @@ def _row(layer: Layer, shape_index: int, scratch: _Offsets, stats: _Offsets, bac
         (f.STEPS, g.steps),
         (f.SLOT_K, g.slot_k),
         (f.IN_ENTRIES, in_entries(g)),
+        (f.LAW, layer.law),
+        (f.NUMBER, layer.number),
+        (f.GRAD_GAIN, layer.grad_gain),
     ):
         row[name.value] = value
     if not backward:

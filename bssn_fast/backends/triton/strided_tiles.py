@@ -115,7 +115,7 @@ def strided_gradient_tile(
     stats,
     snapshot,
     sigma,
-    scale,
+    grad_gains,
     SHAPES: tl.constexpr,
     SHAPE: tl.constexpr,
     W_TYPE: tl.constexpr,
@@ -141,7 +141,7 @@ def strided_gradient_tile(
     u_in = snapshot + tl.load(row + f.SNAPSHOT + 2)
     v_in = snapshot + tl.load(row + f.SNAPSHOT + 3)
 
-    ratio, multiplier = ratio_and_multiplier(row, stats, sigma, scale, TWO, ACC)
+    ratio, multiplier = ratio_and_multiplier(row, tile, stats, sigma, grad_gains, TWO, ACC)
     g, d, k, position, offset, m_group = place(row, SHAPES, SHAPE)
     rows_per_tile = field(row, f.ROWS_PER_TILE)
     first = tile * rows_per_tile

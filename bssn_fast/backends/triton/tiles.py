@@ -142,13 +142,35 @@ def sum_of(partials, n):
 
 
 @triton.jit
-def ratio_and_multiplier(row, stats, sigma, scale, TWO: tl.constexpr, ACC: tl.constexpr):
-    """<G, W>/sigma, half of it where there are two sides, and scale/sigma; 0 where sigma is."""
+def is_slack(row, sigma, ACC: tl.constexpr):
+    """Whether a bound leaves the weight as it is; sigma in ACC, as it is written."""
+    return (field(row, f.LAW) == f.AT_MOST_LAW) & (sigma <= float_of(tl.load(row + f.NUMBER)).to(ACC))
+
+
+@triton.jit
+def multiplier_of(row, sigma, ACC: tl.constexpr):
+    """What the weight is multiplied by, as its law has it: `multiplier` of reference.py."""
+    number = tl.load(row + f.NUMBER)
+    learned = field(row, f.LAW) == f.GAIN_LAW
+    gain = tl.load(number.to(tl.pointer_type(ACC)), mask=learned, other=0)
+    dividend = tl.where(learned, gain, float_of(number).to(ACC))
+    scaled = tl.where(sigma == 0, 0, dividend / sigma)
+    return tl.where(is_slack(row, sigma, ACC), 1, scaled).to(ACC)
+
+
+@triton.jit
+def ratio_and_multiplier(row, tile, stats, sigma, grad_gains, TWO: tl.constexpr, ACC: tl.constexpr):
+    """<G, W>/sigma, half of it where there are two sides, and the multiplier; the first tile writes a gain's gradient.
+
+    The ratio is 0 where sigma is, and where a bound is slack.
+    """
     inner = sum_of(stats + tl.load(row + f.STATS), field(row, f.N_FLAT_TILES)).to(ACC)
-    ratio = tl.where(sigma == 0, 0, inner / sigma)
+    ratio = tl.where((sigma == 0) | is_slack(row, sigma, ACC), 0, inner / sigma).to(ACC)
+    learned = field(row, f.LAW) == f.GAIN_LAW
+    tl.store(grad_gains + field(row, f.GRAD_GAIN), ratio, mask=learned & (tile == 0))
     if TWO:
         ratio = ratio / 2
-    return ratio, tl.where(sigma == 0, 0, scale.to(ACC) / sigma)
+    return ratio, multiplier_of(row, sigma, ACC)
 
 
 @triton.jit
