@@ -20,7 +20,9 @@ def place(shape, dim=0, memory="contiguous", aligned=True, itemsize=4) -> Geomet
 
 
 def programs(single):
-    layers = [program.Layer(n, place(shape), 0, 0, (0,) * 4, (0,) * 4) for n, shape in enumerate(SHAPES)]
+    layers = [
+        program.Layer(n, place(shape), 0, 0, (0,) * 4, (0,) * 4, (0, 1.0, 0, 0)) for n, shape in enumerate(SHAPES)
+    ]
     for backward in (False, True):
         if backward:
             stages = [program.backward_stages(layer.geometry) for layer in layers]

@@ -48,9 +48,10 @@ SLOT_K = tl.constexpr(41)  # entries of a slot's second half that add up to one 
 IN_ENTRIES = tl.constexpr(42)  # of r in a column tile
 CHANNEL_SUMS = tl.constexpr(43)  # offset in scratch, [SLOT_K |u_in|]: r before it is added up over kernel positions
 LAW = tl.constexpr(44)  # laws.CONSTANT, AT_MOST or GAIN
-NUMBER = tl.constexpr(45)  # the bits of the law's number, a double, or the address of the gain
-GRAD_GAIN = tl.constexpr(46)  # index of the gain's gradient
-LAYER_FIELDS = tl.constexpr(47)
+NUMBER = tl.constexpr(45)  # the upper 32 bits of the law's number, a double, and the lower ones; or, of a gain,
+GAIN_ADDRESS = tl.constexpr(47)  # its address
+GRAD_GAIN = tl.constexpr(48)  # index of the gain's gradient
+LAYER_FIELDS = tl.constexpr(49)
 
 AT_MOST_LAW = tl.constexpr(AT_MOST)
 GAIN_LAW = tl.constexpr(GAIN)

@@ -88,9 +88,7 @@ def _layers(
     Large layers come first, so that the waits at the end of a launch are for small ones.
     """
     layers, others = [], []
-    numbers = list(map(bits, laws.numbers))
-    for j, gain in zip(laws.gained, _addresses(laws.gains), strict=True):
-        numbers[j] = gain
+    gains = dict(zip(laws.gained, _addresses(laws.gains), strict=True))
     places = {j: n for n, j in enumerate(j for j in laws.gained if j in outputs)}  # of gradients of gains
     for j in sorted(outputs, key=lambda j: -weights[j].numel()):
         w = weights[j]
@@ -101,8 +99,8 @@ def _layers(
             others.append(j)
         else:
             start, its_vectors = batch.snapshot_offsets[j], vectors[j] if vectors else ()
-            law = laws.kinds[j], numbers[j], places.get(j, 0)
-            layers.append(Layer(j, place, w.data_ptr(), outputs[j], its_vectors, start, *law))
+            law = laws.kinds[j], laws.numbers[j], gains.get(j, 0), places.get(j, 0)
+            layers.append(Layer(j, place, w.data_ptr(), outputs[j], its_vectors, start, law))
     return layers, others
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from bssn_fast.backends.triton import fields as f
 from bssn_fast.backends.triton.geometry import Geometry, TileShape, power_of_two
+from bssn_fast.laws import bits
 
 MAX_FLAT_STEPS = 16
 FLAT_TILES = 256  # of a layer in the forward pass; its tiles have up to MAX_FLAT_STEPS blocks
@@ -21,7 +22,7 @@ time: less and tiles wait, more and the weight has left the L2 cache before it i
 class Layer(NamedTuple):
     """A layer of a call: its position there, geometry, addresses, places in the snapshot, and its law.
 
-    number: of the law, as its bits, or the address of its gain.
+    law: its kind, its number, the address of its gain, if it has one, and the index of the gain's gradient.
     output: how many bytes its output is from that of the call's first layer.
     """
 
@@ -31,9 +32,7 @@ class Layer(NamedTuple):
     output: int
     vectors: tuple[int, ...]
     snapshot: tuple[int, ...]
-    law: int
-    number: int
-    grad_gain: int
+    law: tuple[int, float, int, int]
 
 
 class Program(NamedTuple):
@@ -137,6 +136,7 @@ def _row(layer: Layer, shape_index: int, scratch: _Offsets, stats: _Offsets, bac
     n_stats = ceil_div(g.numel, flat) if backward else 4 + out_columns + in_columns
 
     row = [0] * f.LAYER_FIELDS.value
+    kind, number, gain, grad_gain = layer.law
     for name, value in (
         (f.WEIGHT, layer.weight),
         (f.SHAPE, shape_index),
@@ -162,11 +162,13 @@ def _row(layer: Layer, shape_index: int, scratch: _Offsets, stats: _Offsets, bac
         (f.STEPS, g.steps),
         (f.SLOT_K, g.slot_k),
         (f.IN_ENTRIES, in_entries(g)),
-        (f.LAW, layer.law),
-        (f.NUMBER, layer.number),
-        (f.GRAD_GAIN, layer.grad_gain),
+        (f.LAW, kind),
+        (f.NUMBER, bits(number) >> 32),
+        (f.GAIN_ADDRESS, gain),
+        (f.GRAD_GAIN, grad_gain),
     ):
         row[name.value] = value
+    row[f.NUMBER.value + 1] = bits(number) & 0xFFFFFFFF
     if not backward:
         folded = g.row_tiles * g.shape.rows * g.shape.groups if g.shape.flat else g.c_out * g.k * g.shape.vector
         row[f.FOLD.value] = scratch.take(folded if two else 0)

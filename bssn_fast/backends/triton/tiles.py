@@ -142,18 +142,23 @@ def sum_of(partials, n):
 
 
 @triton.jit
+def number_of(row, ACC: tl.constexpr):
+    """The number of the weight's law."""
+    return float_of((tl.load(row + f.NUMBER) << 32) | tl.load(row + f.NUMBER + 1)).to(ACC)
+
+
+@triton.jit
 def is_slack(row, sigma, ACC: tl.constexpr):
     """Whether a bound leaves the weight as it is; sigma in ACC, as it is written."""
-    return (field(row, f.LAW) == f.AT_MOST_LAW) & (sigma <= float_of(tl.load(row + f.NUMBER)).to(ACC))
+    return (field(row, f.LAW) == f.AT_MOST_LAW) & (sigma <= number_of(row, ACC))
 
 
 @triton.jit
 def multiplier_of(row, sigma, ACC: tl.constexpr):
     """What the weight is multiplied by, as its law has it: `multiplier` of reference.py."""
-    number = tl.load(row + f.NUMBER)
     learned = field(row, f.LAW) == f.GAIN_LAW
-    gain = tl.load(number.to(tl.pointer_type(ACC)), mask=learned, other=0)
-    dividend = tl.where(learned, gain, float_of(number).to(ACC))
+    gain = tl.load(tl.load(row + f.GAIN_ADDRESS).to(tl.pointer_type(ACC)), mask=learned, other=0)
+    dividend = tl.where(learned, gain, number_of(row, ACC))
     scaled = tl.where(sigma == 0, 0, dividend / sigma)
     return tl.where(is_slack(row, sigma, ACC), 1, scaled).to(ACC)
 
