@@ -31,6 +31,7 @@ from bssn_fast.modules.places import (
     own_place,
     put,
     take_off,
+    tell_of_added,
     weight_of,
 )
 from bssn_fast.modules.settings import VARIANTS, Settings
@@ -54,6 +55,7 @@ def apply(
     eps: float | None = None,
     names: Iterable[str] | None = None,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    only: str | None = None,
     update: Update = "forward",
     backend: Backend = "",
     gradient_groups: int = 1,
@@ -61,7 +63,8 @@ def apply(
     """Divide the weights of a model's layers by their spectral norms, in place.
 
     Takes all convolution, transposed convolution, linear and embedding layers, or those that `names` or `filter_fn`
-    choose. Layers that carry one of torch's spectral norms are converted with their vectors. Layers normalised by an
+    choose. Layers that carry one of torch's spectral norms are converted with their vectors, in place
+    where other parametrizations follow. Layers normalised by an
     earlier `apply` get the new settings. Parameters stay the same objects: an optimizer built before stays valid. A
     Parameter that several layers share is normalised once, with the vectors of the first.
 
@@ -90,6 +93,9 @@ def apply(
             `model.named_parameters()`: "lstm.weight_hh_l0", "attention.in_proj_weight". Their first dimension is the
             output; a parameter of one dimension is divided by its length.
         filter_fn: called with the name and module of each layer; returns whether to normalise it.
+        only: "normalized" takes just the layers, and other parameters, that carry a spectral norm already, torch's or
+            an earlier one of this package. Without it, `names` and `filter_fn`, a warning says which layers were added
+            to those that carry torch's.
         update: "forward" iterates once in each call of the model. "access" is torch's rule: it iterates each time that
             a weight is read in training mode, which differs where a layer is used twice in one call.
         backend: "reference", "cpu", "triton" or "cuda"; empty for the default of the weights' device.
@@ -115,13 +121,15 @@ def apply(
             "call bssn_fast.apply before wrapping in DistributedDataParallel, which keeps only those buffers equal on "
             "all ranks that are there when it is made"
         )
-    places = choose(model, names, filter_fn)
+    places = choose(model, names, filter_fn, only)
     laws = laws_of(model, places, variant, scale=scale, at_most=at_most, gain=gain)
     existing = {}
     for place in places:
         existing[place] = check(place)
         backends.get(backend, weight_of(place, existing[place])[0].device)
     check_laws(laws, existing)
+    if names is None and filter_fn is None and only is None:
+        tell_of_added(places)
     with all_or_nothing(model):
         _put_on(model, existing, {p: settings._replace(kind=kind, scale=c) for p, (kind, c) in laws.items()})
     return model

@@ -194,9 +194,8 @@ LAYERS = {
     "weight_norm_hook": (lambda: hooked(nn.Linear(3, 4)), ValueError, "remove_weight_norm"),
     "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(4, 4)), ValueError, "remove_parametrizations"),
     "other": (lambda: parametrized(nn.Linear(3, 4)), ValueError, "DoublingParametrization"),
-    "ours_and_another": (lambda: ours_and_another(nn.Linear(3, 4)), ValueError, "DoublingParametrization"),
-    "torch_sn_and_another": (
-        lambda: parametrized(parametrizations.spectral_norm(nn.Linear(3, 4))),
+    "another_and_torch_sn": (
+        lambda: parametrizations.spectral_norm(parametrized(nn.Linear(3, 4))),
         ValueError,
         "remove_parametrizations",
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -29,6 +29,7 @@ class TorchSpectralNorm:
     dim: int
     eps: float
     n_power_iterations: int
+    followed: bool = False  # by other parametrizations, which change what it gives
 
     def multiplier(self) -> Tensor:
         """Return 1 / sigma, as in evaluation."""
@@ -43,15 +44,16 @@ def find(module: nn.Module, name: str, tensor_name: str = WEIGHT) -> SpectralNor
     if parametrize.is_parametrized(module, tensor_name):
         parametrizations = parametrizations_of(module, tensor_name)
         found = list(parametrizations)
-        if len(found) == 1 and isinstance(found[0], SpectralNormalization):
-            return found[0]
-        if len(found) == 1 and type(found[0]) is _SpectralNorm:  # a subclass may compute something else
-            old = found[0]
+        old = found[0]
+        if isinstance(old, SpectralNormalization):
+            return old
+        if type(old) is _SpectralNorm:  # a subclass may compute something else
             weight = cast(nn.Parameter, original_of(parametrizations))
             vectors = [old._u, old._v] if weight.ndim > 1 else []
             # Some versions of torch keep the dimension as a negative number where it was given as one.
             n_power_iterations = getattr(old, "n_power_iterations", 1)  # not there for one dimension
-            return TorchSpectralNorm(None, weight, vectors, old.dim % weight.ndim, old.eps, n_power_iterations)
+            settings = old.dim % weight.ndim, old.eps, n_power_iterations
+            return TorchSpectralNorm(None, weight, vectors, *settings, followed=len(found) > 1)
         kinds = ", ".join(type(p).__name__.lstrip("_") for p in found)
         raise ValueError(
             f"{name}: the weight already carries {kinds}; call "
@@ -74,6 +76,17 @@ def find(module: nn.Module, name: str, tensor_name: str = WEIGHT) -> SpectralNor
             "(torch.nn.utils.prune.remove for a pruned layer), or leave the layer out"
         )
     return None
+
+
+def carried(module: nn.Module) -> dict[str, bool]:
+    """Return the names of a module's tensors that carry a spectral norm first of all, and whether it is torch's."""
+    found = {h.name: True for h in module._forward_pre_hooks.values() if type(h) is SpectralNorm}
+    if parametrize.is_parametrized(module):
+        for name in cast(Any, module).parametrizations:
+            first = parametrizations_of(module, name)[0]
+            if isinstance(first, SpectralNormalization) or type(first) is _SpectralNorm:
+                found[name] = type(first) is _SpectralNorm
+    return found
 
 
 def refuse_own_normalization(module: nn.Module, weight: Tensor, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -53,11 +54,20 @@ class Place(NamedTuple):
 
 
 def choose(
-    model: nn.Module, names: Iterable[str] | None, filter_fn: Callable[[str, nn.Module], bool] | None
+    model: nn.Module,
+    names: Iterable[str] | None,
+    filter_fn: Callable[[str, nn.Module], bool] | None,
+    only: str | None = None,
 ) -> list[Place]:
     """Return the weights to normalise, each once; raise ValueError or TypeError if there are none, or no such names."""
     modules = dict(model.named_modules())
-    if names is None:
+    if only not in (None, "normalized"):
+        raise ValueError(f"only must be 'normalized' or None, not {only!r}")
+    if only is not None:
+        if names is not None:
+            raise ValueError("names and only='normalized' both choose layers; keep one of them")
+        places = [Place(_shown(n, t), m, t) for n, m in modules.items() for t in convert.carried(m)]
+    elif names is None:
         places = [Place(n, m) for n, m in modules.items() if isinstance(m, LAYER_TYPES)]
     elif isinstance(names, str):
         raise TypeError(f"names must be a list of layer names; write names=[{names!r}]")
@@ -74,10 +84,31 @@ def choose(
         places = [p for p in places if filter_fn(p.name, p.module)]
     if not places:
         raise ValueError(
-            f"nothing to normalise: no layer of {type(model).__name__} matched; look at `names`, `filter_fn` and "
-            "`model.named_modules()`"
+            f"nothing to normalise: no layer of {type(model).__name__} matched; look at `names`, `filter_fn`, `only` "
+            "and `model.named_modules()`"
         )
     return list({(id(p.module), p.tensor_name): p for p in places}.values())
+
+
+def _shown(module_name: str, tensor_name: str) -> str:
+    return module_name if tensor_name == WEIGHT else f"{module_name}.{tensor_name}".lstrip(".")
+
+
+def tell_of_added(places: Iterable[Place]) -> None:
+    """Say in a warning which layers get a norm that have none, where others carry one of torch's already.
+
+    A model with torch's calls left in would compute something else than before.
+    """
+    carrying = {p: convert.carried(p.module) for p in places}
+    added = [p.shown() for p, norms in carrying.items() if p.tensor_name not in norms]
+    n = sum(norms.get(p.tensor_name, False) for p, norms in carrying.items())
+    if n and added:
+        more = f" and {len(added) - 3} more" if len(added) > 3 else ""
+        warnings.warn(
+            f"bssn_fast.apply: {n} layers carry torch's spectral norm; {', '.join(map(repr, added[:3]))}{more} "
+            "had none and are normalised too from now on. only='normalized' leaves them as they are, names=[...] chooses layers",
+            stacklevel=3,
+        )
 
 
 def own_place(module: nn.Module, tensor_name: str, dim: int | None) -> Place:
@@ -193,7 +224,8 @@ def put(
     in_use = None
     if norm is not None:
         known, in_use = norm.vectors, norm.multiplier() if settings.kind == GAIN else None
-        convert.strip(module, norm, tensor_name)
+        if not norm.followed:
+            convert.strip(module, norm, tensor_name)
     autocast = isinstance(module, _COMPUTING) and tensor_name == WEIGHT
     found = shared.get((id(weight), dim))
     if found is None:
@@ -207,8 +239,10 @@ def put(
         found.autocast = found.autocast and autocast
         if id(found) not in done:
             found.configure(weight, settings)
-    # Registering reads the weight; `unsafe` leaves that out, and with it an iteration.
-    parametrize.register_parametrization(module, tensor_name, found, unsafe=True)
+    if norm is not None and norm.followed:
+        place.parametrizations()[0] = found
+    else:  # registering reads the weight; `unsafe` leaves that out, and with it an iteration
+        parametrize.register_parametrization(module, tensor_name, found, unsafe=True)
     vars(place.parametrizations())["_order"] = order
     quick_access(module, tensor_name)
     watch_loading(module)
@@ -227,8 +261,7 @@ def normalized_places(model: nn.Module) -> list[tuple[Place, SpectralNormalizati
         if not parametrize.is_parametrized(module):
             continue
         for tensor_name in cast(Any, module).parametrizations:
-            shown = name if tensor_name == WEIGHT else f"{name}.{tensor_name}".lstrip(".")
-            place = Place(shown, module, tensor_name)
+            place = Place(_shown(name, tensor_name), module, tensor_name)
             found += [(place, p) for p in place.parametrizations() if isinstance(p, SpectralNormalization)]
     return found
 
