@@ -106,7 +106,7 @@ def tell_of_added(places: Iterable[Place]) -> None:
         more = f" and {len(added) - 3} more" if len(added) > 3 else ""
         warnings.warn(
             f"bssn_fast.apply: {n} layers carry torch's spectral norm; {', '.join(map(repr, added[:3]))}{more} "
-            "had none and are normalised too from now on. only='normalized' leaves them as they are, names=[...] chooses layers",
+            "had none and are normalised too from now on. only='normalized' leaves them as they are",
             stacklevel=3,
         )
 
