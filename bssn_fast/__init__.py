@@ -3,12 +3,16 @@
 from bssn_fast import diagnostics
 from bssn_fast.backends import Backend, BackendUnavailableError
 from bssn_fast.functional import normalize
+from bssn_fast.measuring import SpectralNorms, spectral_norms
 from bssn_fast.model import Update, Variant, apply, cached, remove, sigma, spectral_norm, summary
 from bssn_fast.modules.loading import load_state_dict
+from bssn_fast.projection import Projection, project_
 
 __all__ = [
     "Backend",
     "BackendUnavailableError",
+    "Projection",
+    "SpectralNorms",
     "Update",
     "Variant",
     "apply",
@@ -16,9 +20,11 @@ __all__ = [
     "diagnostics",
     "load_state_dict",
     "normalize",
+    "project_",
     "remove",
     "sigma",
     "spectral_norm",
+    "spectral_norms",
     "summary",
 ]
 

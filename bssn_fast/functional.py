@@ -70,7 +70,7 @@ def normalize(
                 "weights of two dimensions or more, with output dimension 0 or 1, are normalised together. Use "
                 "bssn_fast.apply or bssn_fast.spectral_norm on a layer"
             )
-        _check_vectors(weights[0], weight, group, dim, j)
+        check_vectors(weights[0], weight, group, dim, j)
     laws, tensors = _laws(len(weights), scale, at_most, gains)
     dtype = dtype or weights[0].dtype
     if dtype not in WEIGHT_DTYPES:
@@ -121,7 +121,8 @@ def _each(n: int, values: Any, name: str) -> list[Any]:
     return list(values)
 
 
-def _check_vectors(first: Tensor, weight: Tensor, group: tuple[Tensor, ...], dim: int, j: int) -> None:
+def check_vectors(first: Tensor, weight: Tensor, group: tuple[Tensor, ...], dim: int, j: int) -> None:
+    """Raise ValueError or TypeError for the j-th weight's vectors if they do not fit it, or it the first weight."""
     if weight.dtype != first.dtype or weight.device != first.device:
         raise TypeError(
             f"weights[{j}] is {weight.dtype} on {weight.device}, weights[0] {first.dtype} on {first.device}; "

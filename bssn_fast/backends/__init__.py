@@ -16,7 +16,8 @@ layers of one device and dtype:
 - `laws`: of the n weights, `laws.Laws`, with the tensors of gains.
 - `n_power_iterations`: 0 evaluates with the vectors as they are.
 - `normalized`: n tensors to write, each with the shape and strides of its weight; their common dtype is the weights'
-  or another floating dtype (autocast). Calls go fastest if they, and `grad_weights` below, lie in one buffer each: what
+  or another floating dtype (autocast). They may be the weights themselves; with none at all, sigma is only measured.
+  Calls go fastest if they, and `grad_weights` below, lie in one buffer each: what
   is prepared for one call then serves the next.
 - `snapshot`: to write, flat, compute dtype: the vectors that sigma was computed with, at `batch.snapshot_offsets`.
 - `sigma`: to write, [n], compute dtype.

@@ -123,8 +123,11 @@ def forward(
     snapshot: Tensor,
     sigma: Tensor,
 ) -> None:
+    outputs = list(map(Tensor.data_ptr, normalized)) or [0] * len(weights)
+    normalized = normalized or weights
     table = _table(batch, range(len(weights)), _converts(weights, normalized))
-    pointers = array("q", list(map(Tensor.data_ptr, (*weights, *normalized, *vectors, *laws.gains))))
+    rest = map(Tensor.data_ptr, (*vectors, *laws.gains))
+    pointers = array("q", [*map(Tensor.data_ptr, weights), *outputs, *rest])
     error = extension.module.cpu_forward(
         table.address,
         len(weights),

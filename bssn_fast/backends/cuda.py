@@ -140,11 +140,14 @@ def forward(
 ) -> None:
     n, device, dtype = len(weights), sigma.device, weights[0].dtype
     table = _table(batch, range(n))
-    if not table.addressable or not {dtype, normalized[0].dtype} <= _DTYPES.keys():
+    out_dtype = normalized[0].dtype if normalized else dtype
+    if not table.addressable or not {dtype, out_dtype} <= _DTYPES.keys():
         outputs = (normalized, snapshot, sigma)
         _instead("forward", device, batch, weights, vectors, laws, eps, n_power_iterations, *outputs)
         return
-    pointers = array("q", list(map(Tensor.data_ptr, (*weights, *normalized, *vectors, *laws.gains))))
+    places = list(map(Tensor.data_ptr, normalized)) or [0] * n
+    rest = map(Tensor.data_ptr, (*vectors, *laws.gains))
+    pointers = array("q", [*map(Tensor.data_ptr, weights), *places, *rest])
     workspace = table.workspace(True, dtype, device)
     error = extension.module.cuda_forward(
         table.address,
@@ -153,7 +156,7 @@ def forward(
         snapshot.data_ptr(),
         sigma.data_ptr(),
         _DTYPES[dtype],
-        _DTYPES[normalized[0].dtype],
+        _DTYPES[out_dtype],
         laws.address,
         eps,
         n_power_iterations,

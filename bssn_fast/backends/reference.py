@@ -36,7 +36,8 @@ def forward(
         result, new, sigma_j = reference.normalize(
             weight, stored, dim, scale=scale, at_most=at_most, eps=eps, n_power_iterations=n_power_iterations
         )
-        normalized[j].copy_(result)
+        if normalized:
+            normalized[j].copy_(result)
         sigma[j].copy_(sigma_j)
         for persistent, kept, x in zip(stored, snapshots[j], new, strict=True):
             persistent.copy_(x)

@@ -8,8 +8,9 @@ namespace bssn::cpu {
 enum Error : int { ok = 0, out_of_memory = 1 };
 
 // Normalises n layers. The compute type T is double if weight_type is f64, else float: vectors, snapshot and sigma [n]
-// are of that type. pointers: n weights, n outputs, then each layer's two or four vectors, then the gains [1] of the
-// layers that have one. iterations = 0 evaluates with the vectors as they are. The result does not depend on `threads`.
+// are of that type. pointers: n weights, n outputs or nulls, then each layer's two or four vectors, then the gains [1]
+// of the layers that have one. iterations = 0 evaluates with the vectors as they are. The result does not depend on
+// `threads`.
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, void* snapshot, void* sigma, DType weight_type,
             DType output_type, const Law* laws, double eps, int64_t iterations, int threads);
 

@@ -93,7 +93,7 @@ class Forward {
     const Layer& layer = layers_[j];
     if (phase + 1 < phases()) {
       add_tiles(layer.c_out, tile_rows(layer, sizeof(T)), add);
-    } else if (!in_one_go(layer)) {
+    } else if (!in_one_go(layer) && layer.output != nullptr) {
       // Last tile first: what the power iteration read last is the likeliest to be in the cache still.
       const int64_t count = (layer.size() + kTileElements - 1) / kTileElements;
       for (int64_t tile = count - 1; tile >= 0; --tile) {
@@ -122,7 +122,8 @@ class Forward {
     }
     *static_cast<T*>(layer.sigma) = T(sigma);
     state.factor = T(multiplier<T>(layer, sigma));
-    if (in_one_go(layer)) write_output(layer, state.factor, 0, layer.size(), workers_[worker]);
+    if (in_one_go(layer) && layer.output != nullptr)
+      write_output(layer, state.factor, 0, layer.size(), workers_[worker]);
   }
 
  private:
@@ -221,10 +222,12 @@ class Forward {
     return std::isfinite(sigma) ? sigma : std::numeric_limits<double>::quiet_NaN();
   }
 
-  // The weight and its normalised copy have the same strides and no gaps, so that this is one line of numbers.
+  // The weight and its normalised copy have the same strides and no gaps, so that this is one line of numbers. They may
+  // be the same.
   void write_output(const Layer& layer, T factor, int64_t begin, int64_t end, const Worker& worker) const {
     const std::byte* in = static_cast<const std::byte*>(layer.weight);
     std::byte* out = static_cast<std::byte*>(layer.output);
+    if (in == out && factor == 1) return;
     if (weight_type_ == kDType<T> && output_type_ == kDType<T>) {
       kernels<T>().scale(reinterpret_cast<const T*>(in) + begin, factor, end - begin, stream_,
                          reinterpret_cast<T*>(out) + begin);

@@ -164,7 +164,7 @@ BSSN_HD void write_tile(Block& block, const ForwardCall& call, const ForwardLaye
     const uint32_t end = size - first < call.write_elements ? size : first + call.write_elements;
     const W* const weight = static_cast<const W*>(layer.weight);
     const float multiplier = record.multiplier;
-    if (call.write_output) {
+    if (call.write_output && layer.output != nullptr) {
       with_element_type(call.output_type, [&](auto element) {
         using N = decltype(element);
         scale_elements(weight, static_cast<N*>(layer.output), multiplier, first, end, thread);

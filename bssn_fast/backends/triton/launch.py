@@ -172,7 +172,8 @@ def forward(
     single = launch_mode() == "single"
     iterate = n_power_iterations > 0
     inputs = (_addresses(weights), _addresses(vectors))
-    outs = _addresses(normalized)
+    outs = _addresses(normalized) or inputs[0]
+    out_dtype = normalized[0].dtype if normalized else weights[0].dtype
     distances = _distances(outs)
     offset = (outs[0] | snapshot.data_ptr()) % 16
 
@@ -199,13 +200,13 @@ def forward(
         batch,
         offset,
         sigma.data_ptr() % 16,
-        normalized[0].dtype,
+        out_dtype,
         single,
     )
     starts = []
     with _on(sigma.device):
         for iteration in range(max(n_power_iterations, 1)):
-            write = iteration + 1 >= n_power_iterations
+            write = bool(normalized) and iteration + 1 >= n_power_iterations
             prepared, counters, others = _cache.get((*key, iterate, write), sigma, make(write))
             if prepared is not None and counters is not None:
                 start = _ready(
@@ -216,7 +217,7 @@ def forward(
                     (snapshot, sigma, outs[0], bits(eps)),
                     ITERATE=iterate,
                     W_TYPE=TYPES[weights[0].dtype],
-                    OUT_TYPE=TYPES[normalized[0].dtype],
+                    OUT_TYPE=TYPES[out_dtype],
                 )
                 starts.append(start)
         _run(starts)  # not before all kernels are loaded: where that fails, no vector has changed
@@ -229,7 +230,7 @@ def forward(
             laws.part([j]) if len(weights) > 1 else laws,
             eps,
             n_power_iterations,
-            [normalized[j]],
+            list(normalized[j : j + 1]),
             snapshot[batch.snapshot_offsets[j][0] :],
             sigma[j : j + 1],
         )

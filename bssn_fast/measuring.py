@@ -1,0 +1,185 @@
+"""Spectral norms of a model's weights, without changing anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from bssn_fast.calls.arguments import check_settings, check_weight
+from bssn_fast.calls.matrices import Matrices
+from bssn_fast.laws import Law
+from bssn_fast.layout import channels, compute_dtype, fits_kernels, input_dimension, is_dense, vector_sizes
+from bssn_fast.modules import convert
+from bssn_fast.modules.parametrization import SpectralNormalization
+from bssn_fast.modules.places import Norm, Place, choose, weight_of
+
+_FIRST_ROUND, _MOST_IN_A_ROUND = 8, 2048
+_STANDING_STILL = 1e-4
+
+
+class SpectralNorms(NamedTuple):
+    """Of the weight that a layer computes with, as scalar tensors.
+
+    s_out, s_in: of the weight unfolded as c_out x (c_in k) and as c_in x (c_out k); the same where k = 1.
+    bound: on the operator norm of the layer, sqrt(k) min(s_out, s_in), which is s_out where k = 1. It holds for
+        convolutions of any stride and dilation (Singla and Feizi, "Fantastic Four", ICLR 2021, theorem 1; with groups
+        too, whose operators are parts of those of the matrices), padded with zeros or circularly; infinite for others.
+    """
+
+    s_out: Tensor
+    s_in: Tensor
+    bound: Tensor
+
+
+class _Measured(NamedTuple):
+    place: Place
+    norm: Norm
+    weight: Tensor
+    dim: int
+    vectors: list[Tensor]  # u_out, v_out and, where they are needed, u_in, v_in
+
+
+@torch.no_grad()
+def spectral_norms(
+    model: nn.Module,
+    *,
+    vectors: dict[str, list[Tensor]] | None = None,
+    n_power_iterations: int = 1,
+    names: Iterable[str] | None = None,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    eps: float = 1e-12,
+    backend: str = "",
+) -> dict[str, SpectralNorms]:
+    """Return the spectral norms of a model's weights, normalised or not, by layers' names.
+
+    All are measured together, in one call for each dtype and device that only reads the weights, in each direction
+    once. Neither the model nor its vectors change. A normalised layer's are those of the normalised weight, as in
+    evaluation.
+
+    Power iterations come from below: without vectors they are repeated until no norm grows by 0.01 % from one round to
+    the next, twice as long one, for which a GPU is waited for. With those of an earlier call, `n_power_iterations`
+    follow the weights as they are trained, and nothing is waited for.
+
+    Args:
+        model: any module.
+        vectors: a dict that the caller keeps, empty at first: filled here, and used and changed by later calls.
+        n_power_iterations: for weights whose vectors are there.
+        names: the layers, as in `bssn_fast.apply`.
+        filter_fn: the layers, as in `bssn_fast.apply`.
+        eps: smallest length that a vector is divided by.
+        backend: as in `bssn_fast.apply`.
+
+    Raises ValueError or TypeError for layers that cannot be measured, which are named.
+
+    Example:
+        >>> warm = {}
+        >>> norms = bssn_fast.spectral_norms(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), vectors=warm)
+        >>> norms["0"].bound >= norms["0"].s_out
+        tensor(True)
+    """
+    eps, n = check_settings(eps, n_power_iterations)
+    kept: dict[str, list[Tensor]] = {} if vectors is None else vectors
+    measured = [_measured(place, kept) for place in choose(model, names, filter_fn)]
+    found: dict[str, SpectralNorms] = {}
+    for part in _parts(measured):
+        rows = [(m, side) for m in part for side in range(0, len(m.vectors), 2)]
+        matrices = Matrices(
+            [_dense(m.weight) for m, _ in rows],
+            [m.dim if side == 0 else input_dimension(m.dim) for m, side in rows],
+            [m.vectors[side : side + 2] for m, side in rows],
+            [Law()] * len(rows),
+            eps=eps,
+            backend=backend,
+        )
+        if all(m.place.name in kept for m in part):
+            matrices.run(n, change=False)
+        else:
+            _converge(matrices)
+        factors = _multipliers(part, backend)
+        sigma = iter(matrices.sigma.clone())
+        for m, factor in zip(part, factors, strict=True):
+            s_out = next(sigma) * factor
+            s_in = next(sigma) * factor if len(m.vectors) == 4 else s_out
+            found[m.place.name] = SpectralNorms(s_out, s_in, _bound(m, s_out, s_in))
+        kept.update({m.place.name: m.vectors for m in part})
+    return {m.place.name: found[m.place.name] for m in measured}
+
+
+def _measured(place: Place, kept: dict[str, list[Tensor]]) -> _Measured:
+    norm = convert.find(place.module, place.shown(), place.tensor_name)
+    weight, dim = weight_of(place, norm)
+    check_weight(weight, dim, place.shown())
+    if not fits_kernels(weight, dim):
+        raise ValueError(
+            f"{place.shown()}: {weight.dtype} of shape {tuple(weight.shape)} with output dimension {dim}; only real "
+            "weights of two dimensions or more, with output dimension 0 or 1, are measured. Leave the layer out"
+        )
+    weight = weight.detach()
+    sizes = vector_sizes(weight.shape, dim, channels(weight.shape, dim)[2] > 1)
+    known, dtype = kept.get(place.name, []), compute_dtype(weight.dtype)
+    if [tuple(v.shape) for v in known] != [(n,) for n in sizes]:
+        kept.pop(place.name, None)
+        known = [_direction(n, dtype) for n in sizes]
+    vectors = [v.to(weight.device, dtype).contiguous() for v in known]
+    return _Measured(place, norm, weight, dim, vectors)
+
+
+def _direction(size: int, dtype: torch.dtype) -> Tensor:
+    """Return a unit vector that is the same in all processes; torch's generators are left alone."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return nn.functional.normalize(torch.randn(size, generator=generator, dtype=dtype, device="cpu"), dim=0)
+
+
+def _parts(measured: list[_Measured]) -> list[list[_Measured]]:
+    parts: dict[Any, list[_Measured]] = {}
+    for m in measured:
+        parts.setdefault((m.weight.device, m.weight.dtype), []).append(m)
+    return list(parts.values())
+
+
+def _dense(weight: Tensor) -> Tensor:
+    return weight if is_dense(weight) else weight.contiguous()
+
+
+def _converge(matrices: Matrices) -> None:
+    before, n = [0.0] * len(matrices.weights), _FIRST_ROUND
+    while n <= _MOST_IN_A_ROUND:
+        matrices.run(n, change=False)
+        now = matrices.sigma.tolist()
+        if not any(s > old * (1 + _STANDING_STILL) for s, old in zip(now, before, strict=True)):
+            return
+        before, n = now, 2 * n
+
+
+def _multipliers(part: list[_Measured], backend: str) -> list[Tensor | float]:
+    """Return what each weight is multiplied by where it is used: 1, or what its norm makes of it in evaluation."""
+    factors: list[Tensor | float] = [1.0] * len(part)
+    ours = [j for j, m in enumerate(part) if isinstance(m.norm, SpectralNormalization)]
+    if ours:
+        norms = [cast(SpectralNormalization, part[j].norm) for j in ours]
+        own = Matrices(
+            [_dense(part[j].weight) for j in ours],
+            [part[j].dim for j in ours],
+            [norm.vectors(part[j].weight) for j, norm in zip(ours, norms, strict=True)],
+            [Law()] * len(ours),
+            eps=1e-12,
+            backend=backend,
+        )
+        own.run(0, change=False)
+        for j, norm, sigma in zip(ours, norms, own.sigma, strict=True):
+            factors[j] = norm.multiplier_of(sigma)
+    for j, m in enumerate(part):
+        if isinstance(m.norm, convert.TorchSpectralNorm):
+            factors[j] = m.norm.multiplier()
+    return factors
+
+
+def _bound(m: _Measured, s_out: Tensor, s_in: Tensor) -> Tensor:
+    k = channels(m.weight.shape, m.dim)[2]
+    if getattr(m.place.module, "padding_mode", "zeros") not in ("zeros", "circular"):
+        return torch.full_like(s_out, math.inf)
+    return math.sqrt(k) * torch.minimum(s_out, s_in)
