@@ -4,7 +4,6 @@ import pytest
 import torch
 from support import Net, images
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bssn_fast
 from bssn_fast import reference
@@ -88,44 +87,6 @@ def test_a_change_in_the_middle_of_a_graph_is_noticed_by_autograd():
     projection()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()
-
-
-class Counting(TorchDispatchMode):
-    """Counts operations, and those for which a GPU would be waited for."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations, self.waits = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operations += 1
-        self.waits += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
-        return func(*args, **(kwargs or {}))
-
-
-def plain_loop(weights, radius, n):
-    """As projecting optimizers do it: a few cold iterations for each matrix, and a number for Python."""
-    for w in weights:
-        v = torch.ones(w.shape[1])
-        for _ in range(n):
-            u = w @ v
-            v = w.mT @ (u / u.norm())
-            v = v / v.norm()
-        if (s := (w @ v).norm()).item() > 0:
-            w.mul_(radius / s)
-
-
-def test_what_a_call_costs_beside_a_plain_loop():
-    weights = [torch.randn(8, 6) for _ in range(10)]
-    projection = bssn_fast.Projection(weights, radius=1.0)
-    projection()
-    with Counting() as ours:
-        projection()
-    with Counting() as plain:
-        plain_loop(weights, 1.0, 10)
-    assert (ours.operations, ours.waits) == (1, 0)
-    assert plain.operations > 500
-    assert plain.waits == 10
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class Advice:
         """
         if key not in reads:
             reads.add(key)
-        elif self._calls_to_watch >= 0 and norm.training and norm.settings.variant == "sn":
+        elif self._calls_to_watch >= 0 and norm.training and norm.settings.like_torch:
             self._calls_to_watch = -1
             warnings.warn(
                 f"bssn_fast: layer {norm.name!r} is used more than once in a call of the model. Its weight is "

@@ -32,6 +32,11 @@ class Settings(NamedTuple):
     def law(self) -> Law:
         return Law(self.kind, self.scale)
 
+    @property
+    def like_torch(self) -> bool:
+        """Whether the weight is that of torch's spectral norm."""
+        return self.variant == "sn" and self.kind == CONSTANT
+
     def shown(self) -> str:
         """Return the variant with its law, for tables."""
         if self.kind != CONSTANT:
