@@ -164,6 +164,7 @@ def test_a_checkpoint_with_gains_is_not_loaded_without_them():
 
 
 def test_compiled_models():
+    torch._dynamo.reset()
     model = bssn_fast.apply(Net(), "bssn", **MIXED)
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -22,7 +22,8 @@ class Measured:
 
 def gains_of(members: Sequence[Member]) -> list[Tensor]:
     """Return the gains of those members whose law is one, in their order."""
-    return [gain for m in members if (gain := m.gain) is not None]
+    gains = [m.gain for m in members]
+    return [gain for gain in gains if gain is not None]
 
 
 class Member(Protocol):
