@@ -134,5 +134,10 @@ def normalize_backward(grad: Tensor, weight: Tensor, vectors: Vectors, sigma: Te
     """Return dL/dW from grad = dL/d(normalised weight), with u and v held constant as in torch."""
     w, g = weight.to(compute_dtype(weight.dtype)), grad.to(compute_dtype(weight.dtype))
     direction = gradient_of_sigma(vectors, weight.shape, dim)
-    ratio = torch.where(sigma == 0, 0, (g * w).sum() / sigma)
-    return (multiplier(sigma, scale) * (g - ratio * direction)).to(weight.dtype)
+    return gradient(g, (g * w).sum(), direction, sigma, scale).to(weight.dtype)
+
+
+def gradient(grad: Tensor, inner: Tensor, direction: Tensor, sigma: Tensor, scale: float) -> Tensor:
+    """Return dL/dW from grad, inner = <grad, W> and direction = d sigma / d W."""
+    ratio = torch.where(sigma == 0, 0, inner / sigma)
+    return multiplier(sigma, scale) * (grad - ratio * direction)

@@ -14,7 +14,7 @@ from bssn_fast.layout import compute_dtype, fits_kernels, input_dimension, vecto
 _UNIT_TOLERANCE = 1e-4  # of what power iterations leave, 1e-6 is the most; averages of vectors are shorter
 _UNIT_TOLERANCE_16_BITS = 4e-3  # rounding to bfloat16 changes a length by less
 
-_BELONGING = 0.9
+BELONGING = 0.9
 STILL_BELONGING = 0.98
 """As long as nothing but weights changes, without any iteration: sigma then stays right within a tenth."""
 
@@ -42,7 +42,7 @@ def write(vectors: Sequence[Tensor], found: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def belong(weight: Tensor, vectors: Sequence[Tensor], dim: int, eps: float, *, at_least: float = _BELONGING) -> bool:
+def belong(weight: Tensor, vectors: Sequence[Tensor], dim: int, eps: float, *, at_least: float = BELONGING) -> bool:
     """Whether unit vectors may be those of the weight's largest singular values; waits for the device.
 
     They are not if they give less than a part, `at_least`, of the sigma that a power iteration would, as where a
@@ -65,13 +65,21 @@ def estimate_vectors(
 ) -> list[Tensor]:
     """Return u_out, v_out[, u_in, v_in] of a weight, in its compute dtype: sigma is right within about 0.2%.
 
-    Each round does twice as many power iterations as the one before, until one brings less than 0.2%. As the error
-    falls at least as 1/n on the spectra of random matrices, it is then no larger than that.
-
-    hints: where to start, in the same order, as far as known; of any length and dtype. A random part is added, as a
-        hint may be orthogonal to what is looked for. It is the same everywhere; torch's generators are left alone.
+    hints: where to start, in the same order, as far as known; of any length and dtype.
     """
     weight = weight.detach()
+    vectors = start_vectors(weight, dim, two_sided, hints)
+    if vectors:
+        until_it_stands_still(_iterations(weight, dim, vectors, eps, backend))
+    return vectors
+
+
+def start_vectors(weight: Tensor, dim: int, two_sided: bool, hints: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return vectors to begin with, in the weight's compute dtype: the hints and a random part.
+
+    A hint may be orthogonal to what is looked for. The random part is the same everywhere; torch's generators are left
+    alone.
+    """
     dtype = compute_dtype(weight.dtype)
     generator = torch.Generator("cpu").manual_seed(0)
     random_dtype = torch.complex128 if weight.is_complex() else torch.float64
@@ -86,16 +94,21 @@ def estimate_vectors(
                 start += _HINT / length * known
                 start /= torch.linalg.vector_norm(start)
         vectors.append(start.to(weight.device, dtype))
-    if not vectors:
-        return []
-    iterate = _iterations(weight, dim, vectors, eps, backend)
+    return vectors
+
+
+def until_it_stands_still(iterate: Callable[[int], float]) -> None:
+    """Make power iterations until sigma stands still: `iterate` makes so many and returns it.
+
+    Each round does twice as many as the one before, until one brings less than 0.2%. As the error falls at least as 1/n
+    on the spectra of random matrices, it is then no larger than that.
+    """
     n, before = _FIRST_ROUND, 0.0
     while n <= _MOST_IN_A_ROUND:
         sigma = iterate(n)
         if not sigma > before * (1 + _STANDING_STILL):  # also where it is not a number
             break
         n, before = 2 * n, sigma
-    return vectors
 
 
 def _iterations(weight: Tensor, dim: int, vectors: list[Tensor], eps: float, backend: str) -> Callable[[int], float]:

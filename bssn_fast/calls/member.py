@@ -29,6 +29,7 @@ class Member(Protocol):
     autocast: bool
     measured: Measured
     vector_names: tuple[str, ...]
+    placements: tuple[str, ...]  # of the weight before FSDP shards it; none of a plain tensor
     _buffers: dict[str, Tensor | None]
 
     def vectors(self, weight: Tensor) -> list[Tensor]: ...

@@ -17,25 +17,27 @@ from bssn_fast.calls.estimation import STILL_BELONGING, are_units, belong, estim
 from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.member import Member
 from bssn_fast.calls.normalizer import Normalizer, Values
-from bssn_fast.distributed.sharded import refuse_flattened, refuse_sharded
+from bssn_fast.distributed.sharded import is_sharded, refuse_flattened, refuse_sharded
 from bssn_fast.layout import compute_dtype, fits_kernels, has_its_memory, is_dense, result_dtype
 
 
 def signature(weights: Iterable[Tensor]) -> tuple[object, ...]:
     """Return what a plan for these weights depends on."""
-    return tuple([(w.shape, w.stride(), w.dtype, w.device) for w in weights])
+    return tuple([(w.shape, w.stride(), w.dtype, w.device, w.__class__) for w in weights])
 
 
 def partition(members: Sequence[Member], weights: Sequence[Tensor], flags: Sequence[object]) -> list[list[int]]:
     """Return the indices of the members that can share a call: same device, dtypes, settings, way and flag.
 
-    The results' dtype is that of the moment: embeddings do not follow autocast.
+    The results' dtype is that of the moment: embeddings do not follow autocast. Sharded weights need less in common.
     """
     groups: dict[object, list[int]] = {}
     for j, (m, w, flag) in enumerate(zip(members, weights, flags, strict=True)):
         s, dtype = m.settings, result_dtype(w, m.autocast)
         way = fits_kernels(w, m.dim)
-        key = (w.device, w.dtype, dtype, s.scale, s.eps, s.n_power_iterations, s.backend, way, flag)
+        key: object = (w.device, w.dtype, dtype, s.scale, s.eps, s.n_power_iterations, s.backend, way, flag)
+        if is_sharded(w):
+            key = (w.device, s.n_power_iterations, flag)
         groups.setdefault(key, []).append(j)
     return list(groups.values())
 

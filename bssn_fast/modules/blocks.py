@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from bssn_fast.calls.contents import contents_of, version
+from bssn_fast.distributed.sharded import is_sharded
 from bssn_fast.modules.call import Source, serves
 from bssn_fast.modules.recomputation import in_backward
 
@@ -70,7 +71,8 @@ class Block:
 
     def keep(self, norm: object, weight: Tensor, result: Tensor, source: Source | None) -> None:
         """Keep a layer's result for later calls."""
-        contents = contents_of([weight, result])
+        # Ranks must not differ in what they find here: versions are the same on all.
+        contents = None if is_sharded(weight) else contents_of([weight, result])
         self._entries[id(norm)] = Entry(weight, version(weight), result, source, contents)
 
     def forget(self, norm: object) -> None:

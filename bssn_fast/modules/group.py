@@ -16,12 +16,12 @@ from torch.utils.hooks import RemovableHandle
 from bssn_fast.calls import composite
 from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.plan import Plan, parted_by_autocast, partition, signature
+from bssn_fast.calls.sharded import ShardedPlan, plan_for
 from bssn_fast.distributed.sharded import (
     ShardedWeightError,
     gathering_modules,
     is_sharded,
     refuse_flattened,
-    refuse_sharded,
 )
 from bssn_fast.layout import result_dtype
 from bssn_fast.modules import blocks, recomputation, writes
@@ -41,7 +41,7 @@ class _Planned:
     def __init__(self, key: object = None, signature: object = None, parted: Sequence[int] = ()) -> None:
         self.key, self.signature, self.parted = key, signature, parted
         self.alike = Guard()  # weights like the latest ones
-        self.plans: dict[tuple[bool, ...], list[tuple[Plan, list[int]]]] = {}
+        self.plans: dict[tuple[bool, ...], list[tuple[Plan | ShardedPlan, list[int]]]] = {}
 
 
 class _Chosen:
@@ -268,7 +268,7 @@ class Group:
         if recomputation.maybe_in_checkpoint():
             self._note(call, chosen)
 
-    def _plans(self, chosen: _Chosen) -> list[tuple[Plan, list[int]]]:
+    def _plans(self, chosen: _Chosen) -> list[tuple[Plan | ShardedPlan, list[int]]]:
         members, weights, iterating = chosen.members, chosen.weights, chosen.iterating
         flags = iterating if len(set(iterating)) > 1 else None
         key = (members, flags, [m.settings for m in members])
@@ -283,7 +283,7 @@ class Group:
         plans = planned.plans.get(casts)
         if plans is None:
             parts = partition(members, weights, iterating)
-            plans = [(Plan([members[p] for p in part], [weights[p] for p in part]), part) for part in parts]
+            plans = [(plan_for([members[p] for p in part], [weights[p] for p in part]), part) for part in parts]
             planned.plans[casts] = plans
         return plans
 
@@ -317,10 +317,6 @@ class Group:
                 child = Group(found)
                 child._parent = self
                 child.hook(module, first=False)  # FSDP's own hook gathers the weights
-        for layer in left:
-            names = {id(m): name for name, m in model.named_modules()}
-            name = names[id(layer)].rpartition("parametrizations.")[0].rstrip(".")
-            refuse_sharded(original_of(layer), name or type(model).__name__)
 
     def _begin_recorded(self) -> None:
         if is_exporting():

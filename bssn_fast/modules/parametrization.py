@@ -17,6 +17,8 @@ from bssn_fast.calls.estimation import estimate_vectors, write
 from bssn_fast.calls.member import Measured
 from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.calls.plan import Plan, Results, checked_vectors
+from bssn_fast.calls.sharded import ShardedPlan, plan_for
+from bssn_fast.distributed.sharded import is_sharded, placements_of
 from bssn_fast.layout import compute_dtype, fits_kernels, needs_two_sides, vector_sizes
 from bssn_fast.modules import blocks, recomputation, writes
 from bssn_fast.modules.call import Call, Caller, Source, in_module_call, serves
@@ -90,7 +92,7 @@ class SpectralNormalization(nn.Module):
         self.measured, self.traced = Measured(), Traced()
         self.vector_names: tuple[str, ...] = ()
         self._beginning: _Beginning | None = None
-        self._plan: Plan | None = None
+        self._plan: Plan | ShardedPlan | None = None
         self.configure(weight, settings, known)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy begins with nothing at hand
@@ -115,12 +117,13 @@ class SpectralNormalization(nn.Module):
         for name in self.vector_names:
             del self._buffers[name]
         self.settings, self.two_sided, self.vector_names = settings, two_sided, names
+        self.placements = placements_of(weight)
         for name, vector in zip(names, new, strict=True):
             self.register_buffer(name, vector)
         block = blocks.block_of(self)
         if block is not None:  # it may have a result of the settings before
             block.forget(self)
-        if composite.wants_plain_operations([weight]):
+        if composite.wants_plain_operations([weight]) and not is_sharded(weight):
             return  # nothing can be computed yet
         if len(kept) < len(names):
             self._compute(weight, FIRST_ITERATIONS)
@@ -148,6 +151,10 @@ class SpectralNormalization(nn.Module):
         return changed and version(weight) == beginning.version
 
     def _compute(self, weight: Tensor, n_power_iterations: int) -> Tensor:
+        if is_sharded(weight):
+            normalized, self.measured.sigma = ShardedPlan([self], [weight]).compute_alone(weight, n_power_iterations)
+            self.measured.index = 0
+            return normalized
         if not fits_kernels(weight, self.dim):
             return composite.normalize(self, weight.detach(), n_power_iterations)[0]
         s = self.settings
@@ -158,7 +165,7 @@ class SpectralNormalization(nn.Module):
 
     def evaluate(self, weight: Tensor) -> Tensor:
         """Return the normalised weight, without a graph, that the vectors as they are give."""
-        if composite.wants_plain_operations([weight]):
+        if composite.wants_plain_operations([weight]) and not is_sharded(weight):
             return composite.normalize(self, weight.detach(), 0)[0]
         return self._compute(weight, 0)
 
@@ -260,7 +267,7 @@ class SpectralNormalization(nn.Module):
                 group.advice.unknown()
         plan = self._plan
         if plan is None or plan.settings is not self.settings or not plan.fits([weight]):
-            plan = self._plan = Plan([self], [weight])
+            plan = self._plan = plan_for([self], [weight])
         # It may be written to, which `writes` sees, or be shared: neither goes together with autograd.
         results = plan.normalize(
             [weight],
@@ -282,7 +289,9 @@ class SpectralNormalization(nn.Module):
     def estimate(self, weight: Tensor) -> None:
         """Estimate the vectors of a weight that has nothing to do with the one before."""
         vectors, s = self.vectors(weight), self.settings
-        if not composite.wants_plain_operations([weight]):
+        if is_sharded(weight):
+            ShardedPlan([self], [weight]).estimate_alone(weight)
+        elif not composite.wants_plain_operations([weight]):
             write(
                 vectors,
                 estimate_vectors(weight, self.dim, self.two_sided, hints=vectors, eps=s.eps, backend=s.backend),

@@ -1,0 +1,335 @@
+"""Weights that stay sharded (DTensors) are normalised where they lie: products of parts, and sums over the ranks.
+
+All ranks make the same calls in the same order. So nothing here is decided by what one rank alone has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bssn_fast import reference
+from bssn_fast.calls.arguments import check_weight
+from bssn_fast.calls.contents import version
+from bssn_fast.calls.estimation import (
+    BELONGING,
+    STILL_BELONGING,
+    are_units,
+    start_vectors,
+    until_it_stands_still,
+    write,
+)
+from bssn_fast.calls.hooks import past_hooks
+from bssn_fast.calls.member import Member
+from bssn_fast.calls.plan import Plan, Results, check_memory, signature
+from bssn_fast.distributed.iteration import Layer, Layers, Vectors
+from bssn_fast.distributed.parts import Part
+from bssn_fast.distributed.sharded import (
+    is_managed,
+    is_sharded,
+    layout_of,
+    like,
+    local_of,
+    placements_of,
+    refuse_unfit,
+    refuse_ungathered,
+)
+from bssn_fast.layout import compute_dtype, result_dtype
+
+
+def plan_for(members: Sequence[Member], weights: Sequence[Tensor]) -> Plan | ShardedPlan:
+    """Return a plan for members that `partition` has put together."""
+    return ShardedPlan(members, weights) if is_sharded(weights[0]) else Plan(members, weights)
+
+
+class Found(NamedTuple):
+    """What normalising needs beside the weights: each layer's vectors, which nobody else writes into, and sigma."""
+
+    vectors: list[Vectors]
+    sigma: list[Tensor]
+
+
+class ShardedPlan:
+    """Normalises members whose weights are DTensors, of any meshes, dtypes and settings but the number of iterations.
+
+    As `Plan`, but nothing is kept from one call to the next: whether it still holds, ranks might answer differently.
+    """
+
+    def __init__(self, members: Sequence[Member], weights: Sequence[Tensor], *, gathered: bool = True) -> None:
+        self.members, self.settings = list(members), members[0].settings
+        self.signature = signature(weights)
+        self._gathered = gathered
+        self._unchecked = True
+        self._seen: list[tuple[int, list[int]]] = []  # versions of each layer's weight and vectors, as last evaluated
+        self._lay_out(weights)
+
+    def _lay_out(self, weights: Sequence[Tensor]) -> None:
+        """Find out which parts of the weights this rank has; raise what speaks against normalising one of them."""
+        for m, w in zip(self.members, weights, strict=True):
+            name = f"bssn_fast: {m.name}"
+            check_weight(w, m.dim, name)
+            refuse_unfit(w, name)
+            if self._gathered:
+                refuse_ungathered(w, m, name)
+                if not is_managed(m):
+                    m.placements = placements_of(w)
+        self._layers = [
+            Layer(Part(w), m.dim, m.two_sided, m.settings.eps) for m, w in zip(self.members, weights, strict=True)
+        ]
+        self._dtypes = [compute_dtype(w.dtype) for w in weights]
+        self._all = Layers(self._layers, self._dtypes)
+        self._layouts = list(map(layout_of, weights))
+
+    def normalize(
+        self,
+        weights: Sequence[Tensor],
+        *,
+        iterate: bool,
+        keep: bool = False,
+        protect: bool = False,
+        vectors: Sequence[Sequence[Tensor]] | None = None,
+    ) -> Results:
+        """Return the normalised weights as DTensors that are sharded alike; the arguments are `Plan.normalize`'s.
+
+        Training sends two messages for each power iteration, evaluation one, the backward pass one.
+        """
+        return self.scale(weights, self.measure(weights, iterate=iterate, vectors=vectors))
+
+    @torch.no_grad()
+    def measure(
+        self, weights: Sequence[Tensor], *, iterate: bool, vectors: Sequence[Sequence[Tensor]] | None = None
+    ) -> Found:
+        """Return the vectors, after the members' power iterations if they are wanted, and sigma."""
+        if self._layouts != list(map(layout_of, weights)):
+            self._lay_out(weights)
+        locals_ = self._locals(weights)
+        if vectors is not None:
+            used = [tuple(v) for v in vectors]
+            return Found(used, self._means(self._all.evaluate(locals_, used)[0]))
+        own, failure = self._own_vectors(weights)
+        if self._unchecked:
+            self._begin(weights, locals_, own, failure)
+            self._unchecked = False
+        if iterate:
+            used, sides = self._all.iterate(locals_, own, self.settings.n_power_iterations, failure)
+            for stored, new in zip(own, used, strict=True):
+                write(stored, new)
+        else:
+            sides = self._evaluate(weights, locals_, own, failure)
+            used = [tuple(v.clone() for v in stored) for stored in own]  # a graph keeps them
+        found = Found(used, self._means(sides))
+        for m, sigma in zip(self.members, found.sigma, strict=True):
+            m.measured.sigma, m.measured.index = sigma[None], 0
+        return found
+
+    def scale(self, weights: Sequence[Tensor], found: Found) -> Results:
+        """Return the normalised weights, with a graph if one is wanted, of vectors and sigma that are known."""
+        call = _Call(self._all, [layer.part for layer in self._layers], self.members, found)
+        if not torch.is_grad_enabled() or not any(w.requires_grad for w in weights):
+            return Results([call.scaled(j, w.detach()) for j, w in enumerate(weights)], None, None, found.vectors)
+        with past_hooks():
+            return Results(list(_Scale.apply(call, *weights)), None, None, found.vectors)
+
+    @torch.no_grad()
+    def compute_alone(self, weight: Tensor, n_power_iterations: int) -> tuple[Tensor, Tensor]:
+        """Return the only member's normalised weight, without a graph, and sigma [1], after iterations if any.
+
+        With iterations the first rank's vectors become all ranks'. Without, nothing changes.
+        """
+        local, own = self._locals([weight]), [tuple(self.members[0].vectors(weight))]
+        if n_power_iterations:
+            self._take(own, self._all.of_first_rank(local, own))
+            used, sides = self._all.iterate(local, own, n_power_iterations)
+            write(own[0], used[0])
+        else:
+            sides, _ = self._all.evaluate(local, own)
+        sigma = self._means(sides)
+        return self.scale([weight], Found(own, sigma)).normalized[0], sigma[0][None]
+
+    @torch.no_grad()
+    def estimate_alone(self, weight: Tensor) -> None:
+        """Find the only member's vectors anew: its weight has nothing to do with the one before."""
+        local, own = self._locals([weight]), [tuple(self.members[0].vectors(weight))]
+        self._take(own, self._all.of_first_rank(local, own))
+        self._estimate(0, weight, local[0], own[0])
+
+    def _locals(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        return [local_of(w.detach()).to(dtype) for w, dtype in zip(weights, self._dtypes, strict=True)]
+
+    def _means(self, sides: Sequence[Tensor]) -> list[Tensor]:
+        return [sigma.mean() for sigma in sides]
+
+    def _own_vectors(self, weights: Sequence[Tensor]) -> tuple[list[Vectors], Exception | None]:
+        """Return the members' vectors, or what is wrong with one of them: other ranks must hear of it first."""
+        try:
+            for m, w in zip(self.members, weights, strict=True):
+                check_memory(local_of(w.detach()), f"bssn_fast: the weight of {m.name}")
+            return [tuple(m.vectors(w)) for m, w in zip(self.members, weights, strict=True)], None
+        except Exception as error:
+            return [], error
+
+    def _begin(
+        self, weights: Sequence[Tensor], locals_: list[Tensor], own: list[Vectors], failure: Exception | None
+    ) -> None:
+        """Before the first use: the first rank's vectors become all ranks', and those that cannot be right are found.
+
+        As in `Plan`, vectors that a user seems to have chosen need only be unit vectors.
+        """
+        values = []
+        for m, w, vectors in zip(self.members, weights, own, strict=False):
+            chosen = m.chosen_by_hand(w)
+            values.append((*vectors, vectors[0].new_full((1,), float(chosen is not False))))
+        first = self._all.of_first_rank(locals_, values, (1,), failure)
+        self._take(own, [v[:-1] for v in first])
+        chosen_by_hand = [float(v[-1]) > 0 for v in first]
+        good = [all(are_units(v)) for v in own]
+        for j, found in enumerate(self._belong(locals_, own, BELONGING)):
+            if not good[j] or not (chosen_by_hand[j] or found):
+                self._estimate(j, weights[j], locals_[j], own[j])
+
+    def _evaluate(
+        self, weights: Sequence[Tensor], locals_: list[Tensor], own: list[Vectors], failure: Exception | None
+    ) -> list[Tensor]:
+        """Return each side's sigma, after a look whether the vectors still belong to the weights."""
+        now = [(version(w), [version(v) for v in vectors]) for w, vectors in zip(weights, own, strict=False)]
+        before = self._seen or [(w, [-2] * len(v)) for w, v in now]
+        noticed = [(a[0] != b[0], a[1] != b[1]) for a, b in zip(now, before, strict=True)] or [(False, False)]
+        sides, changes = self._all.evaluate(locals_, own, noticed, failure)
+        if any(map(any, changes)):
+            self._mend(weights, locals_, own, changes)
+            sides, _ = self._all.evaluate(locals_, own)
+            now = [(version(w), [version(v) for v in vectors]) for w, vectors in zip(weights, own, strict=True)]
+        self._seen = now
+        return sides
+
+    def _mend(
+        self, weights: Sequence[Tensor], locals_: list[Tensor], own: list[Vectors], changes: list[list[bool]]
+    ) -> None:
+        """In evaluation: find vectors anew where someone has written into them, or into the weight alone."""
+        self._take(own, self._all.of_first_rank(locals_, own))
+        still = self._belong(locals_, own, STILL_BELONGING)
+        for j, (weight_changed, vectors_changed) in enumerate(changes):
+            good = all(are_units(own[j])) if vectors_changed else still[j] or not weight_changed
+            if not good:
+                self._estimate(j, weights[j], locals_[j], own[j])
+
+    def _take(self, own: list[Vectors], first: Sequence[Vectors]) -> None:
+        """Make the first rank's vectors this one's too."""
+        for vectors, found in zip(own, first, strict=True):
+            if not all(map(torch.equal, vectors, found)):
+                write(vectors, found)
+
+    def _belong(self, locals_: list[Tensor], own: list[Vectors], at_least: float) -> list[bool]:
+        """Whether vectors may be those of the largest singular values, as `estimation.belong` tells it."""
+        now, _ = self._all.evaluate(locals_, own)
+        _, then = self._all.iterate(locals_, own, 1)
+        return [bool((a.abs() >= at_least * b.abs()).all()) for a, b in zip(now, then, strict=True)]
+
+    def _estimate(self, j: int, weight: Tensor, local: Tensor, own: Vectors) -> None:
+        """Find a layer's vectors anew, as `estimation.estimate_vectors` does."""
+        m, alone = self.members[j], Layers([self._layers[j]], [self._dtypes[j]])
+        vectors = [tuple(start_vectors(weight, m.dim, m.two_sided, own))]
+
+        def iterate(n: int) -> float:
+            vectors[:], sides = alone.iterate([local], vectors, n)
+            return float(sides[0].mean())
+
+        until_it_stands_still(iterate)
+        write(own, vectors[0])
+
+
+class _Call(NamedTuple):
+    """What one call of a plan has found, and how to go on with it."""
+
+    layers: Layers
+    parts: list[Part]
+    members: list[Member]
+    found: Found
+
+    def scaled(self, j: int, weight: Tensor) -> Tensor:
+        """Return a normalised weight: this rank scales what it has."""
+        local, sigma, m = local_of(weight), self.found.sigma[j], self.members[j]
+        scaled = local.to(sigma.dtype) * reference.multiplier(sigma, m.settings.scale)
+        return like(scaled.to(result_dtype(weight, m.autocast)), weight)
+
+    def direction(self, j: int, local: Tensor) -> Tensor:
+        """Return this rank's elements of d sigma / d W."""
+        dim = self.members[j].dim
+        vectors = self.parts[j].local_vectors(self.found.vectors[j], dim)
+        return reference.gradient_of_sigma(vectors, local.shape, dim)
+
+    @torch.no_grad()
+    def gradients(self, weights: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return dL/dW, sharded as the weights are, where grads, dL/d(normalised weight), are given."""
+        dtypes = [sigma.dtype for sigma in self.found.sigma]
+        locals_ = [local_of(w.detach()).to(dtype) for w, dtype in zip(weights, dtypes, strict=True)]
+        given = [
+            None if g is None else local_of(_as_sharded(g, w)).to(dtype)
+            for g, w, dtype in zip(grads, weights, dtypes, strict=True)
+        ]
+        found: list[Tensor | None] = []
+        for j, inner in enumerate(self.layers.inner(locals_, given)):
+            g, w, m = given[j], weights[j], self.members[j]
+            if g is None:
+                found.append(None)
+                continue
+            direction = self.direction(j, locals_[j])
+            grad = reference.gradient(g, inner, direction, self.found.sigma[j], m.settings.scale)
+            found.append(like(grad.to(w.dtype), w))
+        return found
+
+    def differentiable_gradients(
+        self, weights: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The same in operations on DTensors, for gradients of gradients: with messages for each layer."""
+        found: list[Tensor | None] = []
+        for j, (w, g) in enumerate(zip(weights, grads, strict=True)):
+            if g is None:
+                found.append(None)
+                continue
+            dtype = self.found.sigma[j].dtype
+            with torch.no_grad():
+                direction = like(self.direction(j, local_of(w)), w)
+            x, grad = w.to(dtype), _as_sharded(g, w).to(dtype)
+            sigma, inner = _everywhere((direction * x).sum()), _everywhere((grad * x).sum())
+            found.append(reference.gradient(grad, inner, direction, sigma, self.members[j].settings.scale).to(w.dtype))
+        return found
+
+
+def _as_sharded(tensor: Any, weight: Any) -> Tensor:
+    """Return a DTensor sharded as the weight is: gradients may come as parts of a sum, or replicated."""
+    found: Tensor = tensor.redistribute(weight.device_mesh, weight.placements)
+    return found
+
+
+def _everywhere(scalar: Any) -> Tensor:
+    """Return a sum over the elements of a DTensor, a DTensor itself, with its value on all ranks."""
+    from torch.distributed.tensor import Replicate  # there already, as there are DTensors
+
+    found: Tensor = scalar.redistribute(placements=[Replicate()] * scalar.device_mesh.ndim)
+    return found
+
+
+class _Scale(torch.autograd.Function):
+    """Autograd's view of weights that are scaled where they lie."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        ctx.save_for_backward(*weights)
+        ctx.set_materialize_grads(False)
+        results = [call.scaled(j, w) for j, w in enumerate(weights)]
+        needed = ctx.needs_input_grad[1:]
+        if not all(needed):
+            ctx.mark_non_differentiable(*[r for r, wanted in zip(results, needed, strict=True) if not wanted])
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[1:], strict=True)]
+        call: _Call = ctx.call
+        differentiate = call.differentiable_gradients if torch.is_grad_enabled() else call.gradients
+        return None, *differentiate(ctx.saved_tensors, wanted)
