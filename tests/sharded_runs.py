@@ -7,7 +7,8 @@ import torch.distributed as dist
 from distributed_runs import full
 from support import vectors_of
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import bssn_fast
@@ -48,11 +49,11 @@ def batches(steps: int) -> list[Tensor]:
 
 
 def train(model: nn.Module, steps: int, *, rank: int = 0, world: int = 1) -> Result:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     losses = []
     for x in batches(steps):
         x = x[rank::world]
-        loss = (model(x) - x.sin().sum(1, keepdim=True)).square().mean()
+        loss = (model(x) - x.sin().mean(1, keepdim=True)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -84,3 +85,78 @@ def tensor_parallel(variant: str, steps: int) -> Result:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = parallelize_module(Network(), mesh, dict(TENSOR_PARALLEL))
     return train(bssn_fast.apply(model, variant), steps)
+
+
+class Mixed(nn.Module):
+    """Layers of all kinds, whose forward works with any sharding: it gathers the normalised weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(5, 7, 3, bias=False)
+        self.back = nn.ConvTranspose2d(3, 6, 3, bias=False)
+        self.grouped = nn.Conv1d(6, 4, 2, groups=2, bias=False)
+        self.linear = nn.Linear(9, 3, bias=False)
+        self.table = nn.Embedding(11, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.new_zeros(())
+        for j, layer in enumerate(self.children()):
+            whole = full_tensor(layer.weight)
+            probe = torch.linspace(-1, 1, whole.numel()).add(j).sin().view_as(whole)
+            total = total + (whole - probe / probe.norm()).square().sum()
+        return total * x.mean() / 30
+
+
+def full_tensor(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+LAYOUTS = {
+    2: {
+        "rows": ((2,), [Shard(0)]),
+        "columns": ((2,), [Shard(1)]),
+        "replicated": ((2,), [Replicate()]),
+    },
+    4: {
+        "uneven rows, some empty": ((4,), [Shard(0)]),
+        "uneven columns, some empty": ((4,), [Shard(1)]),
+        "rows and columns": ((2, 2), [Shard(0), Shard(1)]),
+        "columns and rows": ((2, 2), [Shard(1), Shard(0)]),
+        "rows twice": ((2, 2), [Shard(0), Shard(0)]),
+        "replicas of columns": ((2, 2), [Replicate(), Shard(1)]),
+        "rows of replicas": ((2, 2), [Shard(0), Replicate()]),
+        "kernel positions": ((2, 2), [Shard(-1), Shard(0)]),
+    },
+}
+
+
+def steps_of(model: nn.Module, steps: int) -> Result:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses = []
+    for step in range(steps):
+        loss = model(torch.ones(3) + step / 100)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    found = {"losses": torch.stack(losses), **vectors_of(model)}
+    for name, p in model.named_parameters():
+        found[name], found[f"gradient {name}"] = full(p.detach()), full(p.grad)
+    model.eval()
+    found["evaluated"] = model(torch.ones(3)).detach()
+    return found | {f"sigma {name}": s for name, s in bssn_fast.sigma(model).items()}
+
+
+def layout_alone(variant: str, steps: int) -> Result:
+    torch.manual_seed(0)
+    return steps_of(bssn_fast.apply(Mixed(), variant), steps)
+
+
+def layout(name: str, variant: str, steps: int) -> Result:
+    shape, placements = LAYOUTS[dist.get_world_size()][name]
+    mesh = init_device_mesh("cpu", shape)
+    torch.manual_seed(0)
+    model = Mixed()
+    for layer in model.children():
+        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, placements))
+    return steps_of(bssn_fast.apply(model, variant), steps)
