@@ -51,6 +51,7 @@ def apply(
     update: str = "forward",
     backend: str = "",
     gradient_groups: int = 1,
+    sharded: str = "auto",
 ) -> Model:
     """Normalise the weights of a model's layers by their spectral norms, in place.
 
@@ -81,6 +82,10 @@ def apply(
         gradient_groups: in how many calls the gradients of the weights are computed, at most. With one, all are ready
             at the end of the backward pass; with more, those of the last layers are ready earlier, so that
             DistributedDataParallel sends them while the backward pass goes on.
+        sharded: where sigma of weights that FSDP2 shards is computed: "gather", of the whole weight on each rank, once
+            it is gathered; "reduce", of the shards, in two small messages for each power iteration when the model is
+            called; "auto", the latter for weights that are sharded by tensor parallelism too. docs/distributed.md has
+            the costs.
 
     Returns:
         The model.
@@ -93,7 +98,7 @@ def apply(
         >>> _ = d(torch.zeros(1, 3, 8, 8))
         >>> d = bssn_fast.apply(d, "bssn", scale=1.2)
     """
-    settings = _settings(variant, scale, n_power_iterations, eps, update, backend, gradient_groups)
+    settings = _settings(variant, scale, n_power_iterations, eps, update, backend, gradient_groups, sharded)
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
             "call bssn_fast.apply before wrapping in DistributedDataParallel, which keeps only those buffers equal on "
@@ -137,7 +142,7 @@ def spectral_norm(
     Example:
         >>> layer = bssn_fast.spectral_norm(torch.nn.Linear(20, 40))
     """
-    settings = _settings("sn", None, n_power_iterations, eps, "access", "", 1)
+    settings = _settings("sn", None, n_power_iterations, eps, "access", "", 1, "auto")
     place = own_place(module, name, dim)
     existing = {place: check(place)}
     with all_or_nothing(module):
@@ -172,6 +177,7 @@ def _settings(
     update: str,
     backend: str,
     gradient_groups: int,
+    sharded: str,
 ) -> Settings:
     """Return the settings, iterations and eps 0 if unset; raise ValueError or TypeError for settings out of range."""
     if not isinstance(variant, str) or variant not in VARIANTS:
@@ -181,6 +187,8 @@ def _settings(
         raise ValueError(f"variant {variant!r} has no scale; choose {'ssn' if variant == 'sn' else 'bssn'!r} for one")
     if update not in ("forward", "access"):
         raise ValueError(f"update must be 'forward' or 'access', not {update!r}")
+    if sharded not in ("auto", "gather", "reduce"):
+        raise ValueError(f"sharded must be 'auto', 'gather' or 'reduce', not {sharded!r}")
     groups = whole_number(gradient_groups)
     if groups < 1:
         raise ValueError(f"gradient_groups must be a whole number of at least 1, not {gradient_groups!r}")
@@ -191,7 +199,7 @@ def _settings(
         fewest=1,
     )
     n, smallest = 0 if n_power_iterations is None else n, 0.0 if eps is None else smallest
-    return Settings(variant, c, smallest, n, update, backend, groups)
+    return Settings(variant, c, smallest, n, update, backend, groups, sharded)
 
 
 def _normalized_layers(model: nn.Module) -> list[tuple[Place, SpectralNormalization]]:

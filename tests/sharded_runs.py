@@ -160,3 +160,32 @@ def layout(name: str, variant: str, steps: int) -> Result:
     for layer in model.children():
         layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, placements))
     return steps_of(bssn_fast.apply(model, variant), steps)
+
+
+def sharded_network(variant: str, how: str, blocks: bool, **options: object) -> tuple[nn.Module, int, int]:
+    """Return a network, and which part of each batch this rank takes: the number of the part, and of how many.
+
+    how: gather or reduce (FSDP), hybrid (in groups of replicas), tensor and fsdp, or the same with another `sharded`.
+    """
+    torch.manual_seed(0)
+    world = dist.get_world_size()
+    kind, _, sharded = how.partition(" ")
+    model: nn.Module = Network()
+    if kind == "tensor":
+        mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tensor"))
+        parallelize_module(model, mesh["tensor"], dict(TENSOR_PARALLEL))
+        options["mesh"] = mesh["data"]
+    elif kind == "hybrid":
+        options["mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "data"))
+    bssn_fast.apply(model, variant, sharded=sharded or "auto")
+    if blocks:
+        for block in model.blocks:
+            fully_shard(block, **options)
+    fully_shard(model, **options)
+    parts = world // 2 if kind == "tensor" else world
+    return model, dist.get_rank() // (world // parts), parts
+
+
+def fsdp(variant: str, how: str, blocks: bool, steps: int) -> Result:
+    model, rank, world = sharded_network(variant, how, blocks)
+    return train(model, steps, rank=rank, world=world)

@@ -101,6 +101,26 @@ class Normalizer:
             torch.autograd.graph.increment_version(vectors)  # kernels write past torch's versions
         return Values(normalized, snapshot, sigma)
 
+    @torch.no_grad()
+    def scaled(
+        self,
+        weights: Sequence[Tensor],
+        vectors: Sequence[Sequence[Tensor]],
+        sigma: Sequence[Tensor],
+        dtype: torch.dtype,
+    ) -> Values:
+        """Return the values that known vectors and sigma [] of each weight give."""
+        values = Values(
+            self._outputs.take(dtype, weights[0].device),
+            sigma[0].new_zeros(self.batch.snapshot_size),
+            torch.stack(list(sigma)),
+        )
+        for j, (w, kept) in enumerate(zip(weights, self.batch.snapshot_views(values.snapshot), strict=True)):
+            for to, v in zip(kept, vectors[j], strict=True):
+                to.copy_(v)
+            values.normalized[j].copy_(w.to(sigma[j].dtype) * reference.multiplier(sigma[j], self.scale))
+        return values
+
     def attach(
         self, values: Values, weights: Sequence[Tensor], *, protect: bool = False, readable: bool = False
     ) -> list[Tensor]:

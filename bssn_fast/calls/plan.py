@@ -148,6 +148,14 @@ class Plan:
             self._kept = _Kept.of(weights, own, dtype, values)
         return _attached(normalizer, values, weights, protect, readable)
 
+    def scale(self, weights: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]], sigma: Sequence[Tensor]) -> Results:
+        """Return the normalised weights, with a graph if one is wanted, of vectors and sigma [] that are known."""
+        if self._normalizer is None or composite.wants_plain_operations(weights):
+            return self._in_plain_operations(weights, False, vectors)
+        dtype = result_dtype(weights[0], self.members[0].autocast)
+        values = self._normalizer.scaled(weights, vectors, sigma, dtype)
+        return _attached(self._normalizer, values, weights, False)
+
     def _in_plain_operations(
         self, weights: Sequence[Tensor], iterate: bool, vectors: Sequence[Sequence[Tensor]] | None
     ) -> Results:

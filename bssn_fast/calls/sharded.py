@@ -96,7 +96,7 @@ class ShardedPlan:
 
         Training sends two messages for each power iteration, evaluation one, the backward pass one.
         """
-        return self.scale(weights, self.measure(weights, iterate=iterate, vectors=vectors))
+        return self.scale(weights, *self.measure(weights, iterate=iterate, vectors=vectors))
 
     @torch.no_grad()
     def measure(
@@ -125,8 +125,9 @@ class ShardedPlan:
             m.measured.sigma, m.measured.index = sigma[None], 0
         return found
 
-    def scale(self, weights: Sequence[Tensor], found: Found) -> Results:
-        """Return the normalised weights, with a graph if one is wanted, of vectors and sigma that are known."""
+    def scale(self, weights: Sequence[Tensor], vectors: Sequence[Vectors], sigma: Sequence[Tensor]) -> Results:
+        """Return the normalised weights, with a graph if one is wanted, of vectors and sigma [] that are known."""
+        found = Found(list(vectors), list(sigma))
         call = _Call(self._all, [layer.part for layer in self._layers], self.members, found)
         if not torch.is_grad_enabled() or not any(w.requires_grad for w in weights):
             return Results([call.scaled(j, w.detach()) for j, w in enumerate(weights)], None, None, found.vectors)
@@ -147,7 +148,7 @@ class ShardedPlan:
         else:
             sides, _ = self._all.evaluate(local, own)
         sigma = self._means(sides)
-        return self.scale([weight], Found(own, sigma)).normalized[0], sigma[0][None]
+        return self.scale([weight], own, sigma).normalized[0], sigma[0][None]
 
     @torch.no_grad()
     def estimate_alone(self, weight: Tensor) -> None:

@@ -60,6 +60,7 @@ class Call:
         "frame",
         "grad_enabled",
         "inherited",
+        "measured",
         "others",
         "reads",
         "results",
@@ -75,6 +76,7 @@ class Call:
         self.sources: list[tuple[list[int], Results]] = []  # of the layers with these indices
         self.others: dict[int, Source | None] = {}  # of single layers
         self.inherited = False  # the frame is that of another call, which goes on
+        self.measured: Any = None  # of layers whose weights submodules will gather: see `shards`
         self.children: list[Any] = []  # groups whose calls end with this one
         self.reads: set[object] | None = None  # counted in a model's first calls
 

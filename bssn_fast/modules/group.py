@@ -28,6 +28,7 @@ from bssn_fast.modules import blocks, recomputation, writes
 from bssn_fast.modules.advice import Advice
 from bssn_fast.modules.call import Call, frame_of_call
 from bssn_fast.modules.parametrization import SpectralNormalization, original_of
+from bssn_fast.modules.shards import Shards, found_for
 from bssn_fast.tracing.recording import call_eagerly, is_exporting
 
 
@@ -72,7 +73,8 @@ class Group:
     def __init__(self, layers: Iterable[ParametrizationList]) -> None:
         self._handles: list[RemovableHandle] = []
         self._parent: Group | None = None  # whose calls of the model end those of this one
-        self._children = 0
+        self._children: list[Group] = []  # of submodules that gather their layers' weights
+        self._shards = Shards()
         self.members: list[SpectralNormalization] = []
         self._set_layers(layers)
         self._start()
@@ -110,6 +112,11 @@ class Group:
             self._set_layers(self._pending)
         found = [ref() for ref in self._layers]
         return [layer for layer in found if layer is not None]
+
+    def named(self) -> list[tuple[SpectralNormalization, ParametrizationList]]:
+        """Return the layers and their parametrizations."""
+        layers = self.layers()
+        return list(zip(self.members, layers, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its plans anew, for its own layers
         state = {**self.__dict__, "_pending": self.layers()}  # whose parts may not all have been copied yet
@@ -172,6 +179,9 @@ class Group:
             self._normalize(call, chosen)
         if self.advice.called(any(m.training for m in self.members), any(chosen.iterating)):
             call.reads = set()
+        if self._children and not blocks.any_block() and not recomputation.in_backward():
+            left = [(norm, original_of(layer)) for g in self._children for norm, layer in g.named()]
+            call.measured = self._shards.measure([norm for norm, _ in left], [w for _, w in left])
         return call
 
     def _choose(self, call: Call, layers: list[ParametrizationList], before: Call | None) -> _Chosen:
@@ -244,17 +254,24 @@ class Group:
 
     def _normalize(self, call: Call, chosen: _Chosen) -> None:
         plans = self._plans(chosen)
+        parent = self._parent.calls.get(get_ident()) if self._parent is not None else None
+        measured = parent.measured if parent is not None and parent.running() else None
         for plan, part in plans:
             iterate = chosen.iterating[part[0]]
             cached = [blocks.block_of(chosen.members[p]) for p in part] if blocks.any_block() else []
             weights = [chosen.weights[p] for p in part]
-            results = plan.normalize(
-                weights,
-                iterate=iterate,
-                keep=chosen.vectors is None and (not iterate or (bool(cached) and None not in cached)),
-                protect=any(block is not None for block in cached),
-                readable=chosen.readable,
-                vectors=None if chosen.vectors is None else [chosen.vectors[p] or () for p in part],
+            found = found_for([chosen.members[p] for p in part], measured)
+            results = (
+                plan.scale(weights, *found)
+                if found is not None and chosen.vectors is None
+                else plan.normalize(
+                    weights,
+                    iterate=iterate,
+                    keep=chosen.vectors is None and (not iterate or (bool(cached) and None not in cached)),
+                    protect=any(block is not None for block in cached),
+                    readable=chosen.readable,
+                    vectors=None if chosen.vectors is None else [chosen.vectors[p] or () for p in part],
+                )
             )
             indices = [chosen.indices[p] for p in part]
             call.put(indices, weights, results.normalized)
@@ -312,10 +329,10 @@ class Group:
             found = [layer for layer in left if id(layer) in inside]
             if found:
                 left = [layer for layer in left if id(layer) not in inside]
-                self._children += 1
                 self.discard([cast(SpectralNormalization, layer[0]) for layer in found])
                 child = Group(found)
                 child._parent = self
+                self._children.append(child)
                 child.hook(module, first=False)  # FSDP's own hook gathers the weights
 
     def _begin_recorded(self) -> None:

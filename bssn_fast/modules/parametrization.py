@@ -47,6 +47,7 @@ class Settings(NamedTuple):
     update: str
     backend: str
     gradient_groups: int
+    sharded: str
 
 
 class _Beginning(NamedTuple):

@@ -1,0 +1,71 @@
+"""Layers whose weights FSDP gathers in the course of a model's call: what their shards tell before.
+
+Such layers are normalised by the submodule that gathers their weights. Sigma can be known by then: from sums over the
+ranks of what each shard gives, for all layers together when the model's call begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from bssn_fast.calls.plan import partition, signature
+from bssn_fast.calls.sharded import Found, ShardedPlan
+from bssn_fast.distributed.sharded import is_sharded
+from bssn_fast.modules.parametrization import SpectralNormalization
+
+
+class Measured(NamedTuple):
+    """One layer's vectors and sigma in a call of the model."""
+
+    vectors: tuple[Tensor, ...]
+    sigma: Tensor
+
+
+def wants_reduction(norm: SpectralNormalization, weight: Tensor) -> bool:
+    """Whether sigma of a sharded weight is to be found before it is gathered.
+
+    Gathered weights cost nothing but arithmetic, as they are gathered anyway: so they are normalised whole, unless they
+    are parts again, of tensor parallelism. Then every submodule would send messages of its own.
+    """
+    how = norm.settings.sharded
+    return is_sharded(weight) and (how == "reduce" or (how == "auto" and bool(norm.placements)))
+
+
+class Shards:
+    """Finds sigma of layers from the shards of their weights, in the same messages for all."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._plans: list[tuple[ShardedPlan, list[int]]] = []
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy makes its plans anew
+        return {"_key": None, "_plans": []}
+
+    def measure(self, norms: Sequence[SpectralNormalization], weights: Sequence[Tensor]) -> dict[int, Measured]:
+        """Return what was found for each layer, by id, after the power iterations of those in training."""
+        chosen = [j for j, (norm, w) in enumerate(zip(norms, weights, strict=True)) if wants_reduction(norm, w)]
+        norms, weights = [norms[j] for j in chosen], [weights[j] for j in chosen]
+        training = [norm.training for norm in norms]
+        key = (norms, signature(weights), training, [norm.settings for norm in norms])
+        if key != self._key:
+            parts = partition(norms, weights, training)
+            self._plans = [
+                (ShardedPlan([norms[j] for j in part], [weights[j] for j in part], gathered=False), part)
+                for part in parts
+            ]
+            self._key = key
+        found: dict[int, Measured] = {}
+        for plan, part in self._plans:
+            vectors, sigma = plan.measure([weights[j] for j in part], iterate=training[part[0]])
+            found.update((id(norms[j]), Measured(v, s)) for j, v, s in zip(part, vectors, sigma, strict=True))
+        return found
+
+
+def found_for(norms: Sequence[SpectralNormalization], measured: dict[int, Measured] | None) -> Found | None:
+    """Return what was found for these layers, if it was for all of them."""
+    found = [measured.get(id(norm)) for norm in norms] if measured else [None]
+    known = [m for m in found if m is not None]
+    return Found([m.vectors for m in known], [m.sigma for m in known]) if len(known) == len(found) else None
