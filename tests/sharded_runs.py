@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from distributed_runs import full
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import bssn_fast
 
@@ -162,10 +166,11 @@ def layout(name: str, variant: str, steps: int) -> Result:
     return steps_of(bssn_fast.apply(model, variant), steps)
 
 
-def sharded_network(variant: str, how: str, blocks: bool, **options: object) -> tuple[nn.Module, int, int]:
+def sharded_network(variant: str, how: str, blocks: bool, n: int = 1, **options: object) -> tuple[nn.Module, int, int]:
     """Return a network, and which part of each batch this rank takes: the number of the part, and of how many.
 
-    how: gather or reduce (FSDP), hybrid (in groups of replicas), tensor and fsdp, or the same with another `sharded`.
+    variant: empty for a network that is not normalised.
+    how: "fsdp", "hybrid" (in groups of replicas) or "tensor" (and FSDP), and what `apply` is told to do.
     """
     torch.manual_seed(0)
     world = dist.get_world_size()
@@ -177,7 +182,8 @@ def sharded_network(variant: str, how: str, blocks: bool, **options: object) -> 
         options["mesh"] = mesh["data"]
     elif kind == "hybrid":
         options["mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "data"))
-    bssn_fast.apply(model, variant, sharded=sharded or "auto")
+    if variant:
+        bssn_fast.apply(model, variant, sharded=sharded, n_power_iterations=n)
     if blocks:
         for block in model.blocks:
             fully_shard(block, **options)
@@ -189,3 +195,96 @@ def sharded_network(variant: str, how: str, blocks: bool, **options: object) -> 
 def fsdp(variant: str, how: str, blocks: bool, steps: int) -> Result:
     model, rank, world = sharded_network(variant, how, blocks)
     return train(model, steps, rank=rank, world=world)
+
+
+class Messages(TorchDispatchMode):
+    """Records what is sent: name and bytes of each collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        name = func.name()
+        if name.startswith(("c10d::", "_c10d_functional::")) and "wait" not in name:
+            tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+            self.sent.append((name.partition("::")[2], max((x.nbytes for x in tensors), default=0)))
+        return func(*args, **(kwargs or {}))
+
+    def take(self) -> list[tuple[str, int]]:
+        found, self.sent = self.sent, []
+        return found
+
+
+def added(with_: list[tuple[str, int]], without: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Return the messages that are there beside those of a model that is not normalised."""
+    left = list(with_)
+    for message in without:
+        left.remove(message)
+    return left
+
+
+def messages(variant: str, how: str, blocks: bool, n: int) -> dict[str, list[tuple[str, int]]]:
+    """What normalisation sends in a training step, forward and backward, and in evaluation, once it is under way."""
+    found: dict[str, list[list[tuple[str, int]]]] = {}
+    for normalized in (True, False):
+        if how == "tensor parallel":
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            model = parallelize_module(Network(), mesh, dict(TENSOR_PARALLEL))
+            if normalized:
+                bssn_fast.apply(model, variant, n_power_iterations=n)
+        else:
+            model, _, _ = sharded_network(variant if normalized else "", how, blocks, n=n)
+        x = batches(1)[0]
+        for _ in range(2):
+            with Messages() as sent:
+                loss = model(x).square().mean()
+                forward = sent.take()
+                loss.backward()
+                backward = sent.take()
+        model.eval()
+        with torch.no_grad():
+            for _ in range(2):
+                with Messages() as sent:
+                    model(x)
+                    evaluation = sent.take()
+        for name, value in (("forward", forward), ("backward", backward), ("evaluation", evaluation)):
+            found.setdefault(name, []).append(value)
+    return {name: added(*both) for name, both in found.items()}
+
+
+def fails_on_one_rank(what: str) -> str:
+    """What each rank hears when one of them fails inside the normalisation."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = bssn_fast.apply(parallelize_module(Network(), mesh, dict(TENSOR_PARALLEL)))
+    x = batches(1)[0]
+    model(x)
+    norm = model.blocks[0].up.parametrizations.weight[0]
+    before = norm._u.clone()
+    if dist.get_rank() == 1:
+        if what == "vectors":
+            norm._buffers["_v"] = torch.ones(3)
+        else:
+            norm._v.untyped_storage().resize_(0)
+    try:
+        model(x)
+    except (RuntimeError, ValueError) as error:
+        assert torch.equal(norm._u, before)
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def ends_in_a_step(rank: int, folder: str) -> None:
+    """Train until rank 1 fails in a forward; write down what each rank was told."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    model = bssn_fast.apply(parallelize_module(Network(), mesh, dict(TENSOR_PARALLEL)))
+    try:
+        for step, x in enumerate(batches(3)):
+            if (rank, step) == (1, 2):
+                raise ValueError("this rank has failed")
+            model(x).sum().backward()
+    except Exception as error:
+        (Path(folder) / str(rank)).write_text(str(error))
+        raise

@@ -51,10 +51,100 @@ def test_tensor_parallel_is_one_process(ranks, four, variant):
         assert_one_process(found.run(runs.tensor_parallel, variant, 20), expected)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("world", "name"), [(w, n) for w, names in runs.LAYOUTS.items() for n in names])
-def test_every_layout_is_one_process(request, world, name, variant):
+def test_every_layout_is_one_process(request, world, name):
     found = request.getfixturevalue("four" if world == 4 else "ranks")
-    expected = runs.layout_alone(variant, 20)
-    assert_trained(expected)
-    assert_one_process(found.run(runs.layout, name, variant, 20), expected)
+    for variant in VARIANTS:
+        expected = runs.layout_alone(variant, 20)
+        assert_trained(expected)
+        assert_one_process(found.run(runs.layout, name, variant, 20), expected)
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["root", "blocks"])
+@pytest.mark.parametrize("how", ["fsdp gather", "fsdp reduce"])
+def test_fsdp_is_one_process(ranks, how, blocks):
+    for variant in VARIANTS:
+        assert_one_process(ranks.run(runs.fsdp, variant, how, blocks, 20), runs.alone(variant, 20))
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["root", "blocks"])
+@pytest.mark.parametrize("how", ["fsdp reduce", "hybrid gather", "hybrid reduce", "tensor auto", "tensor gather"])
+def test_two_dimensions_are_one_process(four, how, blocks):
+    for variant in VARIANTS:
+        assert_one_process(four.run(runs.fsdp, variant, how, blocks, 20), runs.alone(variant, 20))
+
+
+UP, DOWN = (20, 10), (10, 20)
+EMBED, HEAD = (10, 7), (1, 10)
+ALL = (EMBED, UP, DOWN, UP, DOWN, HEAD)
+BLOCK = (UP, DOWN)
+BLOCKS = BLOCK * 2
+
+
+def two_halves(shapes):
+    """Bytes of the sums of an iteration in fp32, and a number that tells of failures."""
+    return [4 * (sum(c[j] for c in shapes) + 1) for j in range(2)]
+
+
+def numbers(layers, each=1):
+    return 4 * (layers * each + 1)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_messages_of_tensor_parallel(ranks, variant, n):
+    """Linear layers have one direction in each variant. In evaluation three numbers go for each layer."""
+    for sent in ranks.run(runs.messages, variant, "tensor parallel", False, n):
+        assert sizes(sent) == {
+            "forward": two_halves(ALL) * n,
+            "backward": [numbers(6)],
+            "evaluation": [numbers(6, 3)],
+        }
+
+
+@pytest.mark.parametrize(("how", "blocks"), [("fsdp auto", True), ("fsdp gather", True), ("fsdp reduce", False)])
+def test_gathered_weights_need_no_messages(ranks, how, blocks):
+    for sent in ranks.run(runs.messages, "bssn", how, blocks, 1):
+        assert sizes(sent) == {"forward": [], "backward": [], "evaluation": []}
+
+
+def test_messages_of_fsdp_that_is_told_to_reduce(ranks):
+    for sent in ranks.run(runs.messages, "bssn", "fsdp reduce", True, 1):
+        assert sizes(sent) == {"forward": two_halves(BLOCKS), "backward": [], "evaluation": [numbers(4, 3)]}
+
+
+@pytest.mark.parametrize(
+    ("how", "of_blocks"), [("tensor auto", two_halves(BLOCKS)), ("tensor gather", two_halves(BLOCK) * 2)]
+)
+def test_messages_of_two_dimensions(four, how, of_blocks):
+    for sent in four.run(runs.messages, "sn", how, True, 1):
+        assert sizes(sent)["forward"] == two_halves((EMBED, HEAD)) + of_blocks
+        assert sizes(sent)["backward"] == [numbers(2)] * 3
+
+
+def sizes(sent):
+    assert {name for messages in sent.values() for name, _ in messages} <= {"allreduce_"}
+    return {when: [size for _, size in messages] for when, messages in sent.items()}
+
+
+@pytest.mark.parametrize("what", ["vectors", "memory"])
+def test_a_failure_inside_is_heard_by_all_ranks(ranks, what):
+    """Before anything has changed, and with the layer's name."""
+    first, second = ranks.run(runs.fails_on_one_rank, what)
+    kind, text = ("ValueError", "does not fit its layer") if what == "vectors" else ("RuntimeError", "has been freed")
+    assert second.startswith(f"{kind}: bssn_fast: ")
+    assert "blocks.0.up" in second
+    assert text in second
+    assert first == f"RuntimeError: bssn_fast: rank 1 has failed: {second}"
+
+
+def test_a_process_that_ends_ends_the_others(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=runs.ends_in_a_step, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 1
+    assert (tmp_path / "1").read_text() == "this rank has failed"
+    assert "onnection" in (tmp_path / "0").read_text()

@@ -1,0 +1,189 @@
+"""What else is done with sharded models: mixed precision, moving averages, checkpoints, recomputation, compilation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from distributed_runs import full
+from sharded_runs import TENSOR_PARALLEL, Network, Result, batches, sharded_network
+from support import vectors_of
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils.checkpoint import checkpoint
+
+import bssn_fast
+
+HOWS = ("fsdp gather root", "fsdp gather blocks", "fsdp reduce blocks", "tensor parallel")
+STEPS = 6
+
+
+def build(how: str, **options: object) -> nn.Module:
+    """Return the network in one of the HOWS; all ranks take the same data. An empty `how` is one process."""
+    torch.manual_seed(0)
+    if not how:
+        return bssn_fast.apply(Network())
+    if how == "tensor parallel":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        return bssn_fast.apply(parallelize_module(Network(), mesh, dict(TENSOR_PARALLEL)))
+    kind, _, where = how.rpartition(" ")
+    return sharded_network("bssn", kind, where == "blocks", **options)[0]
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=1e-3)
+
+
+def loss_of(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return (call(x).float() - x.sin().mean(1, keepdim=True)).square().mean()
+
+
+def steps(
+    model: nn.Module,
+    data: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    call: Callable[[Tensor], Tensor] | None = None,
+    after: Callable[[], None] = lambda: None,
+    twice: bool = False,
+) -> Result:
+    """Train; after: called at the end of each step. twice: two forwards before each backward, in a block."""
+    losses = []
+    for x in data:
+        with bssn_fast.cached(model) if twice else contextlib.nullcontext():
+            loss = loss_of(call or model, x)
+            if twice:
+                loss = loss + loss_of(call or model, -x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        after()
+        losses.append(loss.detach())
+    return {"losses": torch.stack(losses), **state(model)}
+
+
+def state(model: nn.Module) -> Result:
+    return {**vectors_of(model), **{name: full(p.detach()).float() for name, p in model.named_parameters()}}
+
+
+def plain(how: str) -> Result:
+    model = build(how)
+    return steps(model, batches(STEPS), optimizer_of(model))
+
+
+def bf16(how: str) -> Result:
+    """Weights are gathered in bfloat16; weights and gradients that are sharded are in float32."""
+    if how:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        model = build(how, mp_policy=policy)
+        found = steps(model, batches(STEPS), optimizer_of(model))
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        assert all(b.dtype == torch.float32 for b in model.buffers())
+        return found
+    master, model = build(""), build("")
+    model = model.bfloat16()
+    optimizer = optimizer_of(master)
+    losses = []
+    for x in batches(STEPS):
+        with torch.no_grad():
+            for p, own in zip(model.parameters(), master.parameters(), strict=True):
+                p.copy_(own)
+                p.grad = None
+        loss = loss_of(lambda x: model(x.bfloat16()), x)
+        loss.backward()
+        for p, own in zip(model.parameters(), master.parameters(), strict=True):
+            own.grad = p.grad.float()
+        optimizer.step()
+        losses.append(loss.detach())
+    return {"losses": torch.stack(losses), **state(master), **vectors_of(model)}
+
+
+def ema(how: str) -> Result:
+    """A moving average of weights and vectors in a model that is sharded alike, evaluated after training."""
+    model, average = build(how), build(how).eval()
+
+    @torch.no_grad()
+    def follow() -> None:
+        for mean, now in zip(
+            [*average.parameters(), *average.buffers()], [*model.parameters(), *model.buffers()], strict=True
+        ):
+            mean.lerp_(now, 0.3)
+
+    found = steps(model, batches(STEPS), optimizer_of(model), after=follow)
+    with torch.no_grad():
+        outputs = [average(x) for x in batches(2)]
+    return {**found, "outputs": torch.stack(outputs), **{f"mean {k}": v for k, v in state(average).items()}}
+
+
+def resume(how: str, folder: str) -> tuple[Result, Result]:
+    """What a training gives that goes on, and one that begins from its distributed checkpoint."""
+    data = batches(STEPS)
+    model = build(how)
+    optimizer = optimizer_of(model)
+    steps(model, data[:3], optimizer)
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    straight = steps(model, data[3:], optimizer)
+    torch.manual_seed(7)
+    again = build(how)
+    with torch.no_grad():
+        for tensor in (*again.parameters(), *again.buffers()):
+            tensor.mul_(1.5)
+    optimizer = optimizer_of(again)
+    weights, moments = get_state_dict(again, optimizer)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    set_state_dict(again, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    return straight, steps(again, data[3:], optimizer)
+
+
+def cached(how: str) -> Result:
+    model = build(how)
+    return steps(model, batches(STEPS), optimizer_of(model), twice=True)
+
+
+def recompute(how: str) -> Result:
+    model = build(how)
+    for block in model.blocks:
+        block.forward = Recomputing(block.forward)
+    return steps(model, batches(STEPS), optimizer_of(model))
+
+
+class Recomputing:
+    def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
+        self.forward = forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return checkpoint(self.forward, x, use_reentrant=False)
+
+
+def compiled(how: str) -> Result:
+    torch._dynamo.reset()
+    model = build(how)
+    return steps(model, batches(STEPS), optimizer_of(model), call=torch.compile(model, backend="aot_eager"))
+
+
+def double_backward(how: str) -> Result:
+    """A gradient penalty on the weights."""
+    model = build(how)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    losses = []
+    for x in batches(3):
+        parameters = [p for p in model.parameters() if p.ndim > 1]
+        loss = loss_of(model, x)
+        grads = torch.autograd.grad(loss, parameters, create_graph=True)
+        penalty = sum(full_sum(g.square()) for g in grads)
+        optimizer.zero_grad()
+        (loss + penalty).backward()
+        optimizer.step()
+        losses.append((loss + penalty).detach())
+    return {"losses": torch.stack(losses), **state(model)}
+
+
+def full_sum(x: Tensor) -> Tensor:
+    total = x.sum()
+    return total.full_tensor() if hasattr(total, "full_tensor") else total

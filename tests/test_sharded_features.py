@@ -1,0 +1,50 @@
+"""Sharded models in two processes: mixed precision, moving averages, checkpoints, recomputation, compilation."""
+
+from __future__ import annotations
+
+import pytest
+import sharded_features as features
+import torch
+import torch.distributed
+from ranks import Ranks
+from test_sharded import assert_bit_equal, assert_one_process
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    found = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("how", features.HOWS)
+@pytest.mark.parametrize("feature", ["cached", "recompute", "ema", "compiled"])
+def test_features_are_one_process(ranks, feature, how):
+    run = getattr(features, feature)
+    assert_one_process(ranks.run(run, how), run(""))
+
+
+@pytest.mark.parametrize("how", features.HOWS)
+def test_a_distributed_checkpoint_goes_on(ranks, how, tmp_path):
+    for straight, again in ranks.run(features.resume, how, str(tmp_path)):
+        assert_bit_equal([again], straight)
+
+
+@pytest.mark.parametrize("how", features.HOWS[:2])
+def test_bf16_is_one_process_bit_by_bit(ranks, how):
+    """The gathered weights are those of a model in bfloat16, and so is all that is computed with them."""
+    assert_bit_equal(ranks.run(features.bf16, how), features.bf16(""))
+
+
+def test_bf16_with_sigma_of_the_shards(ranks):
+    """Sigma is that of the weights in float32, and not of their rounded copies."""
+    results = ranks.run(features.bf16, "fsdp reduce blocks")
+    assert_bit_equal(results[1:], results[0])
+    for name, value in features.bf16("").items():
+        torch.testing.assert_close(results[0][name], value, rtol=0.02, atol=0.01, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gradients_of_gradients_of_tensor_parallel_weights(ranks):
+    assert_one_process(ranks.run(features.double_backward, "tensor parallel"), features.double_backward(""))
