@@ -51,6 +51,15 @@ def refuse_sharded(weight: Tensor, name: str) -> None:
         )
 
 
+def refuse_traced(weight: Tensor, name: str) -> None:
+    """Raise ShardedWeightError for a sharded weight in what torch.compile traces: messages are sent by eager code."""
+    if is_sharded(weight):
+        raise ShardedWeightError(
+            f"{name}: a sharded weight cannot be normalised in a compiled function. Compile the model itself, "
+            "`torch.compile(model)`, or its blocks: the weights are then normalised before compiled code begins"
+        )
+
+
 def refuse_ungathered(weight: Tensor, module: Any, name: str) -> None:
     """Raise ShardedWeightError for a weight that FSDP has not gathered.
 
