@@ -154,7 +154,7 @@ class Plan:
             return self._in_plain_operations(weights, False, vectors)
         dtype = result_dtype(weights[0], self.members[0].autocast)
         values = self._normalizer.scaled(weights, vectors, sigma, dtype)
-        return _attached(self._normalizer, values, weights, False)
+        return _attached(self._normalizer, values, weights, protect=False, readable=False)
 
     def _in_plain_operations(
         self, weights: Sequence[Tensor], iterate: bool, vectors: Sequence[Sequence[Tensor]] | None

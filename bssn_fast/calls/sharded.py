@@ -60,11 +60,15 @@ class ShardedPlan:
 
     def __init__(self, members: Sequence[Member], weights: Sequence[Tensor], *, gathered: bool = True) -> None:
         self.members, self.settings = list(members), members[0].settings
-        self.signature = signature(weights)
+        self._signature = signature(weights)
         self._gathered = gathered
         self._unchecked = True
         self._seen: list[tuple[int, list[int]]] = []  # versions of each layer's weight and vectors, as last evaluated
         self._lay_out(weights)
+
+    def fits(self, weights: Sequence[Tensor]) -> bool:
+        """Whether the plan is for such weights; where their parts lie is looked at in each call."""
+        return self._signature == signature(weights)
 
     def _lay_out(self, weights: Sequence[Tensor]) -> None:
         """Find out which parts of the weights this rank has; raise what speaks against normalising one of them."""
@@ -90,6 +94,7 @@ class ShardedPlan:
         iterate: bool,
         keep: bool = False,
         protect: bool = False,
+        readable: bool = False,
         vectors: Sequence[Sequence[Tensor]] | None = None,
     ) -> Results:
         """Return the normalised weights as DTensors that are sharded alike; the arguments are `Plan.normalize`'s.
