@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 import bssn_fast
+import bssn_fast.diagnostics
 
 HOWS = ("fsdp gather root", "fsdp gather blocks", "fsdp reduce blocks", "tensor parallel")
 STEPS = 6
@@ -184,3 +186,53 @@ def double_backward(sharded: bool) -> Result:
     (second,) = torch.autograd.grad(full(first.square().sum()), original, create_graph=True)
     (third,) = torch.autograd.grad(full(second.square().mean()), original)
     return {"first": full(first.detach()), "second": full(second.detach()), "third": full(third)}
+
+
+def corners(how: str) -> Result:
+    """What else a normalised model is asked for, in one go."""
+    found: Result = {}
+    x = batches(1)[0]
+    model = build(how)
+    layer = model.blocks[0].up
+    found["read in training"] = full(layer.weight.detach())
+    found["summary"] = torch.tensor([float(line.split()[-1]) for line in bssn_fast.summary(model).splitlines()[1:]])
+    originals(model)[0].requires_grad_(False)
+    model(x).sum().backward()
+    found["of a frozen weight"] = torch.tensor(float(originals(model)[0].grad is None))
+    for name, measured in bssn_fast.diagnostics.measure(model).items():
+        found[f"measured {name}"] = torch.tensor([value for value in measured if value is not None])
+    copied = copy.deepcopy(model)
+    found["copied"] = copied(x).detach()
+    found["its original"] = model(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        found["autocast"] = model(x).detach().float()
+    model.eval()
+    found["read in evaluation"] = full(layer.weight.detach())
+    with torch.no_grad():
+        original = layer.parametrizations.weight.original
+        kept = original.detach().clone()
+        original.zero_()
+        found["zeros"] = torch.cat([full(layer.weight).flatten(), bssn_fast.sigma(model)["blocks.0.up"][None]])
+        original.fill_(float("nan"))
+        found["NaN"] = full(layer.weight).isnan().float()
+        model.train()
+        model(x)  # does not spoil the vectors
+        original.copy_(kept)
+        model.eval()
+        found["after NaN"] = model(x)
+    layer.weight = kept * -2 + 1
+    found["assigned"] = full(layer.weight.detach())
+    plain_state = {n.replace("parametrizations.weight.original", "weight"): p for n, p in model.named_parameters()}
+    loaded = build(how)
+    loaded.load_state_dict(plain_state)
+    found["loaded"] = loaded.eval()(x).detach()
+    bssn_fast.remove(model)
+    found["removed"] = model(x).detach()
+    found |= {f"plain {name}": full(p.detach()) for name, p in model.named_parameters()}
+    bssn_fast.apply(model, "sn", update="access", n_power_iterations=2)
+    found["access"] = full(model.train().head.weight.detach())
+    return found
+
+
+def originals(model: nn.Module) -> list[Tensor]:
+    return [p for name, p in model.named_parameters() if name.endswith("original")]

@@ -26,6 +26,17 @@ def test_features_are_one_process(ranks, feature, how):
     assert_one_process(ranks.run(run, how), run(""))
 
 
+def test_all_else_of_tensor_parallel_is_one_process(ranks):
+    expected = features.corners("")
+    results = ranks.run(features.corners, "tensor parallel")
+    assert_bit_equal(results[1:], results[0])
+    for name, value in expected.items():
+        atol = 0.1 if name == "autocast" else 2e-5
+        torch.testing.assert_close(
+            results[0][name], value, rtol=1e-5, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
 @pytest.mark.parametrize("how", features.HOWS)
 def test_a_distributed_checkpoint_goes_on(ranks, how, tmp_path):
     for straight, again in ranks.run(features.resume, how, str(tmp_path)):

@@ -45,6 +45,11 @@ def plan_for(members: Sequence[Member], weights: Sequence[Tensor]) -> Plan | Sha
     return ShardedPlan(members, weights) if is_sharded(weights[0]) else Plan(members, weights)
 
 
+def estimate_sharded(member: Member, weight: Tensor, hints: Sequence[Tensor | None]) -> Vectors:
+    """Return vectors of a sharded weight that is to become the member's, as `estimation.estimate_vectors` does."""
+    return ShardedPlan([member], [weight], gathered=False).estimated_alone(weight, hints)
+
+
 class Found(NamedTuple):
     """What normalising needs beside the weights: each layer's vectors, which nobody else writes into, and sigma."""
 
@@ -160,7 +165,12 @@ class ShardedPlan:
         """Find the only member's vectors anew: its weight has nothing to do with the one before."""
         local, own = self._locals([weight]), [tuple(self.members[0].vectors(weight))]
         self._take(own, self._all.of_first_rank(local, own))
-        self._estimate(0, weight, local[0], own[0])
+        write(own[0], self._estimated(0, weight, local[0], own[0]))
+
+    @torch.no_grad()
+    def estimated_alone(self, weight: Tensor, hints: Sequence[Tensor | None]) -> Vectors:
+        """Return vectors of a weight that is to become the only member's."""
+        return self._estimated(0, weight, self._locals([weight])[0], hints)
 
     def _locals(self, weights: Sequence[Tensor]) -> list[Tensor]:
         return [local_of(w.detach()).to(dtype) for w, dtype in zip(weights, self._dtypes, strict=True)]
@@ -194,7 +204,7 @@ class ShardedPlan:
         good = [all(are_units(v)) for v in own]
         for j, found in enumerate(self._belong(locals_, own, BELONGING)):
             if not good[j] or not (chosen_by_hand[j] or found):
-                self._estimate(j, weights[j], locals_[j], own[j])
+                write(own[j], self._estimated(j, weights[j], locals_[j], own[j]))
 
     def _evaluate(
         self, weights: Sequence[Tensor], locals_: list[Tensor], own: list[Vectors], failure: Exception | None
@@ -220,7 +230,7 @@ class ShardedPlan:
         for j, (weight_changed, vectors_changed) in enumerate(changes):
             good = all(are_units(own[j])) if vectors_changed else still[j] or not weight_changed
             if not good:
-                self._estimate(j, weights[j], locals_[j], own[j])
+                write(own[j], self._estimated(j, weights[j], locals_[j], own[j]))
 
     def _take(self, own: list[Vectors], first: Sequence[Vectors]) -> None:
         """Make the first rank's vectors this one's too."""
@@ -232,19 +242,20 @@ class ShardedPlan:
         """Whether vectors may be those of the largest singular values, as `estimation.belong` tells it."""
         now, _ = self._all.evaluate(locals_, own)
         _, then = self._all.iterate(locals_, own, 1)
-        return [bool((a.abs() >= at_least * b.abs()).all()) for a, b in zip(now, then, strict=True)]
+        # No number is less than that of a weight that is not finite.
+        return [not bool((a.abs() < at_least * b.abs()).any()) for a, b in zip(now, then, strict=True)]
 
-    def _estimate(self, j: int, weight: Tensor, local: Tensor, own: Vectors) -> None:
-        """Find a layer's vectors anew, as `estimation.estimate_vectors` does."""
+    def _estimated(self, j: int, weight: Tensor, local: Tensor, hints: Sequence[Tensor | None]) -> Vectors:
+        """Return vectors of a layer's weight, as `estimation.estimate_vectors` does."""
         m, alone = self.members[j], Layers([self._layers[j]], [self._dtypes[j]])
-        vectors = [tuple(start_vectors(weight, m.dim, m.two_sided, own))]
+        vectors = [tuple(start_vectors(weight, m.dim, m.two_sided, hints))]
 
         def iterate(n: int) -> float:
             vectors[:], sides = alone.iterate([local], vectors, n)
             return float(sides[0].mean())
 
         until_it_stands_still(iterate)
-        write(own, vectors[0])
+        return vectors[0]
 
 
 class _Call(NamedTuple):

@@ -23,6 +23,12 @@ def local_of(tensor: Tensor) -> Tensor:
     return cast(Any, tensor).to_local()
 
 
+def whole_of(tensor: Tensor) -> Tensor:
+    """Return the whole of a DTensor, which all ranks must ask for; another tensor as it is."""
+    found: Tensor = cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
+    return found
+
+
 def like(local: Tensor, weight: Tensor) -> Tensor:
     """Return a DTensor of this rank's elements, sharded as the weight is."""
     w: Any = weight
