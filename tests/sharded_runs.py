@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from distributed_runs import full
 from support import vectors_of
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -288,3 +289,35 @@ def ends_in_a_step(rank: int, folder: str) -> None:
     except Exception as error:
         (Path(folder) / str(rank)).write_text(str(error))
         raise
+
+
+def refusals() -> dict[str, str]:
+    """What is said where a sharded weight cannot be normalised."""
+    said: dict[str, str] = {}
+
+    def refuse(what: str, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except (TypeError, ValueError, RuntimeError) as error:
+            said[what] = str(error)
+
+    mesh = init_device_mesh("cpu", (2,))
+
+    def layer(placement: Placement, dtype: torch.dtype = torch.float32) -> nn.Module:
+        found = nn.Linear(4, 4).to(dtype)
+        found.weight = nn.Parameter(DTensor.from_local(found.weight.detach(), mesh, [placement]))
+        found.bias = nn.Parameter(DTensor.from_local(found.bias.detach(), mesh, [placement]))
+        return nn.Sequential(found)
+
+    refuse("partial", lambda: bssn_fast.apply(layer(Partial())))
+    refuse("complex", lambda: bssn_fast.apply(layer(Shard(0), torch.complex64)))
+    refuse("vector", lambda: bssn_fast.apply(layer(Shard(0)), names=["0.bias"]))
+    weight = layer(Shard(0))[0].weight
+    refuse("functional", lambda: bssn_fast.normalize([weight], [(torch.ones(8), torch.ones(4))]))
+    model = bssn_fast.apply(layer(Replicate()))
+    x = distribute_tensor(torch.ones(1, 4), mesh, [Replicate()])
+    refuse("compiled", lambda: torch.compile(lambda: model(x), backend="eager", fullgraph=True)())
+    refuse("setting", lambda: bssn_fast.apply(layer(Replicate()), sharded="never"))
+    model, _, _ = sharded_network("sn", "fsdp reduce", True)
+    refuse("not gathered", lambda: model.blocks[0].up.weight)
+    return said

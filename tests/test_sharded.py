@@ -148,3 +148,19 @@ def test_a_process_that_ends_ends_the_others(tmp_path):
         assert process.exitcode == 1
     assert (tmp_path / "1").read_text() == "this rank has failed"
     assert "onnection" in (tmp_path / "0").read_text()
+
+
+def test_refusals_name_the_layer_and_what_to_do(ranks):
+    for said in ranks.run(runs.refusals):
+        for what, layer, remedy in (
+            ("partial", "0: ", "redistribute(placements=[Replicate()])"),
+            ("complex", "0: ", "leave the layer out"),
+            ("vector", "0.bias: ", "leave the layer out"),
+            ("functional", "weights[0]: ", "full_tensor()"),
+            ("setting", "sharded must be", "'auto', 'gather' or 'reduce'"),
+            ("not gathered", "bssn_fast: blocks.0.up: ", "`unshard()`"),
+        ):
+            assert said[what].startswith(layer), what
+            assert remedy in said[what], what
+        assert "bssn_fast: 0: a sharded weight" in said["compiled"]
+        assert "`torch.compile(model)`" in said["compiled"]
