@@ -260,7 +260,7 @@ class Group:
             iterate = chosen.iterating[part[0]]
             cached = [blocks.block_of(chosen.members[p]) for p in part] if blocks.any_block() else []
             weights = [chosen.weights[p] for p in part]
-            found = found_for([chosen.members[p] for p in part], measured)
+            found = found_for([chosen.members[p] for p in part], measured) if measured else None
             results = (
                 plan.scale(weights, *found)
                 if found is not None and chosen.vectors is None

@@ -17,7 +17,7 @@ from bssn_fast.distributed.sharded import is_sharded
 from bssn_fast.modules.parametrization import SpectralNormalization
 
 
-class Measured(NamedTuple):
+class Known(NamedTuple):
     """One layer's vectors and sigma in a call of the model."""
 
     vectors: tuple[Tensor, ...]
@@ -44,7 +44,7 @@ class Shards:
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its plans anew
         return {"_key": None, "_plans": []}
 
-    def measure(self, norms: Sequence[SpectralNormalization], weights: Sequence[Tensor]) -> dict[int, Measured]:
+    def measure(self, norms: Sequence[SpectralNormalization], weights: Sequence[Tensor]) -> dict[int, Known]:
         """Return what was found for each layer, by id, after the power iterations of those in training."""
         chosen = [j for j, (norm, w) in enumerate(zip(norms, weights, strict=True)) if wants_reduction(norm, w)]
         norms, weights = [norms[j] for j in chosen], [weights[j] for j in chosen]
@@ -57,15 +57,14 @@ class Shards:
                 for part in parts
             ]
             self._key = key
-        found: dict[int, Measured] = {}
+        found: dict[int, Known] = {}
         for plan, part in self._plans:
             vectors, sigma = plan.measure([weights[j] for j in part], iterate=training[part[0]])
-            found.update((id(norms[j]), Measured(v, s)) for j, v, s in zip(part, vectors, sigma, strict=True))
+            found.update((id(norms[j]), Known(v, s)) for j, v, s in zip(part, vectors, sigma, strict=True))
         return found
 
 
-def found_for(norms: Sequence[SpectralNormalization], measured: dict[int, Measured] | None) -> Found | None:
+def found_for(norms: Sequence[SpectralNormalization], known: dict[int, Known]) -> Found | None:
     """Return what was found for these layers, if it was for all of them."""
-    found = [measured.get(id(norm)) for norm in norms] if measured else [None]
-    known = [m for m in found if m is not None]
-    return Found([m.vectors for m in known], [m.sigma for m in known]) if len(known) == len(found) else None
+    found = [known[id(norm)] for norm in norms if id(norm) in known]
+    return Found([k.vectors for k in found], [k.sigma for k in found]) if len(found) == len(norms) else None
