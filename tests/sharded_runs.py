@@ -77,6 +77,25 @@ def alone(variant: str, steps: int) -> Result:
     return train(bssn_fast.apply(Network(), variant), steps)
 
 
+def seeds(steps: int, ranks: bool) -> Result:
+    """Ranks that draw other first vectors, and whose vectors someone has made differ before the first use."""
+    torch.manual_seed(0)
+    model: nn.Module = Network()
+    if ranks:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        parallelize_module(model, mesh, dict(TENSOR_PARALLEL))
+    rank = dist.get_rank() if ranks else 0
+    torch.manual_seed(rank)
+    bssn_fast.apply(model)
+    before = torch.cat(list(vectors_of(model).values()))
+    with torch.no_grad():
+        for name, vector in model.named_buffers():
+            if name.startswith("head") or rank > 0:
+                vector.copy_(nn.functional.normalize(torch.randn_like(vector), dim=0))
+    evaluated = model.eval()(batches(1)[0]).detach()
+    return {"evaluated": evaluated, "before": before, **train(model.train(), steps)}
+
+
 TENSOR_PARALLEL = {
     "embed": ColwiseParallel(output_layouts=Replicate()),
     **{f"blocks.{j}.up": ColwiseParallel() for j in range(2)},

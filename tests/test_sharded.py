@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import sharded_runs as runs
 import torch
 import torch.distributed
 from ranks import Ranks
 from test_distributed import assert_bit_equal
+
+from benchmarks import sharded_messages
+from benchmarks.work.layer_sets import Layer
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
@@ -51,6 +56,10 @@ def test_tensor_parallel_is_one_process(ranks, four, variant):
         assert_one_process(found.run(runs.tensor_parallel, variant, 20), expected)
 
 
+def test_the_first_ranks_vectors_are_taken(ranks):
+    assert_one_process(ranks.run(runs.seeds, 20, True), runs.seeds(20, False))
+
+
 @pytest.mark.parametrize(("world", "name"), [(w, n) for w, names in runs.LAYOUTS.items() for n in names])
 def test_every_layout_is_one_process(request, world, name):
     found = request.getfixturevalue("four" if world == 4 else "ranks")
@@ -88,6 +97,14 @@ def two_halves(shapes):
 
 def numbers(layers, each=1):
     return 4 * (layers * each + 1)
+
+
+def test_messages_as_they_are_calculated():
+    """The table in docs/distributed.md."""
+    layers = [Layer("linear", shape) for shape in ALL]
+    assert list(sharded_messages.iteration_bytes(layers, "sn")) == two_halves(ALL)
+    assert sharded_messages.backward_bytes(layers) == numbers(6)
+    assert sharded_messages.table() in (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
 
 
 @pytest.mark.parametrize("n", [1, 2])
