@@ -49,14 +49,17 @@ LONGEST_SUM = 2**12
 
 def product(matrix: Tensor, x: Tensor) -> Tensor:
     """Return matrix @ x, of a matrix or a vector with a vector."""
+    if len(x) <= LONGEST_SUM:
+        return matrix @ x
     parts = [m @ part for m, part in zip(matrix.split(LONGEST_SUM, -1), x.split(LONGEST_SUM), strict=True)]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    return torch.stack(parts).sum(0)
 
 
 def norm(x: Tensor) -> Tensor:
     """Return |x|, of a vector."""
-    parts = [torch.linalg.vector_norm(part) for part in x.split(LONGEST_SUM)]
-    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
+    if len(x) <= LONGEST_SUM:
+        return torch.linalg.vector_norm(x)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in x.split(LONGEST_SUM)]))
 
 
 def unit(x: Tensor, eps: float) -> Tensor:

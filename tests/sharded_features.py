@@ -206,6 +206,7 @@ def corners(how: str) -> Result:
     found["its original"] = model(x).detach()
     with torch.autocast("cpu", torch.bfloat16):
         found["autocast"] = model(x).detach().float()
+    found["vectors after autocast"] = torch.cat(list(vectors_of(model).values()))
     model.eval()
     found["read in evaluation"] = full(layer.weight.detach())
     with torch.no_grad():

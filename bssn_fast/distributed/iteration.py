@@ -74,7 +74,7 @@ class Layers:
                     side.add_transposed_product(out, weights[j], u)
 
         halves = self._sums(self._first_halves, weights, first, failure)
-        units = [[reference.unit(x, layer.eps) for x in half] for half, layer in zip(halves, self._layers, strict=True)]
+        units, lengths = self._units(halves)
 
         def second(j: int, outs: Iterator[Tensor]) -> None:
             for side, x, out in zip(self._sides[j], units[j], outs, strict=False):
@@ -84,21 +84,30 @@ class Layers:
                     side.add_product(out, weights[j], x)
 
         others = self._sums(self._second_halves, weights, second)
+        other_units, other_lengths = self._units(others)
         found: list[Vectors] = []
         sigmas: list[Tensor] = []
         for j, layer in enumerate(self._layers):
-            new: list[Tensor] = []
-            sigma = []
-            for k, (old, x, raw) in enumerate(zip(_pairs(vectors[j]), units[j], others[j], strict=True)):
-                y = reference.unit(raw, layer.eps)
-                good = reference.usable(x, y)
-                new += [torch.where(good, z, o) for z, o in zip((x, y) if k == 0 else (y, x), old, strict=True)]
-                # Vectors stay as they were where they lead a weight to 0, or it is not finite.
-                rest = torch.where(torch.isfinite(reference.norm(halves[j][k]) + reference.norm(raw)), 0.0, torch.nan)
-                sigma.append(torch.where(good, raw @ y, rest))
-            found.append(tuple(new))
-            sigmas.append(torch.stack(sigma))
+            both = torch.stack([lengths[j], other_lengths[j]])
+            good = (torch.isfinite(both) & (both > 0)).all(0)  # as `reference.usable`
+            # Vectors stay as they were where they lead a weight to 0, or it is not finite.
+            rest = torch.where(torch.isfinite(both).all(0), 0.0, torch.nan)
+            sigma = both[1] * (both[1] / both[1].clamp_min(layer.eps))  # of a raw vector and its unit
+            sigmas.append(torch.where(good, sigma, rest))
+            u_out, v_out = units[j][0], other_units[j][0]
+            new = (u_out, v_out, *other_units[j][1:], *units[j][1:])  # u_in was the second one on the input side
+            keep = good.repeat_interleave(2).unbind()
+            found.append(tuple(map(torch.where, keep, new, vectors[j])))
         return found, sigmas
+
+    def _units(self, vectors: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """Return x / max(|x|, eps) of each layer's vectors, and their lengths [sides]."""
+        lengths = [torch.stack(list(map(reference.norm, xs))) for xs in vectors]
+        units = [
+            [x / length for x, length in zip(xs, long.clamp_min(layer.eps).unbind(), strict=True)]
+            for xs, long, layer in zip(vectors, lengths, self._layers, strict=True)
+        ]
+        return units, lengths
 
     def evaluate(
         self,
@@ -172,8 +181,9 @@ class Layers:
 
             def fill_all(parts: list[Tensor], bucket: list[int] = bucket) -> None:
                 rest = iter(parts)
-                for j in bucket:
-                    fill(j, iter([next(rest) for _ in sizes[j]]))
+                with torch.autocast(parts[0].device.type, enabled=False):  # products keep their operands' precision
+                    for j in bucket:
+                        fill(j, iter([next(rest) for _ in sizes[j]]))
 
             flat_sizes = [size for j in bucket for size in sizes[j]]
             group = self._layers[bucket[0]].part.group
