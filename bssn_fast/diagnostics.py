@@ -34,7 +34,10 @@ class Measured(NamedTuple):
     gradient: float | None
     """Euclidean norm of the gradient of the parameter behind the weight; None without a gradient."""
     sigma: float | None
-    """What the last normalisation divided by; None for a layer that is not normalised."""
+    """What the last normalisation divided by; None for a layer that is not normalised.
+
+    After weights were changed without their vectors it is right again at the next evaluation, which estimates vectors.
+    """
     variance: float
     """Variance of the elements of the weight that the layer uses, normalised and scaled."""
 

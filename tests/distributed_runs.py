@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import bssn_fast
@@ -98,6 +99,74 @@ def alone(steps: int, share: bool = False, recompute: bool = False) -> Result:
     return train(model, model, steps, share=share)
 
 
+class Sampled(nn.Module):
+    """Takes several samples in one forward, each through checkpoints around parts, as a nowcasting model does."""
+
+    def __init__(self, model: Critic, samples: int, repeat: bool, use_reentrant: bool) -> None:
+        super().__init__()
+        self.model, self.samples, self.repeat, self.use_reentrant = model, samples, repeat, use_reentrant
+
+    def part(self, module: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(module, x, use_reentrant=self.use_reentrant) if self.repeat else module(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        model, found = self.model, []
+        for k in range(self.samples):
+            h = self.part(model.first, x * (1 + 0.1 * k))
+            for block in model.blocks:
+                h = h + self.part(block, h)
+            found.append(self.part(model.head, h.flatten(1)))
+        return torch.stack(found).mean(0)
+
+
+def ddp_samples(how: str, use_reentrant: bool) -> tuple[Result, Result]:
+    """Training with checkpoints under DDP, and what torch's own norm gives without checkpoints and DDP.
+
+    how: layers iterate at each access, as torch's do; so they do by themselves; or once in a call of the whole.
+    """
+    torch.manual_seed(0)
+    model = critic(variant="sn", update="access")
+    plain = Sampled(with_torchs_norm(model), 3, False, use_reentrant)
+    sampled = Sampled(model, 3, True, use_reentrant)
+    if how != "access":
+        bssn_fast.apply(sampled if how == "whole" else model, "sn")
+    found = train_with_inputs(DistributedDataParallel(sampled, static_graph=True), model, 5, split=True)
+    once = parametrize.cached if how == "whole" else contextlib.nullcontext
+    return found, train_with_inputs(plain, plain.model, 5, block=once)
+
+
+def with_torchs_norm(model: Critic) -> Critic:
+    plain = Critic().double()
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    for name, layer in plain.named_modules():
+        if f"{name}.parametrizations.weight.original" in weights:
+            with torch.no_grad():
+                layer.weight.copy_(weights[f"{name}.parametrizations.weight.original"])
+                layer.bias.copy_(weights[f"{name}.bias"])
+            nn.utils.parametrizations.spectral_norm(layer)
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def train_with_inputs(
+    call: nn.Module,
+    model: nn.Module,
+    steps: int,
+    *,
+    split: bool = False,
+    block: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Result:
+    """Steps of SGD, one forward and one backward each; inputs want gradients, as reentrant checkpoints need it."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if split else (0, 1)
+    optimizer = torch.optim.SGD(call.parameters(), lr=1e-2)
+    for real, _ in batches(steps):
+        optimizer.zero_grad()
+        with block():
+            call(real[rank::world].clone().requires_grad_()).square().mean().backward()
+        optimizer.step()
+    return {name: v.detach().clone() for name, v in model.state_dict().items()}
+
+
 def ddp(steps: int, outer: bool, split: bool, gradient_groups: int) -> Result:
     torch.manual_seed(dist.get_rank())  # DDP begins with rank 0's parameters and buffers
     model = critic(gradient_groups=gradient_groups)
@@ -142,6 +211,35 @@ def ddp_broadcast() -> list[Tensor]:
                 vector.copy_(torch.nn.functional.normalize(torch.randn_like(vector), dim=0))
         outputs.append(wrapped(x).detach())
     return outputs
+
+
+def reduced_in_a_block() -> list[tuple[Tensor, Tensor]]:
+    """Outputs of calls in one block, after a sum over all ranks straight into the weights, and what they must be."""
+    torch.manual_seed(0)
+    model, plain = critic(), critic()
+    plain.load_state_dict(model.state_dict())
+    x = batches(1)[0][0]
+    found = []
+    with bssn_fast.cached(model), torch.no_grad():
+        for collective in ("none", "reduce", "broadcast", "gather", "coalesced"):
+            for parameter in original_weights(model):
+                weight = parameter.detach()  # shares its memory; torch counts no version for it
+                before = [parameter._version, weight.clone()]
+                if collective == "reduce":
+                    dist.all_reduce(weight)
+                elif collective == "broadcast":
+                    weight.data.mul_(1 + dist.get_rank()), dist.broadcast(weight, 1)
+                elif collective == "gather":
+                    pieces = [weight.clone(), weight]
+                    dist.all_gather(pieces, weight * (2 + dist.get_rank()))
+                elif collective == "coalesced":
+                    work = dist.all_reduce(weight.view(-1)[::1], async_op=True)
+                    work.wait()
+                assert collective == "none" or not torch.equal(before[1], weight)
+            output = model(x)
+            plain.load_state_dict(model.state_dict())
+            found.append((output, plain.eval()(x)))
+    return found
 
 
 def shard(model: Critic, how: str) -> nn.Module:

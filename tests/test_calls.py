@@ -1,5 +1,7 @@
 """When layers are normalised: once in a call of the model, whatever happens in it, and each by itself outside."""
 
+import gc
+import sys
 import warnings
 
 import pytest
@@ -20,6 +22,7 @@ from support import (
 from torch import nn
 
 import bssn_fast
+from bssn_fast.modules.call import Call
 from bssn_fast.modules.group import Group
 
 
@@ -66,6 +69,21 @@ def test_layers_outside_a_call_of_the_model_normalise_themselves(launches):
     assert launches == [(1, 1)]
     assert changed == {"first"}
     assert in_use(model) == []
+
+
+def test_a_call_runs_as_long_as_its_frame():
+    def frame_in_a_call():
+        call = Call(sys._getframe(), 0)
+        assert call.running()
+        assert not gc.get_referents(call.frame)  # the quick question has an answer in this Python
+        return call
+
+    returned = frame_in_a_call()
+    assert gc.get_referents(returned.frame)
+    assert not returned.running()
+    returned.frame.clear()  # as unittest does with the frames of an expected exception
+    assert gc.get_referents(returned.frame)
+    assert not returned.running()
 
 
 def test_nothing_stays_after_a_call():

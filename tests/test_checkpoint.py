@@ -187,49 +187,6 @@ def test_vectors_changed_since_by_a_forward_without_gradients(use_reentrant):
     compare(model, twin, lambda: run(model), lambda: run(twin))
 
 
-class Adjoint(torch.autograd.Function):
-    """Calls the model again in its backward pass, as an adjoint solver of differential equations does."""
-
-    @staticmethod
-    def forward(ctx, model, x):
-        ctx.model = model
-        ctx.save_for_backward(x)
-        return model(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            ctx.model(x).backward(grad)
-        return None, x.grad
-
-
-def test_a_model_that_is_called_in_a_backward_pass(recwarn):
-    model = bssn_fast.apply(Net().double())
-    twin = plain_copy(model)
-    (x,) = data()
-    vectors = []
-
-    def run():
-        out = Adjoint.apply(model, x).square().sum()
-        vectors.append(vectors_of(model))
-        out.backward()
-
-    compare(model, twin, run, lambda: twin(x).square().sum().backward())
-    assert same(vectors[0], vectors_of(model))  # it is not a step of training
-    assert not recwarn
-
-
-def test_warning_where_it_is_not_known_which_forward_is_meant():
-    model = bssn_fast.apply(Net().double())
-    x, y = data(2)
-    with pytest.warns(UserWarning, match="latest forward") as caught:
-        (Adjoint.apply(model, x).sum() + Adjoint.apply(model, y).sum()).backward()
-    assert len(caught) == 1
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
 @both_modes
 def test_evaluation_between_forward_and_backward(use_reentrant):
     model = bssn_fast.apply(Parts().double())

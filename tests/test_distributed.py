@@ -71,6 +71,22 @@ def test_what_ddp_broadcasts_is_used(ranks):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+@pytest.mark.parametrize("how", ["access", "alone", "whole"])
+def test_ddp_with_checkpoints_around_parts_and_several_samples(ranks, how, use_reentrant):
+    """One backward pass for all samples; the numbers are those of torch's norm."""
+    for found, expected in ranks.run(runs.ddp_samples, how, use_reentrant):
+        assert_close([found], expected)
+
+
+def test_collectives_into_weights_in_a_block(ranks):
+    """gloo writes past torch's versions."""
+    for outputs in ranks.run(runs.reduced_in_a_block):
+        for (found, expected), (before, _) in zip(outputs[1:], outputs, strict=False):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+            assert not torch.allclose(found, before, rtol=1e-6)
+
+
 @pytest.mark.parametrize("how", ["root", "resharded root", "blocks", "layers", "together"])
 def test_fsdp_is_one_process(ranks, how):
     results = ranks.run(runs.fsdp, 20, how)

@@ -63,7 +63,7 @@ def test_good_vectors_are_left_alone():
     before = vectors_of(model)
     torch.func.functional_call(model, others, (images(),))
     assert same(before, vectors_of(model))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for _ in range(3):
         before = vectors_of(model)
         model.eval()(images())
@@ -155,3 +155,90 @@ def test_vectors_chosen_by_hand_before_the_first_call(way, training, update):
         layer.train(training)
     x = torch.randn(2, 6).double()
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+def in_place(weight, value):
+    with torch.no_grad():
+        weight.copy_(value)
+
+
+def through_data(weight, value):
+    weight.data.copy_(value)
+
+
+def data_replaced(weight, value):
+    weight.data = value.clone()
+
+
+def as_array(weight, value):
+    weight.detach().numpy()[:] = value.numpy()
+
+
+@pytest.mark.parametrize("write", [in_place, through_data, data_replaced, as_array])
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("how", ["alike", "autocast", "alone"])
+def test_other_weights_between_training_and_evaluation(write, evaluated, how):
+    """Parameters of an average, or of a file, without their vectors, put in the place of those that were trained."""
+    model, other = bssn_fast.apply(Net()), Net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    if evaluated:
+        model.eval()(images())
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            loss = model.train()(images()).square().mean()
+        loss.backward()
+        optimizer.step()
+    for name in norms(model):
+        write(original(model.get_submodule(name)), other.get_submodule(name).weight.detach())
+    model.eval()
+    if how == "alone":
+        for name in norms(model):
+            _ = model.get_submodule(name).weight
+    else:
+        model(images())
+    assert_sigma_right(model, rel=0.05)
+    before = vectors_of(model)
+    model(images())
+    assert same(before, vectors_of(model))
+
+
+def test_another_parameter_between_training_and_evaluation():
+    model = bssn_fast.apply(Net())
+    model(images()).mean().backward()
+    model.first.parametrizations.weight.original = nn.Parameter(torch.randn(8, 3, 3, 3))
+    model.eval()(images())
+    assert_sigma_right(model, rel=0.05)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_evaluation_after_each_step_is_torchs(optimizer, launches):
+    theirs = Net().double()
+    ours = bssn_fast.apply(copy.deepcopy(theirs), "sn")
+    for name, norm in norms(ours).items():
+        layer = parametrizations.spectral_norm(theirs.get_submodule(name))
+        for buffer, value in zip(norm_of(layer).buffers(), norm.buffers(), strict=True):
+            buffer.copy_(value)
+    launches.clear()
+    steps = [optimizer(m.parameters(), lr=2e-4) for m in (ours, theirs)]
+    for _ in range(20):
+        x, y = images(4, torch.float64), images(2, torch.float64)
+        found = []
+        for model, step in zip((ours, theirs), steps, strict=True):
+            step.zero_grad()
+            model.train()(x).square().mean().backward()
+            step.step()
+            found.append(model.eval()(y))
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+    assert max(n for _, n in launches) == 1, "nothing was estimated"
+
+
+def test_a_functional_call_after_training_changes_no_vectors():
+    model = bssn_fast.apply(Net())
+    model(images()).mean().backward()
+    before = vectors_of(model)
+    others = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    torch.func.functional_call(model.eval(), others, (images(),))
+    assert all(norm.seen is None for norm in norms(model).values())
+    model(images())
+    torch.func.functional_call(model, {n: nn.Parameter(p) for n, p in others.items()}, (images(),))
+    assert same(before, vectors_of(model))

@@ -47,15 +47,26 @@ def in_a_block(model):
 STATES = {f.__name__: f for f in (nothing, read, train, evaluate, reset, in_a_block)}
 
 
+CONVERSIONS = {
+    "double": lambda model: model.double(),
+    "to": lambda model: model.to(torch.float64),
+    "channels_last": lambda model: model.to(memory_format=torch.channels_last),
+    "back_from_bfloat16": lambda model: model.bfloat16().float().double(),
+}
+
+
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("change", ["double", "load", "load_and_assign"])
+@pytest.mark.parametrize("change", [*CONVERSIONS, "load", "load_and_assign"])
 def test_changes(state, change):
+    """Before the first use, and again after it."""
     model = bssn_fast.apply(Net())
     for _ in range(2):
         STATES[state](model)
-        if change == "double":
-            expected = {n: original(model.get_submodule(n)).detach().double() for n in norms(model)}
-            model.double()
+        if change in CONVERSIONS:
+            rounded = torch.bfloat16 if change == "back_from_bfloat16" else torch.float32
+            dtype = torch.float32 if change == "channels_last" else torch.float64
+            expected = {n: original(model.get_submodule(n)).detach().to(rounded).to(dtype) for n in norms(model)}
+            CONVERSIONS[change](model)
         else:
             theirs = copy.deepcopy(Net().to(next(model.parameters()).dtype).state_dict())
             model.load_state_dict(theirs, assign=change == "load_and_assign")

@@ -5,22 +5,41 @@ For tensors that have no memory of their own, for those who record, and for weig
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
+from types import FrameType
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.utils import stateless
 
 from bssn_fast import reference
 from bssn_fast.calls.member import Member
 from bssn_fast.layout import compute_dtype, has_tangent, result_dtype
 
+_FUNCTIONAL_CALL = stateless._functional_call.__code__
 _WITH_MEMORY = {Tensor, torch.nn.Parameter}
 
 
 def in_transform() -> bool:
     """Whether a transform of torch.func, such as `grad` or `vmap`, is being applied."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def in_fake_mode() -> bool:
+    """Whether FakeTensorMode is active: what operations return has no values then."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def in_functional_call() -> bool:
+    """Whether torch.func.functional_call has put other tensors in the place of a module's own."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _FUNCTIONAL_CALL:
+        frame = frame.f_back
+    return frame is not None
 
 
 def has_tangents(tensors: Iterable[Tensor]) -> bool:
@@ -32,10 +51,11 @@ def wants_plain_operations(weights: Sequence[Tensor]) -> bool:
     """Whether kernels cannot read these weights, or who follows the computation could not see what they do.
 
     So it is with tensors of torch.func's transforms, dual tensors, those of the meta device, fake ones and other
-    subclasses of Tensor.
+    subclasses of Tensor; and where all that is made is fake, whatever the weights are.
     """
     return (
         in_transform()
+        or in_fake_mode()
         or not _WITH_MEMORY.issuperset(map(type, weights))
         or weights[0].device.type == "meta"
         or has_tangents(weights)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from bssn_fast.backends import cpu, extension
 
+_WITH_MEMORY = {Tensor, torch.nn.Parameter}
+
 
 def version(tensor: Tensor) -> int:
     """Return the tensor's version, which grows with most changes in place; -1 where torch keeps none."""
@@ -21,10 +23,11 @@ def version(tensor: Tensor) -> int:
 def contents_of(tensors: Sequence[Tensor]) -> bytes | None:
     """Return hashes of all elements of dense tensors, 8 bytes for each tensor; None where there are none.
 
+    Fake tensors, and others without memory of their own, have none.
     torch keeps no version of what is written through `.data`, a NumPy array, fused optimizers and some collectives. On
     a GPU looking at elements would mean to wait for the device.
     """
-    if extension.module is None or any(x.device.type != "cpu" for x in tensors):
+    if extension.module is None or any(x.device.type != "cpu" or type(x) not in _WITH_MEMORY for x in tensors):
         return None
     with torch.no_grad():
         return cpu.hashes(tensors)

@@ -15,8 +15,15 @@ _UNIT_TOLERANCE = 1e-4  # of what power iterations leave, 1e-6 is the most; aver
 _UNIT_TOLERANCE_16_BITS = 4e-3  # rounding to bfloat16 changes a length by less
 
 BELONGING = 0.9
+"""Before the first use, and where weights have changed beside the vectors: what steps of training leave must pass.
+
+Least of all layers over 120 steps of GANs whose discriminator has 7 convolutions, `sn` and `bssn`, torch's and DCGAN's
+initialisation: 0.97 with Adam at 1e-4 and 2e-4; with others 0.94 after the tenth step, and before it 0.87 with Adam at
+1e-3, 0.59 at 4e-3, 0.86 with SGD at 0.01, 0.004 at 0.1. Below 0.9 a step has made another weight.
+"""
+
 STILL_BELONGING = 0.98
-"""As long as nothing but weights changes, without any iteration: sigma then stays right within a tenth."""
+"""Where only weights change, without any iteration: as long as that goes on, sigma stays right within a tenth."""
 
 _FIRST_ROUND = 8
 _MOST_IN_A_ROUND = 1024

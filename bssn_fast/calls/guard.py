@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
@@ -39,4 +40,5 @@ class Guard:
             and len(tensors) == self._size
             and self._check(*tensors)
             and not has_tangents(tensors)  # dual tensors have no key
+            and torch._C._len_torch_dispatch_stack() == 0  # nor has a mode that makes fake tensors of real ones
         )

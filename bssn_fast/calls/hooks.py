@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,8 @@ _top: Callable[[bool], tuple[Any, ...] | None] | None = getattr(
 )
 
 
-def innermost() -> tuple[Any, ...] | None:
-    """Return the hooks (pack, unpack) of what is saved now; None without any; () where torch < 2.8 is silent."""
-    return () if _top is None else _top(True)
+innermost: Callable[[], tuple[Any, ...] | None] = tuple if _top is None else functools.partial(_top, True)
+"""Return the hooks (pack, unpack) of what is saved now; None without any; () where torch < 2.8 is silent."""
 
 
 def past_hooks() -> contextlib.AbstractContextManager[None]:

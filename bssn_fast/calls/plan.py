@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from bssn_fast.calls import composite
 from bssn_fast.calls.arguments import check_weight
 from bssn_fast.calls.contents import contents_of, version
-from bssn_fast.calls.estimation import STILL_BELONGING, are_units, belong, estimate_vectors, write
+from bssn_fast.calls.estimation import BELONGING, STILL_BELONGING, are_units, belong, estimate_vectors, write
 from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.member import Member
 from bssn_fast.calls.normalizer import Normalizer, Values
@@ -68,6 +68,39 @@ class Results(NamedTuple):
         return self.normalizer.batch.snapshot_views(self.values.snapshot)[j]
 
 
+class Seen(NamedTuple):
+    """A layer's weight and vectors as an evaluation has left them."""
+
+    weight: Tensor
+    address: int
+    version: int
+    versions: list[int]  # of the vectors
+
+    @staticmethod
+    def of(weight: Tensor, vectors: Sequence[Tensor]) -> Seen:
+        return Seen(weight, weight.data_ptr(), version(weight), list(map(version, vectors)))
+
+    def stands_in_for(self, before: Seen | None) -> bool:
+        """Whether it is not the layer's own weight; as it may be another one for good, the stack has to tell."""
+        return (before is None or before.weight is not self.weight) and composite.in_functional_call()
+
+    def part_to_ask_for(self, before: Seen | None, by_contents: tuple[bool, bool] | None) -> float:
+        """Return what part of sigma the vectors must give for them to stay: none of it if the weight is as it was.
+
+        by_contents: whether elements of any weight, and of any vector, have changed since then, if that is known.
+        """
+        if before is None:
+            return BELONGING
+        if by_contents is not None:
+            changed, iterated = by_contents
+        else:
+            iterated = before.versions != self.versions
+            changed = before.weight is not self.weight or before[1:3] != self[1:3]
+            # Fused optimizers, as all that writes through `.data`, change weights without a version.
+            changed = changed or (iterated and self.weight.device.type == "cpu")
+        return (BELONGING if iterated else STILL_BELONGING) if changed else 0.0
+
+
 class Plan:
     """Normalises members of one device, dtype and settings in one call of the operation."""
 
@@ -82,9 +115,9 @@ class Plan:
         self._normalizer = self._for_kernels(weights) if fits_kernels(weights[0], members[0].dim) else None
         self._measured = [m.measured for m in members]
         self._unchecked = True
+        self._stored = [(m._buffers, name) for m in members for name in m.vector_names]
         self._alike = Guard()  # vectors like those that were found to be right
         self._addresses: list[int] = []  # where the weights and the vectors were found to have all their memory
-        self._seen: tuple[list[Tensor], list[int], list[int]] = ([], [], [])  # weights, versions, those of vectors
         self._kept: _Kept | None = None
 
     def fits(self, weights: Sequence[Tensor]) -> bool:
@@ -172,7 +205,7 @@ class Plan:
         The memory behind a tensor can change while the object stays the same: by `tensor.data = ...`, `resize_`, `set_`
         and by what happens to its storage.
         """
-        found: list[Any] = [m._buffers[name] for m in self.members for name in m.vector_names]
+        found: list[Any] = [buffers[name] for buffers, name in self._stored]
         if self._alike.holds(found) and self._addresses == [
             *map(Tensor.data_ptr, weights),
             *map(Tensor.data_ptr, found),
@@ -188,44 +221,52 @@ class Plan:
     def _mend(self, weights: Sequence[Tensor], vectors: list[Tensor], kept: _Kept | None, iterate: bool) -> None:
         """Estimate vectors where they cannot belong to the weight.
 
-        Looked for before the first use, and in evaluation where someone else has written into vectors, as moving
-        averages do, or only into the weights.
+        Looked for before the first use, and in evaluation where someone has written into vectors, as moving averages
+        do, or into weights, with or without iterations in between.
         """
         first, self._unchecked = self._unchecked, False
         if torch.compiler.is_compiling():
             return
-        weights_changed, vectors_changed = self._changes(weights, vectors, kept)
-        if not iterate:
-            self._seen = list(weights), list(map(version, weights)), list(map(version, vectors))
-        units = iter(are_units(vectors) if vectors and (first or vectors_changed) else [True] * len(vectors))
-        for member, weight in zip(self.members, weights, strict=True):
-            own = member.vectors(weight)
+        groups = [m.vectors(w) for m, w in zip(self.members, weights, strict=True)]
+        now = [Seen.of(w, own) for w, own in zip(weights, groups, strict=True)]
+        by_contents = None if kept is None else kept.changes(weights, vectors)
+        written = any(m.seen is None or m.seen.versions != n.versions for m, n in zip(self.members, now, strict=True))
+        look = first or (written if by_contents is None else by_contents[1])
+        units = iter(are_units(vectors) if vectors and look else [True] * len(vectors))
+        for member, weight, own, new in zip(self.members, weights, groups, now, strict=True):
             good = all([next(units) for _ in own])
-            if first:
-                # None for weights that stand in for the layer's own, as in torch.func.functional_call: they must not
-                # change its vectors.
-                chosen = member.chosen_by_hand(weight)
-                good = good and (chosen is not False or belong(weight, own, member.dim, self.settings.eps))
-            elif weights_changed and not vectors_changed:
-                good = belong(weight, own, member.dim, self.settings.eps, at_least=STILL_BELONGING)
+            # None for weights that stand in for the layer's own, as in torch.func.functional_call: they must not
+            # change its vectors.
+            chosen = member.chosen_by_hand(weight) if first else None
+            at_least, evaluated = BELONGING if chosen is False else 0.0, False
+            if not iterate and not new.stands_in_for(member.seen):
+                evaluated = True
+                if chosen is None:
+                    at_least = new.part_to_ask_for(member.seen, by_contents)
+            if good and at_least:
+                good = belong(weight, own, member.dim, self.settings.eps, at_least=at_least)
             if not good:
                 write(own, self._estimated(member, weight, own))
+                new = Seen.of(weight, own)
+            if evaluated:
+                member.seen = new
 
     def _estimated(self, member: Member, weight: Tensor, hints: list[Tensor]) -> list[Tensor]:
         s = self.settings
         return estimate_vectors(weight, member.dim, member.two_sided, hints=hints, eps=s.eps, backend=s.backend)
 
-    def _changes(self, weights: Sequence[Tensor], vectors: Sequence[Tensor], kept: _Kept | None) -> tuple[bool, bool]:
-        """Whether weights have been written to, and vectors, since the last evaluation; if there was none, vectors.
 
-        Weights that stand in for the layer's own are no change of these.
-        """
-        seen, versions, vector_versions = self._seen
-        same = len(seen) == len(weights) and all(map(is_, seen, weights))
-        if kept is not None:
-            changed, vectors_changed = kept.changes(weights, vectors)
-            return same and changed, vectors_changed
-        return same and list(map(version, weights)) != versions, list(map(version, vectors)) != vector_versions
+class Plans:
+    """Plans for all layers of a call, each with the layers' positions, and what they depend on.
+
+    parted: the layers that tell, by whether autocast casts their results, which of the plans to take. There are plans
+        for each case, as a model may be called with and without autocast in turn.
+    """
+
+    def __init__(self, key: object = None, signature: object = None, parted: Sequence[int] = ()) -> None:
+        self.key, self.signature, self.parted = key, signature, parted
+        self.alike = Guard()  # weights like the latest ones
+        self.plans: dict[tuple[bool, ...], list[tuple[Any, list[int]]]] = {}  # a Plan, or a `sharded.ShardedPlan`
 
 
 def _attached(

@@ -121,7 +121,7 @@ class ShardedPlan:
             return Found(used, self._means(self._all.evaluate(locals_, used)[0]))
         own, failure = self._own_vectors(weights)
         if self._unchecked:
-            self._begin(weights, locals_, own, failure)
+            self._begin(weights, locals_, own, failure, iterate)
             self._unchecked = False
         if iterate:
             used, sides = self._all.iterate(locals_, own, self.settings.n_power_iterations, failure)
@@ -188,16 +188,22 @@ class ShardedPlan:
             return [], error
 
     def _begin(
-        self, weights: Sequence[Tensor], locals_: list[Tensor], own: list[Vectors], failure: Exception | None
+        self,
+        weights: Sequence[Tensor],
+        locals_: list[Tensor],
+        own: list[Vectors],
+        failure: Exception | None,
+        iterate: bool,
     ) -> None:
         """Before the first use: the first rank's vectors become all ranks', and those that cannot be right are found.
 
-        As in `Plan`, vectors that a user seems to have chosen need only be unit vectors.
+        As in `Plan`, vectors that a user seems to have chosen need only be unit vectors, and those that iterations have
+        come to since.
         """
         values = []
         for m, w, vectors in zip(self.members, weights, own, strict=False):
             chosen = m.chosen_by_hand(w)
-            values.append((*vectors, vectors[0].new_full((1,), float(chosen is not False))))
+            values.append((*vectors, vectors[0].new_full((1,), float(iterate if chosen is None else chosen))))
         first = self._all.of_first_rank(locals_, values, (1,), failure)
         self._take(own, [v[:-1] for v in first])
         chosen_by_hand = [float(v[-1]) > 0 for v in first]
@@ -205,31 +211,34 @@ class ShardedPlan:
         for j, found in enumerate(self._belong(locals_, own, BELONGING)):
             if not good[j] or not (chosen_by_hand[j] or found):
                 write(own[j], self._estimated(j, weights[j], locals_[j], own[j]))
+        if not iterate:
+            self._seen = _versions(weights, own)
 
     def _evaluate(
         self, weights: Sequence[Tensor], locals_: list[Tensor], own: list[Vectors], failure: Exception | None
     ) -> list[Tensor]:
         """Return each side's sigma, after a look whether the vectors still belong to the weights."""
-        now = [(version(w), [version(v) for v in vectors]) for w, vectors in zip(weights, own, strict=False)]
-        before = self._seen or [(w, [-2] * len(v)) for w, v in now]
+        now = _versions(weights, own)
+        before = self._seen or [(-2, [])] * len(now)
         noticed = [(a[0] != b[0], a[1] != b[1]) for a, b in zip(now, before, strict=True)] or [(False, False)]
         sides, changes = self._all.evaluate(locals_, own, noticed, failure)
         if any(map(any, changes)):
             self._mend(weights, locals_, own, changes)
             sides, _ = self._all.evaluate(locals_, own)
-            now = [(version(w), [version(v) for v in vectors]) for w, vectors in zip(weights, own, strict=True)]
+            now = _versions(weights, own)
         self._seen = now
         return sides
 
     def _mend(
         self, weights: Sequence[Tensor], locals_: list[Tensor], own: list[Vectors], changes: list[list[bool]]
     ) -> None:
-        """In evaluation: find vectors anew where someone has written into them, or into the weight alone."""
+        """In evaluation: find vectors anew that do not belong to their weight, where one of them has been written to."""
         self._take(own, self._all.of_first_rank(locals_, own))
+        belonging = self._belong(locals_, own, BELONGING)
         still = self._belong(locals_, own, STILL_BELONGING)
         for j, (weight_changed, vectors_changed) in enumerate(changes):
-            good = all(are_units(own[j])) if vectors_changed else still[j] or not weight_changed
-            if not good:
+            good = not vectors_changed or all(are_units(own[j]))
+            if not good or (weight_changed and not (belonging if vectors_changed else still)[j]):
                 write(own[j], self._estimated(j, weights[j], locals_[j], own[j]))
 
     def _take(self, own: list[Vectors], first: Sequence[Vectors]) -> None:
@@ -256,6 +265,11 @@ class ShardedPlan:
 
         until_it_stands_still(iterate)
         return vectors[0]
+
+
+def _versions(weights: Sequence[Tensor], own: Sequence[Vectors]) -> list[tuple[int, list[int]]]:
+    """Return the versions of each layer's weight and vectors."""
+    return [(version(w), list(map(version, vectors))) for w, vectors in zip(weights, own, strict=False)]
 
 
 class _Call(NamedTuple):

@@ -59,7 +59,12 @@ class Advice:
             )
 
     def unknown(self) -> None:
-        """Warn where a backward pass asks for weights and it is not known which forward's are meant."""
+        """Warn where a backward pass asks for weights and it is not known which forward's are meant.
+
+        Not for checkpoints and functions of autograd, which are known by their own object, but for hooks and whatever
+        else calls the model there. Any forward since the last such pass may be meant, also one whose own backward pass
+        is over: with one forward there is no doubt, with more there is.
+        """
         several, self._iterations = self._iterations > 1, 0
         if several and not self._told_unknown:
             self._told_unknown = True

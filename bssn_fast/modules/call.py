@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from gc import get_referents
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -36,6 +38,31 @@ def in_module_call() -> bool:
     return False
 
 
+def interrupts(frame: FrameType, outer: FrameType) -> bool:
+    """Whether a frame runs in the middle of what an outer frame runs, without having been called from there.
+
+    Signal handlers, debuggers and tracing functions begin at any instruction. To each of them Python passes the frame
+    that it has interrupted, which is then both the next frame on the stack and one of the arguments. A stack without
+    the outer frame is another one in the same thread, as of a greenlet.
+    """
+    inner: FrameType | None = frame
+    while inner is not outer:
+        if inner is None:
+            return True
+        below = inner.f_back
+        for value in _arguments(inner):
+            if value is below or (type(value) is tuple and any(v is below for v in value)):
+                return True
+        inner = below
+    return False
+
+
+def _arguments(frame: FrameType) -> list[Any]:
+    code, values = frame.f_code, frame.f_locals
+    n = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+    return [values.get(name) for name in code.co_varnames[:n]]
+
+
 class Source(NamedTuple):
     """Where a result comes from."""
 
@@ -55,6 +82,7 @@ class Call:
     """
 
     __slots__ = (
+        "aside",
         "children",
         "entries",
         "frame",
@@ -67,8 +95,9 @@ class Call:
         "sources",
     )
 
-    def __init__(self, frame: FrameType, layers: int) -> None:
+    def __init__(self, frame: FrameType, layers: int, aside: Sequence[tuple[Any, Call]] = ()) -> None:
         self.frame = frame
+        self.aside = aside  # calls, of groups, that this one has interrupted and that go on afterwards
         self.grad_enabled = torch.is_grad_enabled()
         self.results: list[Tensor | None] = [None] * layers
         # Weights and results, each with its version.
@@ -82,20 +111,34 @@ class Call:
 
     def running(self) -> bool:
         """Whether the model's call has not ended yet."""
+        if not get_referents(self.frame):
+            return True  # CPython shows nothing of a running frame; to ask is quicker than the exception below
         try:
             self.frame.clear()  # an ended call's: its inputs are not kept alive either
         except RuntimeError:  # what is running cannot be cleared
             return True
         return False
 
+    def bring_back(self, thread: int) -> None:
+        """After this call: let the calls that it has interrupted go on."""
+        for group, call in self.aside:
+            group.calls[thread] = call
+            group.published, group.recorded = call.results, False
+
     def put(self, indices: Iterable[int], weights: Iterable[Tensor], results: Iterable[Tensor]) -> None:
         """Make results those of the layers with these indices."""
         for j, weight, result in zip(indices, weights, results, strict=True):
             self.results[j] = result
-            self.entries[j] = weight, version(weight), result, version(result)
+            try:
+                self.entries[j] = weight, weight._version, result, result._version
+            except RuntimeError:  # one of them keeps no version
+                self.entries[j] = weight, version(weight), result, version(result)
 
-    def find(self, j: int, weight: Tensor) -> Tensor | None:
-        """Return the j-th layer's result if it is that of this weight as it is now, with a graph if one is wanted."""
+    def find(self, j: int, weight: Tensor, reader: object = None) -> Tensor | None:
+        """Return the j-th layer's result if it is that of this weight as it is now, with a graph if one is wanted.
+
+        reader: the layer's parametrization, for code inside the call; a checkpoint around that code hears of it.
+        """
         entry = self.entries[j]
         if entry is None:
             return None
@@ -106,15 +149,12 @@ class Call:
             same = owner_version == weight._version and ready_version == ready._version
         except RuntimeError:  # one of them keeps no version
             same = owner_version == version(weight) and ready_version == version(ready)
-        return ready if same and self.running() else None
-
-    def read(self, j: int, weight: Tensor, norm: object) -> Tensor | None:
-        """Return the same for code inside the call that reads the weight; a checkpoint around it hears of it."""
-        ready = self.find(j, weight)
-        if ready is not None and recomputation.maybe_in_checkpoint():
+        if not same or (get_referents(self.frame) and not self.running()):
+            return None
+        if reader is not None and recomputation.maybe_in_checkpoint():
             source = self.source(j)
             if source is not None and (self.grad_enabled or torch.is_grad_enabled()):  # else no graph will repeat it
-                recomputation.note(norm, source.vectors, in_call=False)
+                recomputation.note(reader, source.vectors, in_call=False)
         return ready
 
     def source(self, j: int) -> Source | None:
@@ -134,7 +174,7 @@ def serves(ready: Tensor, weight: Tensor) -> bool:
     """Whether a result has a graph if one is wanted now, and the dtype that is."""
     return (ready.requires_grad or not weight.requires_grad or not torch.is_grad_enabled()) and (
         # What was made for autocast is of no use where a model switches autocast off.
-        ready.dtype == weight.dtype or ready.dtype == result_dtype(weight, True)
+        ready.dtype is weight.dtype or ready.dtype == result_dtype(weight, True)
     )
 
 

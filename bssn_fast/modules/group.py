@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from threading import get_ident
 from types import FrameType
 from typing import Any, cast
@@ -15,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from bssn_fast.calls import composite
 from bssn_fast.calls.guard import Guard
-from bssn_fast.calls.plan import Plan, parted_by_autocast, partition, signature
-from bssn_fast.calls.sharded import ShardedPlan, plan_for
+from bssn_fast.calls.plan import Plans, parted_by_autocast, partition, signature
+from bssn_fast.calls.sharded import plan_for
 from bssn_fast.distributed.sharded import (
     ShardedWeightError,
     gathering_modules,
@@ -26,33 +27,22 @@ from bssn_fast.distributed.sharded import (
 from bssn_fast.layout import result_dtype
 from bssn_fast.modules import blocks, recomputation, writes
 from bssn_fast.modules.advice import Advice
-from bssn_fast.modules.call import Call, frame_of_call
+from bssn_fast.modules.call import Call, Caller, frame_of_call, interrupts
 from bssn_fast.modules.parametrization import SpectralNormalization, original_of
 from bssn_fast.modules.shards import Shards, found_for
 from bssn_fast.tracing.recording import call_eagerly, is_exporting
 
 
-class _Planned:
-    """Plans for all layers of a call, each with the layers' positions, and what they depend on.
-
-    parted: the layers that tell, by whether autocast casts their results, which of the plans to take. There are plans
-        for each case, as a model may be called with and without autocast in turn.
-    """
-
-    def __init__(self, key: object = None, signature: object = None, parted: Sequence[int] = ()) -> None:
-        self.key, self.signature, self.parted = key, signature, parted
-        self.alike = Guard()  # weights like the latest ones
-        self.plans: dict[tuple[bool, ...], list[tuple[Plan | ShardedPlan, list[int]]]] = {}
-
-
+@dataclass
 class _Chosen:
     """Layers that are to be normalised in a call, by their indices in the group."""
 
-    def __init__(self, indices: list[int], members: list[SpectralNormalization], weights: list[Tensor]) -> None:
-        self.indices, self.members, self.weights = indices, members, weights
-        self.iterating = [m.training for m in members]
-        self.readable = False  # by kernels, for certain
-        self.vectors: list[Sequence[Tensor] | None] | None = None  # those of a forward that is repeated
+    indices: list[int]
+    members: list[SpectralNormalization]
+    weights: list[Tensor]
+    iterating: list[bool]
+    readable: bool  # by kernels, for certain
+    vectors: list[Sequence[Tensor] | None] | None = None  # those of a forward that is repeated
 
 
 class Group:
@@ -65,16 +55,18 @@ class Group:
     """
 
     _layers: list[weakref.ref[ParametrizationList]]
+    _parameters: list[dict[str, Any]]  # of the layers
+    _states: list[dict[str, Any]]  # the attributes of the members
     indices: dict[int, int]
-    _planned: _Planned
+    _planned: Plans
     _used: bool  # a call of the model has computed with the layers
     _shared: bool  # whether another group has some of the layers too
 
-    def __init__(self, layers: Iterable[ParametrizationList]) -> None:
+    def __init__(self, layers: Iterable[ParametrizationList], parent: Group | None = None) -> None:
         self._handles: list[RemovableHandle] = []
-        self._parent: Group | None = None  # whose calls of the model end those of this one
-        self._children: list[Group] = []  # of submodules that gather their layers' weights
-        self._shards = Shards()
+        self._parent = parent  # whose calls of the model end those of this one
+        self._has_children = False
+        self._shards = Shards()  # of the weights that submodules gather
         self.members: list[SpectralNormalization] = []
         self._set_layers(layers)
         self._start()
@@ -99,9 +91,12 @@ class Group:
             # Weak: what torch's own remove_parametrizations has taken off is gone.
             _layers=[weakref.ref(layer) for layer in self._pending],
             members=members,
+            # Dictionaries of modules: an attribute of a module takes five times as long.
+            _parameters=[layer._parameters for layer in self._pending],
+            _states=[m.__dict__ for m in members],
             indices={id(m): j for j, m in enumerate(members)},
             _used=False,
-            _planned=_Planned(),  # replaced at once, as other threads may be calling the model
+            _planned=Plans(),  # replaced at once, as other threads may be calling the model
             _shared=any(len(m.slots) > 1 for m in members),
             _pending=None,
         )
@@ -113,35 +108,29 @@ class Group:
         found = [ref() for ref in self._layers]
         return [layer for layer in found if layer is not None]
 
-    def named(self) -> list[tuple[SpectralNormalization, ParametrizationList]]:
-        """Return the layers and their parametrizations."""
-        layers = self.layers()
-        return list(zip(self.members, layers, strict=True))
-
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its plans anew, for its own layers
         state = {**self.__dict__, "_pending": self.layers()}  # whose parts may not all have been copied yet
-        for name in ("_planned", "_layers", "calls", "published", "members", "indices"):
+        for name in ("_planned", "_layers", "_parameters", "_states", "calls", "published", "members", "indices"):
             del state[name]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
-        self._layers, self.members, self.indices, self._planned = [], [], {}, _Planned()
+        self._layers, self._parameters, self._states, self.members = [], [], [], []
+        self.indices, self._planned = {}, Plans()
 
     def hook(self, model: nn.Module, *, first: bool = True) -> None:
         """Take part in the model's calls, before or after other pre-hooks that are there."""
-        self._handles = [
-            model.register_forward_pre_hook(self.begin, prepend=first),
-            model.register_forward_hook(self.end, always_call=True),
-        ]
+        end = model.register_forward_hook(self.end, always_call=True)  # first, as without a beginning it does nothing
+        self._handles = [model.register_forward_pre_hook(self.begin, prepend=first), end]
 
     def discard(self, norms: Iterable[SpectralNormalization]) -> None:
         """Leave out some layers, and those that are gone; remove the hooks when none is left."""
         gone = set(map(id, norms))
         left = [layer for layer in self.layers() if id(layer[0]) not in gone]
         self._set_layers(left)
-        if not left and not self._children:
+        if not left and not self._has_children:
             for handle in self._handles:
                 handle.remove()
 
@@ -152,60 +141,73 @@ class Group:
             return
         frame = frame_of_call()
         before = self.calls.get(get_ident())
-        if before is not None and not before.running():
-            before = None
-        if before is not None and not before.inherited:
-            return  # a call inside a call
+        aside: Sequence[tuple[Caller, Call]] = ()
+        if before is not None or self._shared:
+            aside = self._interrupted(frame)
+            if aside or (before is not None and not before.running()):
+                before = None
+            if before is not None and not before.inherited:
+                return  # a call inside a call
         writes.settle(self.indices, forget=True)
         try:
-            call = self._called(frame, before)
+            call = self._called(frame, before, aside)
         except ShardedWeightError:
             self._hand_over(model)
-            call = self._called(frame, before)
+            call = self._called(frame, before, aside)
         self.calls[get_ident()] = call
         self.published, self.recorded = call.results, False
+        for group, _ in aside:
+            if group is not self:
+                group.calls.pop(get_ident(), None)
 
-    def _called(self, frame: FrameType, before: Call | None) -> Call:
+    def _interrupted(self, frame: FrameType) -> list[tuple[Caller, Call]]:
+        """Return the running calls, of groups of these layers, in the middle of which a signal handler calls the model.
+
+        Such a call normalises for itself: its backward pass would free the graph of theirs.
+        """
+        groups = {id(g): g for m in self.members for g in m.groups} if self._shared else {0: self}
+        found = [(group, group.calls.get(get_ident())) for group in groups.values()]
+        return [(g, c) for g, c in found if c is not None and c.running() and interrupts(frame, c.frame)]
+
+    def _called(self, frame: FrameType, before: Call | None, aside: Sequence[tuple[Caller, Call]]) -> Call:
         """Return a call of the model with all its layers normalised."""
         if self._pending is not None:
             self._set_layers(self._pending)
-        layers = [ref() for ref in self._layers]
-        if None in layers:
+        if None in [ref() for ref in self._layers]:
             self.discard([])
-            layers = [ref() for ref in self._layers]
-        call = Call(frame, len(layers))
-        chosen = self._choose(call, cast("list[ParametrizationList]", layers), before)
+        call = Call(frame, len(self._layers), aside)
+        chosen = self._choose(call, before)
         if chosen.members:
             self._normalize(call, chosen)
         if self.advice.called(any(m.training for m in self.members), any(chosen.iterating)):
             call.reads = set()
-        if self._children and not blocks.any_block() and not recomputation.in_backward():
-            left = [(norm, original_of(layer)) for g in self._children for norm, layer in g.named()]
-            call.measured = self._shards.measure([norm for norm, _ in left], [w for _, w in left])
+        if self._shards.groups and not blocks.any_block() and not recomputation.in_backward():
+            call.measured = self._shards.measure()
         return call
 
-    def _choose(self, call: Call, layers: list[ParametrizationList], before: Call | None) -> _Chosen:
+    def _choose(self, call: Call, before: Call | None) -> _Chosen:
         """Return the layers that are to be normalised, and put what others have left into the call.
 
         before: the call of a part of a model that has ended while the whole model's call goes on.
         """
         try:
-            weights = cast("list[Tensor]", [layer._parameters["original"] for layer in layers])
+            weights: list[Tensor] = [parameters["original"] for parameters in self._parameters]
         except KeyError:
             refuse_flattened(None, self.members[0])
             raise
         members, indices = self.members, list(range(len(weights)))
         readable = self._planned.alike.holds(weights)
-        if not readable and any([w.is_meta for w in weights]):
+        if not readable and not all([w.numel() and not w.is_meta for w in weights]):
             # They may be brought in before they are used, by a hook of their layer.
-            indices = [j for j, w in enumerate(weights) if not w.is_meta]
+            indices = [j for j, w in enumerate(weights) if w.numel() and not w.is_meta]
+            for m, w in zip(members, weights, strict=True):
+                refuse_flattened(w, m)
         held: set[int] = set()
         if before is not None or self._shared or blocks.any_block():
             indices, held = self._found_elsewhere(call, before, indices, weights)
         if len(indices) != len(members):
             members, weights = [members[j] for j in indices], [weights[j] for j in indices]
-        chosen = _Chosen(indices, members, weights)
-        chosen.readable = readable
+        chosen = _Chosen(indices, members, weights, [self._states[j]["training"] for j in indices], readable)
         if held:
             chosen.iterating = [t and j not in held for t, j in zip(chosen.iterating, indices, strict=True)]
         if recomputation.in_backward():
@@ -224,7 +226,7 @@ class Group:
         for j in indices:
             norm, weight = self.members[j], weights[j]
             ready = before.find(j, weight) if before is not None else None
-            if ready is None and len(norm.groups) > 1 and norm.find(weight) is not None:
+            if ready is None and len(norm.groups) > 1 and not call.aside and norm.find(weight) is not None:
                 continue  # the layer asks all its groups
             block = blocks.block_of(norm) if ready is None else None
             if block is not None:
@@ -236,7 +238,9 @@ class Group:
             if ready is not None:
                 call.put([j], [weight], [ready])
                 continue
-            if (before is not None and before.iterated(j, weight)) or norm.iterated_in_call(weight):
+            if (before is not None and before.iterated(j, weight)) or (
+                not call.aside and norm.iterated_in_call(weight)
+            ):
                 held.add(j)
             left.append(j)
         return left, held
@@ -285,16 +289,16 @@ class Group:
         if recomputation.maybe_in_checkpoint():
             self._note(call, chosen)
 
-    def _plans(self, chosen: _Chosen) -> list[tuple[Plan | ShardedPlan, list[int]]]:
+    def _plans(self, chosen: _Chosen) -> list[tuple[Any, list[int]]]:
         members, weights, iterating = chosen.members, chosen.weights, chosen.iterating
         flags = iterating if len(set(iterating)) > 1 else None
-        key = (members, flags, [m.settings for m in members])
+        key = (members, flags, [state["settings"] for state in self._states])
         planned = self._planned
         chosen.readable = chosen.readable or planned.alike.holds(weights)
         if key != planned.key or not chosen.readable:
             whole = signature(weights)
             if key != planned.key or whole != planned.signature:
-                planned = self._planned = _Planned(key, whole, parted_by_autocast(members, weights))
+                planned = self._planned = Plans(key, whole, parted_by_autocast(members, weights))
             planned.alike = Guard(weights)
         casts = tuple([result_dtype(weights[p], True) != weights[p].dtype for p in planned.parted])
         plans = planned.plans.get(casts)
@@ -329,11 +333,15 @@ class Group:
             found = [layer for layer in left if id(layer) in inside]
             if found:
                 left = [layer for layer in left if id(layer) not in inside]
+                # In this order no layer is ever without a group; what an interrupt leaves half done is done again.
+                self._has_children = True
+                child = next((group for group in _hooked(module) if group._parent is self), None)
+                if child is None:
+                    child = Group((), self)
+                    child.hook(module, first=False)  # FSDP's own hook gathers the weights
+                child._set_layers(found)
+                self._shards.groups = list(dict.fromkeys([*self._shards.groups, child]))
                 self.discard([cast(SpectralNormalization, layer[0]) for layer in found])
-                child = Group(found)
-                child._parent = self
-                self._children.append(child)
-                child.hook(module, first=False)  # FSDP's own hook gathers the weights
 
     def _begin_recorded(self) -> None:
         if is_exporting():
@@ -353,6 +361,9 @@ class Group:
             return
         thread = get_ident()
         call = self.calls.get(thread)
+        if call is not None and call.aside and not call.running():  # an interrupt has ended it, within the call of now
+            call.bring_back(thread)
+            call = self.calls.get(thread)
         if call is None or (call.frame is not frame_of_call() and call.running()):
             return  # a call inside a call, or one whose beginning has failed
         parent = self._parent.calls.get(thread) if self._parent is not None else None
@@ -365,6 +376,8 @@ class Group:
         for child in call.children:
             child.calls.pop(thread, None)
             child.published = None
+        if call.aside:
+            call.bring_back(thread)
 
 
 call_eagerly(Group.begin, Group.end)
@@ -373,7 +386,12 @@ call_eagerly(Group.begin, Group.end)
 def groups_of(model: nn.Module) -> Iterator[Group]:
     """Yield the groups whose model is this module or one of its submodules."""
     for module in model.modules():
-        for hook in list(module._forward_pre_hooks.values()):
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, Group):
-                yield owner
+        yield from _hooked(module)
+
+
+def _hooked(module: nn.Module) -> Iterator[Group]:
+    """Yield the groups whose model is this module."""
+    for hook in list(module._forward_pre_hooks.values()):
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Group):
+            yield owner

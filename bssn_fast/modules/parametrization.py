@@ -16,7 +16,7 @@ from bssn_fast.calls.contents import version
 from bssn_fast.calls.estimation import estimate_vectors, write
 from bssn_fast.calls.member import Measured
 from bssn_fast.calls.normalizer import Normalizer
-from bssn_fast.calls.plan import Plan, Results, checked_vectors
+from bssn_fast.calls.plan import Plan, Results, Seen, checked_vectors
 from bssn_fast.calls.sharded import ShardedPlan, plan_for
 from bssn_fast.distributed.sharded import is_sharded, placements_of
 from bssn_fast.layout import compute_dtype, fits_kernels, needs_two_sides, vector_sizes
@@ -92,12 +92,13 @@ class SpectralNormalization(nn.Module):
         self.used = False  # a model or layer has computed with the weight
         self.measured, self.traced = Measured(), Traced()
         self.vector_names: tuple[str, ...] = ()
+        self.seen: Seen | None = None  # at the last evaluation
         self._beginning: _Beginning | None = None
         self._plan: Plan | ShardedPlan | None = None
         self.configure(weight, settings, known)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy begins with nothing at hand
-        return {**self.__dict__, "slots": (), "_plan": None, "_beginning": None, "traced": Traced()}
+        return {**self.__dict__, "slots": (), "_plan": None, "seen": None, "_beginning": None, "traced": Traced()}
 
     @property
     def groups(self) -> tuple[Caller, ...]:
@@ -196,8 +197,11 @@ class SpectralNormalization(nn.Module):
         """Return what a running call of a model has normalised the weight to."""
         for group, j in self.slots:
             call = group.calls.get(get_ident())
+            if call is not None and call.aside and not call.running():  # an interrupt has ended it, in another call
+                call.bring_back(get_ident())
+                call = group.calls.get(get_ident())
             if call is not None:
-                ready = call.read(j, weight, self)
+                ready = call.find(j, weight, self)
                 if ready is not None:
                     return ready
         return None
@@ -323,7 +327,7 @@ class SpectralNormalization(nn.Module):
         return self
 
 
-call_eagerly(Call.find, Call.read, SpectralNormalization.forward, SpectralNormalization.normalized)
+call_eagerly(Call.find, SpectralNormalization.forward, SpectralNormalization.normalized)
 
 
 def parametrizations_of(module: nn.Module, tensor_name: str) -> ParametrizationList:
@@ -346,9 +350,10 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
 
     def get(self: Any) -> Any:
         layer = self._modules["parametrizations"]._modules[tensor_name]
-        if len(layer._modules) > 1:
+        modules = layer._modules
+        if len(modules) > 1:
             return slow.fget(self)
-        norm, weight = layer._modules["0"], layer._parameters["original"]
+        norm, weight = modules["0"], layer._parameters["original"]
         if is_dynamo_compiling():
             ready = traced_result(norm)
             return layer() if ready is None else ready
@@ -356,7 +361,7 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
         for group, j in norm.slots:
             call = group.calls.get(thread)
             if call is not None:
-                ready = call.read(j, weight, norm)
+                ready = call.find(j, weight, norm)
                 if ready is not None:
                     if call.reads is not None:
                         group.advice.read(call.reads, (id(self), tensor_name), norm)

@@ -2,7 +2,8 @@
 
 Which forward is repeated is told by the object that torch keeps for each checkpoint: it is the same one then. With it
 lie the vectors that each layer had in there, in the order in which they were asked for, as long as a graph may repeat
-it.
+it. The same goes for any torch.autograd.Function whose backward calls what its forward called, as reversible blocks and
+adjoint solvers do: its `ctx` is the same object in both.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.compiler import is_dynamo_compiling
 
 from bssn_fast.calls import hooks
@@ -39,6 +41,7 @@ class _Around(NamedTuple):
 
     first_time: list[Any]  # they may repeat it later
     repeating: Any  # the innermost one that repeats it now, or None
+    in_order: bool = True
 
 
 class _Record:
@@ -64,6 +67,13 @@ class _Record:
         self._positions[key] = position + 1
         return found[min(position, len(found) - 1)]
 
+    def only(self, key: tuple[int, bool]) -> Vectors | None:
+        """Return what a layer had in the whole forward; None if it was not asked for, or had several in turn."""
+        found = self.vectors.get(key)
+        if not found or any([v.data_ptr() for v in w] != [v.data_ptr() for v in found[0]] for w in found):
+            return None
+        return found[0]
+
 
 _records: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
 
@@ -81,10 +91,16 @@ def note(norm: object, vectors: Callable[[], Vectors], *, in_call: bool) -> None
 
 
 def recall(norm: object, *, in_call: bool) -> Vectors | None:
-    """Return the vectors that a layer had in the forward that is being repeated; None if that is not known."""
-    checkpoint = _around().repeating
-    record = None if checkpoint is None else _records.get(checkpoint)
-    return None if record is None else record.next((id(norm), in_call))
+    """Return the vectors that a layer had in the forward that is being repeated; None if that is not known.
+
+    A checkpoint repeats its forward in order. Of other functions nobody knows in what order they go back, as adjoint
+    solvers do in the other one: there the vectors are known only where all the forward had the same.
+    """
+    around = _around()
+    record = None if around.repeating is None else _records.get(around.repeating)
+    if record is None:
+        return None
+    return (record.next if around.in_order else record.only)((id(norm), in_call))
 
 
 def _code(function: Any) -> CodeType:
@@ -111,6 +127,14 @@ def _around() -> _Around:
         elif code is _CHECKPOINT:
             generator = getattr(frame.f_locals.get("gen"), "gi_frame", None)
             found = None if generator is None else generator.f_locals.get("new_frame")
+        elif code.co_varnames[:1] == ("ctx",):
+            found = frame.f_locals.get("ctx")
+            if not isinstance(found, FunctionCtx):
+                found = None
+            elif code.co_name != "forward":
+                if found in _records:
+                    return _Around(first_time, found, in_order=False)
+                found = None
         if found is not None and all(found is not other for other in first_time):
             first_time.append(found)
     return _Around(first_time, None)

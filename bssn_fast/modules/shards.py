@@ -14,7 +14,7 @@ from torch import Tensor
 from bssn_fast.calls.plan import partition, signature
 from bssn_fast.calls.sharded import Found, ShardedPlan
 from bssn_fast.distributed.sharded import is_sharded
-from bssn_fast.modules.parametrization import SpectralNormalization
+from bssn_fast.modules.parametrization import SpectralNormalization, original_of
 
 
 class Known(NamedTuple):
@@ -35,19 +35,24 @@ def wants_reduction(norm: SpectralNormalization, weight: Tensor) -> bool:
 
 
 class Shards:
-    """Finds sigma of layers from the shards of their weights, in the same messages for all."""
+    """Finds sigma of layers from the shards of their weights, in the same messages for all.
+
+    groups: of the submodules that gather the weights, `group.Group`.
+    """
 
     def __init__(self) -> None:
+        self.groups: list[Any] = []
         self._key: object = None
         self._plans: list[tuple[ShardedPlan, list[int]]] = []
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its plans anew
-        return {"_key": None, "_plans": []}
+        return {"groups": self.groups, "_key": None, "_plans": []}
 
-    def measure(self, norms: Sequence[SpectralNormalization], weights: Sequence[Tensor]) -> dict[int, Known]:
+    def measure(self) -> dict[int, Known]:
         """Return what was found for each layer, by id, after the power iterations of those in training."""
-        chosen = [j for j, (norm, w) in enumerate(zip(norms, weights, strict=True)) if wants_reduction(norm, w)]
-        norms, weights = [norms[j] for j in chosen], [weights[j] for j in chosen]
+        layers = [(layer[0], original_of(layer)) for group in self.groups for layer in group.layers()]
+        layers = [(norm, weight) for norm, weight in layers if wants_reduction(norm, weight)]
+        norms, weights = [norm for norm, _ in layers], [weight for _, weight in layers]
         training = [norm.training for norm in norms]
         key = (norms, signature(weights), training, [norm.settings for norm in norms])
         if key != self._key:

@@ -34,11 +34,19 @@ def _ends_of_blocks(code: CodeType) -> frozenset[int]:
     return frozenset(found)
 
 
+def _runs(frame: FrameType | None, code: CodeType) -> bool:
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
+
+
 class Trace:
     """Counts the lines (or bytecodes) of the package's files that run, and raises at one of them."""
 
-    def __init__(self, at: int | None, error: type[BaseException], opcodes: bool) -> None:
-        self.at, self.error, self.opcodes = at, error, opcodes
+    def __init__(
+        self, at: int | None, error: type[BaseException], opcodes: bool, within: CodeType | None = None
+    ) -> None:
+        self.at, self.error, self.opcodes, self.within = at, error, opcodes, within
         self.count = 0
         self.where = ""
 
@@ -49,6 +57,8 @@ class Trace:
         return self.local
 
     def local(self, frame: FrameType, event: str, arg: object) -> Any:
+        if self.within is not None and not _runs(frame, self.within):
+            return self.local
         if event != ("opcode" if self.opcodes else "line") or frame.f_lasti in _ends_of_blocks(frame.f_code):
             return self.local
         if self.count == self.at:
@@ -78,12 +88,14 @@ def moments(
     *,
     most: float,
     opcodes: bool = False,
+    within: CodeType | None = None,
 ) -> Iterator[tuple[Any, str]]:
     """Yield, for moments of an action in turn, what was prepared for it and where it was interrupted there.
 
     most: so many moments are tried, at equal distances.
+    within: only while this function runs.
     """
-    count = Trace(None, error, opcodes)
+    count = Trace(None, error, opcodes, within)
     ready = prepare()
     count.run(lambda: action(ready))
     step = max(1.0, count.count / most)
@@ -92,7 +104,7 @@ def moments(
         at = int(k * step)
         if at >= count.count:
             return
-        ready, trace = prepare(), Trace(at, error, opcodes)
+        ready, trace = prepare(), Trace(at, error, opcodes, within)
         if trace.run(lambda ready=ready: action(ready)):
             yield ready, trace.where
         # Otherwise it was less than before, or the exception was swallowed, which is none of ours to raise again.

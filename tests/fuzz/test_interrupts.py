@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 import bssn_fast
 from bssn_fast.modules import blocks
+from bssn_fast.modules.group import groups_of
 
 MOST = 10 * FACTOR
 """Moments for each of the cases below, at equal distances; all of them with a large factor."""
@@ -80,6 +81,76 @@ def test_while_a_model_runs(action, used, error):
         start(inputs())
     for model, where in moments(lambda: copy.deepcopy(start), action, error, most=MOST):
         check(model, where, inputs())
+
+
+@errors
+@pytest.mark.parametrize("action", [train, evaluate, in_a_block, in_a_checkpoint], ids=lambda f: f.__name__)
+def test_at_any_bytecode(action, error):
+    """Between the parts of a line, too."""
+    start = small()
+    start(inputs())
+    for model, where in moments(lambda: copy.deepcopy(start), action, error, most=2 * MOST, opcodes=True):
+        check(model, where, inputs())
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)) for _ in range(2))
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in (*self.blocks, self.blocks[0]):
+            x = x + block(x)
+        return self.last(x)
+
+
+@errors
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("opcodes", [False, True], ids=["lines", "bytecodes"])
+def test_while_layers_go_over_to_the_modules_that_gather_them(one_process, error, opcodes):
+    """At the first call of a model whose parts are sharded: afterwards each layer iterates once in a call."""
+    from torch.distributed.fsdp import fully_shard
+
+    x = torch.randn(3, 4, dtype=torch.float64)
+
+    def make(shard=True):
+        torch.manual_seed(3)
+        model = bssn_fast.apply(Blocks().double())
+        if shard:
+            for block in model.blocks:
+                fully_shard(block)
+            fully_shard(model)
+        return model
+
+    def run(model):
+        with torch.no_grad():
+            return model(x)
+
+    (whole,) = groups_of(make())
+    hand_over = type(whole)._hand_over.__code__
+    for model, where in moments(make, run, error, most=2 * MOST, opcodes=opcodes, within=hand_over):
+        vectors = {n: [v.clone() for v in norm.buffers()] for n, norm in norms(model).items()}
+        alone = make(shard=False)
+        for name, norm in norms(alone).items():
+            for v, now in zip(norm.buffers(), vectors[name], strict=True):
+                v.copy_(now)
+        torch.testing.assert_close(run(model), run(alone), msg=lambda m, w=where: f"{w}: {m}")
+        for name, norm in norms(alone).items():
+            found = norms(model)[name]
+            torch.testing.assert_close(tuple(found.buffers()), tuple(norm.buffers()))
+            assert len(found.groups) == 1, f"{where}: {name}"
+        assert len(list(groups_of(model))) == 3, where
+        assert in_use(model) == [], where
 
 
 def renewed(model):

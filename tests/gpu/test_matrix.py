@@ -54,8 +54,14 @@ def test_magnitudes(backend, magnitude):
 
 
 def test_large_layers(backend):
-    """Several tiles of every kind, and more layers than fit into one launch of some backends."""
+    """Several tiles of every kind, beside many small layers."""
     shapes = ((1024, 512, 3, 3), (512, 1024, 1, 1), (1, 16384), (256, 256, 4, 4), *((64, 64, 3, 3),) * 130)
+    matrix.check(backend, Case(shapes=shapes, dims=(0,) * len(shapes)), "cuda")
+
+
+def test_more_layers_than_kernel_arguments_describe(backend):
+    """Of CUDA's kernels 176, of Triton's 256."""
+    shapes = ((8, 5, 3, 3), (1, 30), (5, 7)) * 100
     matrix.check(backend, Case(shapes=shapes, dims=(0,) * len(shapes)), "cuda")
 
 
