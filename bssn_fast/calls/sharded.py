@@ -208,8 +208,8 @@ class ShardedPlan:
         self._take(own, [v[:-1] for v in first])
         chosen_by_hand = [float(v[-1]) > 0 for v in first]
         good = [all(are_units(v)) for v in own]
-        for j, found in enumerate(self._belong(locals_, own, BELONGING)):
-            if not good[j] or not (chosen_by_hand[j] or found):
+        for j, part in enumerate(self._parts_of_sigma(locals_, own)):
+            if not good[j] or not (chosen_by_hand[j] or part >= BELONGING):
                 write(own[j], self._estimated(j, weights[j], locals_[j], own[j]))
         if not iterate:
             self._seen = _versions(weights, own)
@@ -232,13 +232,14 @@ class ShardedPlan:
     def _mend(
         self, weights: Sequence[Tensor], locals_: list[Tensor], own: list[Vectors], changes: list[list[bool]]
     ) -> None:
-        """In evaluation: find vectors anew that do not belong to their weight, where one of them has been written to."""
+        """In evaluation: find vectors anew that do not belong to their weight, where either has been written to."""
         self._take(own, self._all.of_first_rank(locals_, own))
-        belonging = self._belong(locals_, own, BELONGING)
-        still = self._belong(locals_, own, STILL_BELONGING)
+        parts = self._parts_of_sigma(locals_, own)
         for j, (weight_changed, vectors_changed) in enumerate(changes):
             good = not vectors_changed or all(are_units(own[j]))
-            if not good or (weight_changed and not (belonging if vectors_changed else still)[j]):
+            if weight_changed:  # by training, if the vectors have changed too
+                good = good and parts[j] >= (BELONGING if vectors_changed else STILL_BELONGING)
+            if not good:
                 write(own[j], self._estimated(j, weights[j], locals_[j], own[j]))
 
     def _take(self, own: list[Vectors], first: Sequence[Vectors]) -> None:
@@ -247,12 +248,14 @@ class ShardedPlan:
             if not all(map(torch.equal, vectors, found)):
                 write(vectors, found)
 
-    def _belong(self, locals_: list[Tensor], own: list[Vectors], at_least: float) -> list[bool]:
-        """Whether vectors may be those of the largest singular values, as `estimation.belong` tells it."""
+    def _parts_of_sigma(self, locals_: list[Tensor], own: list[Vectors]) -> list[float]:
+        """Return what part of the sigma of one more iteration the vectors give, as `estimation.belong` compares them.
+
+        The least of both sides; 1 for weights that are zero or not finite.
+        """
         now, _ = self._all.evaluate(locals_, own)
         _, then = self._all.iterate(locals_, own, 1)
-        # No number is less than that of a weight that is not finite.
-        return [not bool((a.abs() < at_least * b.abs()).any()) for a, b in zip(now, then, strict=True)]
+        return [float((a.abs() / b.abs()).nan_to_num(nan=1.0).min()) for a, b in zip(now, then, strict=True)]
 
     def _estimated(self, j: int, weight: Tensor, local: Tensor, hints: Sequence[Tensor | None]) -> Vectors:
         """Return vectors of a layer's weight, as `estimation.estimate_vectors` does."""
