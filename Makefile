@@ -78,7 +78,7 @@ docs: env
 	rm -rf build/pages
 	mkdir -p build/pages/benchmarks build/pages/experiments
 	cp README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE build/pages
-	cp -R docs bssn_fast build/pages
+	cp -R docs bssn_fast csrc build/pages
 	find build/pages/bssn_fast -type f -not -name '*.py' -delete
 	cp -R benchmarks/results build/pages/benchmarks
 	cp -R experiments/results build/pages/experiments
@@ -93,7 +93,7 @@ wheel: env
 	rm -rf dist build/wheel
 	$(BIN)/python -m build --outdir build/wheel
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --strip -w dist build/wheel/*.whl \
-		|| { $(BIN)/auditwheel show build/wheel/*.whl; echo "make wheel: this system's glibc is too new, see the Makefile"; exit 1; }
+		|| { $(BIN)/auditwheel show build/wheel/*.whl; echo "make wheel: needs a glibc of 2.28 or older, as in the image manylinux_2_28; or zig, see CONTRIBUTING.md"; exit 1; }
 	mv build/wheel/*.tar.gz dist
 	$(BIN)/twine check --strict dist/*
 

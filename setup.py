@@ -36,6 +36,8 @@ SANITIZE = os.environ.get("BSSN_FAST_SANITIZE") == "1"
 IS_MAC, IS_WINDOWS = sys.platform == "darwin", sys.platform == "win32"
 MACHINE = sysconfig.get_platform().rpartition("-")[2]  # the one to build for, not always this one
 IS_X86 = (platform.machine() if MACHINE == "universal2" else MACHINE).lower() in ("x86_64", "amd64")
+# One module serves every Python from 3.10 on, but those without a GIL, which have no stable interface.
+ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
 REINSTALL = "reinstall (pip install --force-reinstall --no-cache-dir)"
 
 BASELINE = "portable"
@@ -196,14 +198,12 @@ def link_flags(cxx: str, cuda: Cuda | None) -> list[str]:
 
 def write_ninja(path: Path, build_dir: Path, module: Path, cxx: str, cuda: Cuda | None) -> None:
     """Write the build file of `module`; without `cuda` the sources under csrc/cuda are left out."""
-    import pybind11
     from ninja.ninja_syntax import Writer
 
     flags = common_flags()
     user_flags = split(os.environ.get("CXXFLAGS", ""))
-    # Only the bindings see the headers of Python and pybind11: in an isolated build these lie in a new temporary
-    # folder every time, and with it on their command line all kernels would be compiled again.
-    binding_flags = [f"-I{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
+    # Only the bindings see Python's headers: for another Python nothing else is compiled again.
+    binding_flags = [f"-I{sysconfig.get_path('include')}", *["-DPy_LIMITED_API=0x030A0000"] * ABI3]
     cuda_flags = ["-DBSSN_WITH_CUDA=1", *cuda.include_flags] if cuda else []
 
     with path.open("w") as file:
@@ -230,7 +230,7 @@ def write_ninja(path: Path, build_dir: Path, module: Path, cxx: str, cuda: Cuda 
             extra = [*binding_flags, *cuda_flags] if source.parent == CSRC else []
             compile_one("cxx", source, flags, extra, user_flags)
         for source in sorted(CSRC.glob("cuda/*.cpp")) if cuda else []:
-            compile_one("cxx", source, flags, binding_flags, cuda_flags, user_flags)
+            compile_one("cxx", source, flags, cuda_flags, user_flags)
         for source in sorted(CSRC.glob("cuda/*.cu")) if cuda else []:
             compile_one("nvcc", source, nvcc_flags(cxx, cuda))
         for isa, isa_flags in ISA_FLAGS.items():
@@ -250,7 +250,12 @@ def nvcc_flags(cxx: str, cuda: Cuda) -> list[str]:
 
 def configuration(cuda: Cuda | None) -> str:
     """Return a name of what is built, for its folder: going back and forth between two then compiles nothing again."""
-    parts = [sys.implementation.cache_tag, sysconfig.get_platform(), "asan" * SANITIZE, "strict" * STRICT]
+    parts = [
+        "abi3" if ABI3 else sys.implementation.cache_tag,
+        sysconfig.get_platform(),
+        "asan" * SANITIZE,
+        "strict" * STRICT,
+    ]
     parts += ["cuda", *cuda.archs] if cuda else []
     return "-".join(part for part in parts if part)
 
@@ -259,7 +264,7 @@ def compile_module(cxx: str, cuda: Cuda | None) -> Path:
     """Bring the module up to date and return its path."""
     build_dir = Path("build") / configuration(cuda)
     build_dir.mkdir(parents=True, exist_ok=True)
-    module = build_dir / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    module = build_dir / "_C.so"
     build_file = build_dir / "build.ninja"
     write_ninja(build_file, build_dir, module, cxx, cuda)
     if subprocess.run([sys.executable, "-m", "ninja", "-f", str(build_file)]).returncode:
@@ -311,10 +316,10 @@ class BuildKernels(build_ext):
     def copy_extensions_to_source(self) -> None:
         """Bring an editable build's results into the source tree, or remove those of an earlier one."""
         for ext in self.extensions:
-            built = Path(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
             in_source = Path(ext.name.replace(".", os.sep)).parent
-            shutil.copy2(built.parent / "_build_info.py", in_source)
-            (in_source / built.name).unlink(missing_ok=True)
+            shutil.copy2(Path(self.build_lib) / in_source / "_build_info.py", in_source)
+            for earlier in in_source.glob("_C.*"):
+                earlier.unlink()
         super().copy_extensions_to_source()
 
 
@@ -332,6 +337,7 @@ class Wheel(bdist_wheel):
 sources = sorted(str(path) for path in CSRC.rglob("*.c*") if path.suffix in (".cpp", ".cu"))
 setup(
     # Optional: the module may be missing from the result. The kernels' sources are listed for the source distribution.
-    ext_modules=[Extension("bssn_fast._C", sources, optional=True)],
+    ext_modules=[Extension("bssn_fast._C", sources, optional=True, py_limited_api=ABI3)],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 else {},
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
 )

@@ -9,7 +9,7 @@
     report.py           `make bench`: measures, keeps, shows
     gpu/                `make gpu`: tests and measures on a GPU in one run of nine minutes
     test_*.py           the same cases by pytest-benchmark
-    gradient_groups.py  what docs/distributed.md says of gradient groups
+    gradient_groups.py  what docs/howto/distributed.md says of gradient groups
 
 `docs/performance.md` explains the method.
 """

@@ -1,4 +1,4 @@
-"""Measure everything on this machine, write the results and renew docs/performance.md.
+"""Measure everything on this machine, write the results and renew docs/performance.md and the README's chart.
 
 `python -m benchmarks.report` does it all. With --parts, --sets or --peers only a part is measured, and replaces that
 part of earlier results of the same machine and versions. Only peers of the same run have taken turns: figures to be
@@ -16,7 +16,7 @@ from time import perf_counter
 import torch
 
 from benchmarks.against import peers
-from benchmarks.shown import compare, page, plots, results, tables
+from benchmarks.shown import compare, front, page, plots, results, tables
 from benchmarks.shown.targets import targets
 from benchmarks.timing import machine, measure
 from benchmarks.timing.record import Record
@@ -109,7 +109,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def render(machines: Sequence[results.Results], output: Path | None) -> int:
-    """Renew plots and report of these results, and docs/performance.md if they are not kept elsewhere."""
+    """Renew plots and report of these results, and the README and docs/ if they are not kept elsewhere."""
     for found in machines:
         folder = output or found.folder
         pictures = plots.save(found, folder)
@@ -118,6 +118,9 @@ def render(machines: Sequence[results.Results], output: Path | None) -> int:
         print("\n".join(aims(found)))
     for kind in dict.fromkeys(found.kind for found in machines if output in (None, found.folder)):
         page.renew(kind)
+    kept = [found for found in results.everything() if found.kind == "cpu" and found.sets("gan")]
+    if output is None and kept:
+        front.renew(kept[0])
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What normalising sharded weights sends, by calculation: the table in docs/distributed.md.
+"""What normalising sharded weights sends, by calculation: the table in docs/howto/distributed.md.
 
     python -m benchmarks.sharded_messages
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from bssn_fast.calls.arguments import check_module
 from bssn_fast.distributed.sharded import whole_of
 from bssn_fast.layout import channels
 from bssn_fast.modules.convert import WEIGHT
@@ -34,9 +35,9 @@ class Measured(NamedTuple):
     gradient: float | None
     """Euclidean norm of the gradient of the parameter behind the weight; None without a gradient."""
     sigma: float | None
-    """What the last normalisation divided by; None for a layer that is not normalised.
+    """What the weight was last divided by; None for a layer that is not normalised.
 
-    After weights were changed without their vectors it is right again at the next evaluation, which estimates vectors.
+    After weights were changed without their vectors, it is right again at the next evaluation, which computes vectors.
     """
     variance: float
     """Variance of the elements of the weight that the layer uses, normalised and scaled."""
@@ -65,14 +66,15 @@ def initial_variances(shape: tuple[int, ...], dim: int = 0, gain: float = sqrt(2
 
 @torch.no_grad()
 def measure(model: nn.Module) -> dict[str, Measured]:
-    """Return gradient norm, sigma and variance of all normalised weights and of those of layers that could be.
+    """Return the gradient norm, sigma and variance of all weights that are normalised or could be.
 
-    The names are those of `bssn_fast.sigma`. Nothing is normalised for it and no vector changes: the variance is that
-    of the weight as it is, divided by what `bssn_fast.sigma` returns. Between a backward pass and the
-    optimizer's step both belong to the same weight. Where weights are sharded, all ranks must call it.
+    The names are those of `bssn_fast.sigma`. Nothing is normalised and no vector changes: the variance is that of the
+    weight as it is now, divided by what `bssn_fast.sigma` returns. Call it between the backward pass and the
+    optimizer's step, when both belong to the same weight. Where weights are sharded, all ranks must call it.
 
     Raises ValueError if the model has no such weight, or a layer whose weight is parametrized by something else.
     """
+    check_module(model, "diagnostics")
     weights = _weights(model)
     nothing = torch.zeros((), dtype=torch.float64, device="cpu")
     values = []
@@ -117,7 +119,7 @@ def _weights(model: nn.Module) -> dict[str, tuple[Tensor, SpectralNormalization 
 
 
 class History:
-    """What `measure` found in the course of a training, to be written to TensorBoard and plotted.
+    """Collects what `measure` returns during a training, for TensorBoard and for a plot.
 
     Example:
         >>> history = bssn_fast.diagnostics.History()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bssn_fast.backends import Backend
 from bssn_fast.calls.arguments import WEIGHT_DTYPES, check_settings, check_weight
 from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.distributed.sharded import refuse_sharded
@@ -22,27 +23,28 @@ def normalize(
     eps: float = 1e-12,
     n_power_iterations: int = 1,
     dtype: torch.dtype | None = None,
-    backend: str = "",
+    backend: Backend = "",
 ) -> tuple[list[Tensor], Tensor]:
-    """Divide weights by their spectral norms, all in one call, and multiply by `scale`.
+    """Divide weights by their spectral norms and multiply them by `scale`, all in one call.
 
     Args:
         weights: n >= 1 tensors of one device and one dtype (float32, float64, bfloat16, float16) of shape
             [c_out, c_in, *kernel], or [c_in, c_out, *kernel] where the layer's dim is 1.
         vectors: for each weight (u_out [c_out], v_out [c_in k]) for one direction, or (u_out, v_out, u_in [c_in],
-            v_in [c_out k]) for the mean of both; contiguous, float64 for float64 weights, else float32. Updated in
-            place, if `n_power_iterations` is not 0.
+            v_in [c_out k]) for the mean of both. k is the number of kernel positions. Contiguous unit vectors, float64
+            for float64 weights, else float32. Updated in place, unless `n_power_iterations` is 0.
         dims: the output dimension, 0 or 1, of all weights or of each.
         scale: the constant c.
         eps: smallest length that a vector is divided by.
-        n_power_iterations: power iterations before sigma is taken; 0 evaluates with the vectors as they are.
-        dtype: of the results; the weights' by default.
+        n_power_iterations: power iterations before sigma is computed; 0 evaluates with the vectors as they are.
+        dtype: of the results; by default that of the weights.
         backend: "reference", "cpu", "triton" or "cuda"; empty for the default of the device.
 
     Returns:
-        The normalised weights, differentiable any number of times with u and v held constant, and sigma [n].
+        The normalised weights and sigma [n]. The weights are differentiable any number of times; u and v count as
+        constants. Sigma carries no gradient.
 
-    A zero weight gives zeros and sigma 0; one with infinities or NaN gives NaN. Neither changes its vectors.
+    A zero weight gives zeros and sigma 0. A weight with infinities or NaN gives NaN. Neither changes its vectors.
 
     Raises ValueError or TypeError for arguments that do not fit, before any vector has changed.
     """

@@ -152,7 +152,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 def result_dtype(weight: Tensor, autocast: bool) -> torch.dtype:
     """Return the dtype the layer will compute in: autocast's where it applies, so that no second cast is needed."""
-    if not autocast or not torch.is_autocast_enabled(weight.device.type):
+    if not autocast or weight.is_meta or not torch.is_autocast_enabled(weight.device.type):  # raises for "meta"
         return weight.dtype
     if weight.dtype == torch.float64 or weight.is_complex():
         return weight.dtype

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from bssn_fast import backends
-from bssn_fast.calls.arguments import check_settings, whole_number
+from bssn_fast.backends import Backend
+from bssn_fast.calls.arguments import check_module, check_settings, whole_number
 from bssn_fast.modules import blocks
 from bssn_fast.modules.call import Caller
 from bssn_fast.modules.changes import all_or_nothing
@@ -34,70 +35,76 @@ from bssn_fast.modules.places import (
 from bssn_fast.tracing import recording
 
 Model = TypeVar("Model", bound=nn.Module)
+Variant = Literal["sn", "ssn", "bsn", "bssn"]
+"""What weights are divided by, and whether the result is scaled; see `apply`."""
+Update = Literal["forward", "access"]
+"""When the power iteration runs in training: once in each call of the model, or at each read of a weight."""
 
 DEFAULT_SCALE = 2**0.5
-"""The gain that Kaiming's initialisation has for ReLU. docs/evidence.md: of 0.3 to 4.0, this and 2 trained best."""
+"""The gain that Kaiming's initialisation has for ReLU. In docs/evidence.md this and 2 trained best of 0.3 to 4.0."""
 
 
 def apply(
     model: Model,
-    variant: str = "bssn",
+    variant: Variant = "bssn",
     *,
     scale: float | None = None,
     n_power_iterations: int | None = None,
     eps: float | None = None,
     names: Iterable[str] | None = None,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
-    update: str = "forward",
-    backend: str = "",
+    update: Update = "forward",
+    backend: Backend = "",
     gradient_groups: int = 1,
     sharded: str = "auto",
 ) -> Model:
-    """Normalise the weights of a model's layers by their spectral norms, in place.
+    """Divide the weights of a model's layers by their spectral norms, in place.
 
-    All convolutions, transposed convolutions, linear and embedding layers are normalised, or those that `names` or
-    `filter_fn` choose. Layers that carry one of torch's spectral norms are converted with their vectors; layers
-    normalised by an earlier `apply` get the new settings. Parameters stay the same objects, so that an optimizer built
-    before remains valid. A Parameter that several layers share is normalised once, with the vectors of the first.
-    Complex weights, those of one dimension, and converted ones with an output dimension beyond the second take part in
-    plain operations, one by one.
+    Takes all convolution, transposed convolution, linear and embedding layers, or those that `names` or `filter_fn`
+    choose. Layers that carry one of torch's spectral norms are converted with their vectors. Layers normalised by an
+    earlier `apply` get the new settings. Parameters stay the same objects: an optimizer built before stays valid. A
+    Parameter that several layers share is normalised once, with the vectors of the first.
 
-    Draws from torch's random generator: for each new layer in the model's order a normal_ for u and one for v, as torch
-    does, and then, for two directions, one for each of the input side's.
+    Complex weights, weights of one dimension, and converted weights whose output dimension is neither 0 nor 1 are
+    normalised one by one, in plain torch operations.
+
+    Draws random numbers as torch does: for each new layer, in the model's order, one `normal_` for u and one for v.
+    Variants with two directions then draw one for each vector of the input side.
 
     Args:
-        model: the module whose forward is called in training: its layers are then normalised together, once a call.
-        variant: "sn" W / s_out, "ssn" c W / s_out, "bsn" W / mean(s_out, s_in), "bssn" c W / mean(s_out, s_in).
-        scale: the constant c of "ssn" and "bssn"; sqrt(2) by default, which with 2 trained best in
-            docs/evidence.md. The paper tries 0.7 to 4.0 on CIFAR10.
-        n_power_iterations: at each normalisation in training; by default 1, or that of a converted layer.
-        eps: smallest length that a vector is divided by; by default 1e-12, or that of a converted layer.
-        names: the layers to normalise, as `model.named_modules()` calls them, or single parameters of any module, as
-            `model.named_parameters()` does: "lstm.weight_hh_l0", "attention.in_proj_weight". Their first dimension is
-            the output; one of one dimension is divided by its length.
-        filter_fn: called with name and module of each layer; says whether to normalise it.
-        update: "forward" iterates once in each call of the model; "access" each time that a weight is read in
-            training mode, torch's rule.
+        model: the module that your training loop calls. Each call normalises all its layers together.
+        variant: "sn": W / s_out. "ssn": c W / s_out. "bsn": W / mean(s_out, s_in). "bssn": c W / mean(s_out, s_in).
+            s_out and s_in are the largest singular values of W unfolded as [c_out, c_in k] and as [c_in, c_out k].
+        scale: the constant c of "ssn" and "bssn", sqrt(2) by default. The paper tries 0.7 to 4.0 on CIFAR10.
+        n_power_iterations: at each normalisation in training. By default 1, or that of a converted layer.
+        eps: smallest length that a vector is divided by. By default 1e-12, or that of a converted layer.
+        names: only these layers, as in `model.named_modules()`, or single parameters of any module, as in
+            `model.named_parameters()`: "lstm.weight_hh_l0", "attention.in_proj_weight". Their first dimension is the
+            output; a parameter of one dimension is divided by its length.
+        filter_fn: called with the name and module of each layer; returns whether to normalise it.
+        update: "forward" iterates once in each call of the model. "access" is torch's rule: it iterates each time that
+            a weight is read in training mode, which differs where a layer is used twice in one call.
         backend: "reference", "cpu", "triton" or "cuda"; empty for the default of the weights' device.
-        gradient_groups: in how many calls the gradients of the weights are computed, at most. With one, all are ready
-            at the end of the backward pass; with more, those of the last layers are ready earlier, so that
+        gradient_groups: compute the gradients of the weights in at most this many calls. With one, all are ready at
+            the end of the backward pass. With more, those of the last layers are ready earlier, so that
             DistributedDataParallel sends them while the backward pass goes on.
         sharded: where sigma of weights that FSDP2 shards is computed: "gather", of the whole weight on each rank, once
             it is gathered; "reduce", of the shards, in two small messages for each power iteration when the model is
-            called; "auto", the latter for weights that are sharded by tensor parallelism too. docs/distributed.md has
-            the costs.
+            called; "auto", the latter for weights that are sharded by tensor parallelism too.
+            docs/howto/distributed.md has the costs.
 
     Returns:
         The model.
 
-    Raises ValueError, TypeError or BackendUnavailableError, the model being unchanged, for settings out of range, when
-    no layer matches, and for layers that cannot be normalised, which are named.
+    Raises ValueError, TypeError or BackendUnavailableError for settings out of range, when no layer matches, and for
+    layers that cannot be normalised, which the message names. The model is then unchanged.
 
     Example:
         >>> d = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.LazyLinear(1))
         >>> _ = d(torch.zeros(1, 3, 8, 8))
         >>> d = bssn_fast.apply(d, "bssn", scale=1.2)
     """
+    check_module(model, "apply")
     settings = _settings(variant, scale, n_power_iterations, eps, update, backend, gradient_groups, sharded)
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
@@ -119,15 +126,15 @@ def spectral_norm(
 ) -> Model:
     """Normalise one parameter of a module, as torch.nn.utils.parametrizations.spectral_norm does.
 
-    For code that calls that function: the same arguments, results and `state_dict`. Each read of the parameter in
-    training mode iterates. `apply` on a whole model is faster, as it normalises all layers together.
+    Takes that function's arguments, and gives its results and `state_dict`. Each read of the parameter in training mode
+    iterates. `apply` on a whole model is faster, as it normalises all layers together.
 
-    Draws from torch's random generator as `apply` does. On a parameter that is normalised already, by this function or
-    by `apply`, it sets variant "sn" and these settings, where torch would normalise what is normalised.
+    Draws random numbers as `apply` does. On a parameter that is normalised already, by this function or by `apply`, it
+    sets variant "sn" and these settings, where torch would normalise the result once more.
 
     Args:
         module: the layer.
-        name: of a parameter of the module's own, of one dimension or more, real or complex. One of one dimension is
+        name: the module's own parameter, of one dimension or more, real or complex. A parameter of one dimension is
             divided by its length.
         n_power_iterations: at each read in training mode.
         eps: smallest length that a vector is divided by.
@@ -136,12 +143,13 @@ def spectral_norm(
     Returns:
         The module.
 
-    Raises ValueError or TypeError, the module being unchanged, if there is no such parameter, for settings out of
-    range, and for what `apply` refuses; IndexError if there is no such dimension.
+    Raises ValueError or TypeError if there is no such parameter, for settings out of range, and for what `apply`
+    refuses; IndexError if there is no such dimension. The module is then unchanged.
 
     Example:
         >>> layer = bssn_fast.spectral_norm(torch.nn.Linear(20, 40))
     """
+    check_module(module, "spectral_norm")
     settings = _settings("sn", None, n_power_iterations, eps, "access", "", 1, "auto")
     place = own_place(module, name, dim)
     existing = {place: check(place)}
@@ -185,7 +193,7 @@ def _settings(
     scaled = VARIANTS[variant][1]
     if scale is not None and not scaled:
         raise ValueError(f"variant {variant!r} has no scale; choose {'ssn' if variant == 'sn' else 'bssn'!r} for one")
-    if update not in ("forward", "access"):
+    if update not in get_args(Update):
         raise ValueError(f"update must be 'forward' or 'access', not {update!r}")
     if sharded not in ("auto", "gather", "reduce"):
         raise ValueError(f"sharded must be 'auto', 'gather' or 'reduce', not {sharded!r}")
@@ -202,7 +210,8 @@ def _settings(
     return Settings(variant, c, smallest, n, update, backend, groups, sharded)
 
 
-def _normalized_layers(model: nn.Module) -> list[tuple[Place, SpectralNormalization]]:
+def _normalized_layers(model: nn.Module, function: str) -> list[tuple[Place, SpectralNormalization]]:
+    check_module(model, function)
     found = normalized_places(model)
     if not found:
         raise ValueError(f"no layer of {type(model).__name__} is normalised; call bssn_fast.apply(model) first")
@@ -212,27 +221,29 @@ def _normalized_layers(model: nn.Module) -> list[tuple[Place, SpectralNormalizat
 def cached(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Share one normalisation among all calls of the model and its layers in a `with` block.
 
-    The first call iterates, if in training mode; later ones, in either mode, use its weights and its graph, so that one
-    backward pass over the sum of the losses (or `retain_graph=True`) belongs to them. A weight that changes in the
-    block, in whatever way, is normalised anew. On a GPU, where looking for changes would mean to wait, and in compiled
-    code, calls share the power iteration alone.
+    The first call iterates, if in training mode. Later calls, in either mode, use its weights and its graph: run one
+    backward pass over the sum of the losses, or use `retain_graph=True`. A weight that changes inside the block, in
+    whatever way, is normalised again. On a GPU and in compiled code, calls share the power iteration only: looking for
+    changes would mean to wait for the GPU.
 
-    torch.nn.utils.parametrize.cached() does the same for all models.
+    `torch.nn.utils.parametrize.cached()` does the same for all models.
 
     Raises ValueError if no layer of the model is normalised.
     """
-    norms = list({id(p): p for _, p in _normalized_layers(model)}.values())
+    norms = list({id(p): p for _, p in _normalized_layers(model, "cached")}.values())
     return recording.share(norms) if is_dynamo_compiling() else blocks.share(norms)
 
 
 def sigma(model: nn.Module) -> dict[str, Tensor]:
-    """Return each layer's sigma of the last normalisation, as scalar tensors, without computing anything.
+    """Return for each layer what its weight was last divided by, as scalar tensors. Computes nothing.
 
-    Where the last one was part of a compiled function, sigma is computed: that of the weight and the vectors now.
+    After a compiled call sigma is computed, from the weight and the vectors as they are now.
 
     Raises ValueError if no layer of the model is normalised.
     """
-    return {place.name: p.sigma_of(original_of(place.parametrizations())) for place, p in _normalized_layers(model)}
+    return {
+        place.name: p.sigma_of(place.parametrizations().original) for place, p in _normalized_layers(model, "sigma")
+    }
 
 
 def summary(model: nn.Module) -> str:
@@ -241,9 +252,9 @@ def summary(model: nn.Module) -> str:
     Raises ValueError if no layer of the model is normalised.
     """
     rows = [("layer", "type", "weight", "variant", "sigma")]
-    for place, p in _normalized_layers(model):
+    for place, p in _normalized_layers(model, "summary"):
         kind = type(place.module).__name__.removeprefix("Parametrized")
-        weight = original_of(place.parametrizations())
+        weight = place.parametrizations().original
         shape = "x".join(map(str, weight.shape))
         variant = p.settings.variant
         if VARIANTS[variant][1]:
@@ -254,11 +265,11 @@ def summary(model: nn.Module) -> str:
 
 
 def remove(model: Model) -> Model:
-    """Make the normalised weights, as in evaluation, the layers' plain weights; the Parameters stay the same objects.
+    """Make the normalised weights plain weights, as evaluation computes them. Parameters stay the same objects.
 
     Raises ValueError if no layer of the model is normalised.
     """
-    found = _normalized_layers(model)
+    found = _normalized_layers(model, "remove")
     check_removable(model, found)
     with torch.no_grad():
         baked = {id(p): p.evaluate(original_of(place.parametrizations())) for place, p in found}

@@ -32,6 +32,8 @@ def without_autocast(function: Callable[Concatenate[Tensor, P], R]) -> Callable[
 
     @wraps(function)
     def full_precision(weight: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        if weight.is_meta:  # for which torch.autocast raises
+            return function(weight, *args, **kwargs)
         with torch.autocast(weight.device.type, enabled=False):
             return function(weight, *args, **kwargs)
 
@@ -97,10 +99,10 @@ def spectral_norm(weight: Tensor, vectors: Vectors, dim: int) -> Tensor:
     if weight.ndim == 1:
         sigma = norm(weight)
     else:
-        sigma = product(product(unfold(weight, dim).mT, vectors[0].conj()), vectors[1])
+        sigma = product(product(unfold(weight, dim).transpose(0, 1), vectors[0].conj()), vectors[1])
     if len(vectors) == 4:
         in_side = unfold(weight, input_dimension(dim))
-        sigma = (sigma + product(product(in_side.mT, vectors[2].conj()), vectors[3])) / 2
+        sigma = (sigma + product(product(in_side.transpose(0, 1), vectors[2].conj()), vectors[3])) / 2
     return torch.where(torch.isfinite(sigma), sigma, torch.nan)
 
 

@@ -1,61 +1,51 @@
 // The extension module bssn_fast._C. Addresses and sizes are plain integers and nothing of torch is included, so that
 // one build serves every version of torch. All checks of tensors are made in Python before.
-#include <pybind11/pybind11.h>
-
 #include "cpu/cpu.h"
 #include "cpu/parallel.h"
-
-namespace py = pybind11;
-
+#include "from_python.h"
 #ifdef BSSN_WITH_CUDA
-void register_cuda(py::module_& module);
+#include "cuda/cuda.h"
 #endif
 
-PYBIND11_MODULE(_C, module) {
-  using bssn::DType;
-  using bssn::Geometry;
-  module.def(
-      "cpu_forward",
-      [](uintptr_t geometry, int64_t n, uintptr_t pointers, uintptr_t snapshot, uintptr_t sigma, int64_t weight_type,
-         int64_t output_type, double scale, double eps, int64_t iterations, int threads) {
-        py::gil_scoped_release release;
-        return bssn::cpu::forward(reinterpret_cast<const Geometry*>(geometry), n,
-                                  reinterpret_cast<void* const*>(pointers), reinterpret_cast<void*>(snapshot),
-                                  reinterpret_cast<void*>(sigma), DType(weight_type), DType(output_type), scale, eps,
-                                  iterations, threads);
-      },
-      "Normalise n layers; returns an error code.");
-  module.def(
-      "cpu_backward",
-      [](uintptr_t geometry, int64_t n, uintptr_t pointers, uintptr_t snapshot, int64_t weight_type, int64_t grad_type,
-         double scale, int threads) {
-        py::gil_scoped_release release;
-        return bssn::cpu::backward(reinterpret_cast<const Geometry*>(geometry), n,
-                                   reinterpret_cast<void* const*>(pointers), reinterpret_cast<void*>(snapshot),
-                                   DType(weight_type), DType(grad_type), scale, threads);
-      },
-      "Gradients of the weights of n layers; returns an error code.");
-  module.def(
-      "cpu_workspace",
-      [](uintptr_t geometry, int64_t n, int64_t weight_type, int threads, bool backward) {
-        const auto* layers = reinterpret_cast<const Geometry*>(geometry);
-        return backward ? bssn::cpu::backward_workspace(layers, n, DType(weight_type), threads)
-                        : bssn::cpu::forward_workspace(layers, n, DType(weight_type), threads);
-      },
-      "Bytes that a call works in; for the tests.");
-  module.def(
-      "cpu_hash",
-      [](uintptr_t addresses, uintptr_t sizes, int64_t n, int threads, uintptr_t out) {
-        py::gil_scoped_release release;
-        return bssn::cpu::hash(reinterpret_cast<const int64_t*>(addresses), reinterpret_cast<const int64_t*>(sizes), n,
-                               threads, reinterpret_cast<uint64_t*>(out));
-      },
-      "Hashes of n stretches of memory; returns an error code.");
-  module.def("cpu_set_openmp", &bssn::cpu::set_openmp, "Give the address of GOMP_parallel, or 0.");
-  module.def("cpu_last_level_cache", &bssn::cpu::last_level_cache, "Size of the cache in bytes, or a guess.");
-  module.def("cpu_instruction_set", &bssn::cpu::instruction_set, "Name of the instruction set in use.");
-  module.def("cpu_set_instruction_set", &bssn::cpu::set_instruction_set, "Choose one; false if it is not to be had.");
-#ifdef BSSN_WITH_CUDA
-  register_cuda(module);
-#endif
+namespace {
+
+using bssn::python::entry;
+namespace cpu = bssn::cpu;
+
+int64_t cpu_workspace(const bssn::Geometry* geometry, int64_t n, bssn::DType type, int threads, bool backward) {
+  return (backward ? cpu::backward_workspace : cpu::forward_workspace)(geometry, n, type, threads);
 }
+
+int set_openmp(uintptr_t gomp_parallel) {
+  cpu::set_openmp(gomp_parallel);
+  return cpu::ok;
+}
+
+PyMethodDef functions[] = {
+    entry<cpu::forward>("cpu_forward", "Normalise n layers; returns an error code."),
+    entry<cpu::backward>("cpu_backward", "Gradients of the weights of n layers; returns an error code."),
+    entry<cpu_workspace>("cpu_workspace", "Bytes that a call works in; for the tests."),
+    entry<cpu::hash>("cpu_hash", "Hashes of n stretches of memory; returns an error code."),
+    entry<set_openmp>("cpu_set_openmp", "Give the address of GOMP_parallel, or 0."),
+    entry<cpu::last_level_cache>("cpu_last_level_cache", "Size of the cache in bytes, or a guess."),
+    entry<cpu::instruction_set>("cpu_instruction_set", "Name of the instruction set in use."),
+    entry<cpu::set_instruction_set>("cpu_set_instruction_set", "Choose one; false if it is not to be had."),
+#ifdef BSSN_WITH_CUDA
+    entry<bssn::cuda::forward_workspace>(
+        "cuda_forward_workspace", "Bytes of device memory for a forward call; if negative, minus an error code."),
+    entry<bssn::cuda::backward_workspace>(
+        "cuda_backward_workspace", "Bytes of device memory for a backward call; if negative, minus an error code."),
+    entry<bssn::cuda::forward>("cuda_forward", "Normalise n layers; returns an error code."),
+    entry<bssn::cuda::backward>("cuda_backward", "Gradients of the weights of n layers; returns an error code."),
+    entry<bssn::cuda::status>("cuda_status", "0 if the kernels can run on a device, else an error code."),
+    entry<bssn::cuda::error_string>("cuda_error_string", "CUDA's own words for an error code."),
+    entry<bssn::cuda::runtime_version>("cuda_runtime_version", "The CUDA runtime that this was built with."),
+#endif
+    {},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }

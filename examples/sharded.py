@@ -3,7 +3,7 @@
 python examples/sharded.py
 
 Starts four processes on this machine's CPU, joined by gloo. On GPUs the same code runs under torchrun, with "cuda" for
-the meshes and nccl for the process group. docs/distributed.md has the recipes.
+the meshes and nccl for the process group. docs/howto/distributed.md has the recipes.
 """
 
 from __future__ import annotations

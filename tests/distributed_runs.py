@@ -174,6 +174,31 @@ def ddp(steps: int, outer: bool, split: bool, gradient_groups: int) -> Result:
     return train(wrapped, model, steps, split=split)
 
 
+def accumulate(call: nn.Module, model: nn.Module, steps: int, *, split: bool) -> Result:
+    """Train with the gradients of three batches, of which only the last one is sent."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if split else (0, 1)
+    optimizer = torch.optim.SGD(call.parameters(), lr=1e-2)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for k, (real, fake) in enumerate(batches(3)):
+            with call.no_sync() if split and k < 2 else contextlib.nullcontext():
+                hinge(call, real[rank::world] + step, fake[rank::world]).backward()
+        optimizer.step()
+    return {**vectors_of(model), **{name: p.detach().clone() for name, p in model.named_parameters()}}
+
+
+def ddp_accumulation(steps: int, gradient_groups: int) -> Result:
+    torch.manual_seed(0)
+    model = critic(gradient_groups=gradient_groups)
+    return accumulate(DistributedDataParallel(model), model, steps, split=True)
+
+
+def accumulation_alone(steps: int) -> Result:
+    torch.manual_seed(0)
+    model = critic()
+    return accumulate(model, model, steps, split=False)
+
+
 def ddp_progress(gradient_groups: int) -> list[str]:
     """How far the backward pass had come when each bucket of gradients was sent."""
     torch.manual_seed(0)

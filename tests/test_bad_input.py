@@ -96,6 +96,18 @@ def test_a_scale_to_be_trained(model):
             bssn_fast.normalize([torch.eye(2)], [(torch.ones(2), torch.ones(2))], scale=scale)
 
 
+@pytest.mark.parametrize("given", [None, {}, nn.ReLU, nn.Parameter(torch.ones(2)), [nn.Linear(2, 2)]], ids=str)
+def test_what_is_no_module(given):
+    history = bssn_fast.diagnostics.History()
+    for function in (
+        *(bssn_fast.apply, bssn_fast.remove, bssn_fast.cached, bssn_fast.sigma, bssn_fast.summary),
+        *(bssn_fast.spectral_norm, lambda m: bssn_fast.load_state_dict(m, {}), lambda m: history.record(m, 1)),
+    ):
+        with pytest.raises(TypeError, match=r"^bssn_fast\.\w+ needs a torch\.nn\.Module.* not \S[^\n]+$") as caught:
+            function(given)
+        assert (given.__name__ if isinstance(given, type) else type(given).__name__) in str(caught.value)
+
+
 def test_names_given_as_one_string(model):
     refuses(model, TypeError, "names=['head']", names="head")
 

@@ -1,5 +1,6 @@
 """When layers are normalised: once in a call of the model, whatever happens in it, and each by itself outside."""
 
+import copy
 import gc
 import sys
 import warnings
@@ -318,3 +319,69 @@ def test_hooks_are_the_groups_only():
     model = bssn_fast.apply(Net())
     assert [type(h.__self__) for h in model._forward_pre_hooks.values()] == [Group]
     assert [type(h.__self__) for h in model._forward_hooks.values()] == [Group]
+
+
+class Masking(Net):
+    """Cuts off some input channels of a layer, in its own forward, as causal convolutions do."""
+
+    def forward(self, x):
+        self.cut(self.body[1])
+        return super().forward(x)
+
+
+def by_attribute(layer):
+    layer.parametrizations.weight.original.data[:, 4:] = 0
+
+
+def by_name(layer):
+    dict(layer.named_parameters())["parametrizations.weight.original"].data[:, 4:] = 0
+
+
+@pytest.mark.parametrize("cut", [by_attribute, by_name])
+@pytest.mark.parametrize("training", [True, False])
+def test_masks_that_a_models_forward_applies(cut, training):
+    """Writes through `.data`, which torch counts no version of, by code that gets at the layer in the call."""
+    model = bssn_fast.apply(Masking().double())
+    model.cut = lambda layer: None
+    model(images(2, torch.float64))
+    model.cut = cut
+    model.train(training)
+    read = []
+    model.body[1].register_forward_hook(lambda layer, *_: read.append(layer.weight))
+    for _ in range(2):
+        with torch.no_grad():  # as a step of an optimizer may, before the mask is applied again
+            original(model.body[1]).add_(0.1)
+        model(images(2, torch.float64)).sum().backward()
+        assert not read[-1][:, 4:].any()
+        assert read[-1][:, :4].all()
+        assert not original(model.body[1]).grad[:, :4].isnan().any()
+
+
+def test_a_look_in_a_call_changes_nothing():
+    model = bssn_fast.apply(Masking().double())
+    twin = copy.deepcopy(model)
+    model.cut, twin.cut = (lambda layer: layer.parametrizations.weight.original.norm()), (lambda layer: None)
+    x = images(2, torch.float64)
+    assert torch.equal(model(x), twin(x))
+    assert same(vectors_of(model), vectors_of(twin))
+
+
+class MaskedConv(nn.Conv2d):
+    def forward(self, x):
+        self.weight.data[:, 1:] *= 0
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*used more than once")
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mask_on_the_normalised_weight(training):
+    """As with torch's hook, the layer computes with the masked weight; sigma is that of the whole one."""
+    model = bssn_fast.apply(nn.Sequential(MaskedConv(3, 4, 3).double()), "sn").train(training)
+    weight = original(model[0]).detach().clone()
+    for _ in range(3):
+        x = images(2, torch.float64)
+        found = model(x)
+        masked = weight / bssn_fast.sigma(model)["0"]
+        masked[:, 1:] = 0
+        torch.testing.assert_close(found, nn.functional.conv2d(x, masked, model[0].bias))
+    assert torch.equal(original(model[0]), weight)

@@ -59,6 +59,13 @@ def test_ddp_with_half_the_data_each_is_one_process(ranks):
     assert_close(results, expected)
 
 
+@pytest.mark.parametrize("gradient_groups", [1, 2])
+def test_ddp_with_no_sync_is_one_process(ranks, gradient_groups):
+    results = ranks.run(runs.ddp_accumulation, 3, gradient_groups)
+    assert_bit_equal(results[1:], results[0])
+    assert_close(results, runs.accumulation_alone(3))
+
+
 @pytest.mark.parametrize(("gradient_groups", "expected"), [(1, "0000"), (2, "2200"), (4, "3210")])
 def test_ddp_sends_gradients_while_the_backward_pass_goes_on(ranks, gradient_groups, expected):
     for sent in ranks.run(runs.ddp_progress, gradient_groups):

@@ -1,5 +1,7 @@
 """torch.export, ONNX and torch.jit.trace: models in evaluation, in plain operations."""
 
+import io
+
 import pytest
 import torch
 from support import Net, images, original, vectors_of
@@ -75,8 +77,20 @@ def test_onnx(model):
     torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*legacy.*:UserWarning")
+def test_older_exporter_to_onnx(model):
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    x, file = images(), io.BytesIO()
+    torch.onnx.export(model, (x,), file, dynamo=False)
+    program = onnx.load_from_string(file.getvalue())
+    assert {node.domain for node in program.graph.node} == {""}
+    (found,) = ReferenceEvaluator(program).run(None, {program.graph.input[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_torch_jit_trace(model):
-    """So that the older exporter to ONNX works too."""
     x = images()
     traced = torch.jit.trace(model, (x,))
     torch.testing.assert_close(traced(x), model(x))

@@ -7,7 +7,7 @@ import torch
 from support import LAYERS, VARIANTS, Net, images, layer_and_input, norm_of, norms, original, same, vectors_of
 from test_convert import KINDS
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, spectral_norm
 
 import bssn_fast
 from bssn_fast import reference
@@ -308,6 +308,29 @@ def test_compiled_parts_and_errors():
     found = bssn_fast.load_state_dict(model, {"module.head.bias": torch.zeros(1), "module.x": 1}, strict=False)
     assert found.unexpected_keys == ["x"]
     assert not model.head.bias.any()
+
+
+@pytest.mark.parametrize("kind", ["ours", "parametrization", "hook"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_normalised_checkpoint_in_a_plain_model(kind, strict):
+    """torch alone says which keys are missing or, with `strict=False`, nothing; the weight is not loaded."""
+    layer = nn.Linear(3, 3)
+    normalise = {"ours": bssn_fast.apply, "parametrization": parametrizations.spectral_norm, "hook": spectral_norm}
+    state = nn.ModuleDict({"a": normalise[kind](layer), "b": nn.Linear(3, 3)}).state_dict()
+    plain = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    before = copy.deepcopy(plain.state_dict())
+    with pytest.raises(RuntimeError, match=r"^a\.weight is normalised in the checkpoint.*bssn_fast\.apply"):
+        bssn_fast.load_state_dict(plain, state, strict=strict)
+    assert same(plain.state_dict(), before)
+    bssn_fast.load_state_dict(bssn_fast.apply(plain, "sn", names=["a"]), state, strict=strict)
+    assert torch.equal(
+        original(plain["a"]), state.get("a.parametrizations.weight.original", state.get("a.weight_orig"))
+    )
+
+
+def test_no_state_dict():
+    with pytest.raises(TypeError, match="needs a state_dict, not str"):
+        bssn_fast.load_state_dict(nn.Linear(2, 2), "checkpoint.pt")
 
 
 def test_tied_weights_stay_tied():

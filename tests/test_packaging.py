@@ -226,8 +226,18 @@ def test_cuda_architectures(project: Project, asked: str, gpus: str, archs: list
     assert flags == [*expected, f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
+def test_one_module_serves_every_python(project: Project) -> None:
+    """Its name and the wheel's say so, and the code sees nothing of Python's that an older one lacks."""
+    project.build()
+    (module,) = project.modules()
+    assert module.name in ("_C.abi3.so", "_C.pyd")
+    project.write("csrc/bindings.cpp", STUB_BINDINGS.replace("return m;", "return PyTuple_GET_ITEM(m, 0);"))
+    assert "the C++ compiler failed" in project.build()
+
+
 def test_editable_build_follows_what_can_be_built(project: Project) -> None:
     package = project.root / "bssn_fast"
+    project.write("bssn_fast/_C.cpython-310-x86_64-linux-gnu.so", "an earlier one, which Python would prefer")
     assert project.run("setup.py", "-q", "build_ext", "--inplace").returncode == 0
     assert len(list(package.glob("_C*"))) == 1
     assert "NOT_BUILT" in (package / "_build_info.py").read_text()
@@ -243,7 +253,7 @@ def test_wheel_and_source_distribution(project: Project) -> None:
     done = project.run("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", "dist", CXX="/nonexistent")
     assert done.returncode == 0, done.stderr
     (wheel,) = (project.root / "dist").glob("*.whl")
-    assert "-0_no_compiler-" in wheel.name
+    assert "-0_no_compiler-cp310-abi3-" in wheel.name
     assert wheel.name in done.stdout, "pip shows nothing else of a build"
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -260,6 +270,18 @@ def test_wheel_and_source_distribution(project: Project) -> None:
     assert {"setup.py", "pyproject.toml", "LICENSE", "csrc/bindings.cpp", "csrc/cpu/width.h"} <= files
     assert {"tests/test_stub.py", "docs/design.md", "CHANGELOG.md"} <= files
     assert "bssn_fast/_build_info.py" not in files
+
+
+def test_the_archives_know_the_repository(project: Project) -> None:
+    """The README's links and pictures are absolute in a released archive, and the metadata have the address."""
+    done = project.run(str(ROOT / ".github" / "address.py"), "https://forge.example/a/b/", "v1")
+    assert done.returncode == 0, done.stderr
+    assert project.run("setup.py", "-q", "egg_info").returncode == 0
+    metadata = (project.root / "bssn_fast.egg-info" / "PKG-INFO").read_text()
+    assert "Project-URL: Repository, https://forge.example/a/b\n" in metadata
+    assert "(https://forge.example/a/b/raw/v1/docs/images/speed.png)" in metadata
+    assert "(https://forge.example/a/b/blob/v1/docs/performance.md)" in metadata
+    assert all(target.startswith("https://") for target in re.findall(r"\]\(([^)]*)\)", metadata))
 
 
 def test_one_version() -> None:

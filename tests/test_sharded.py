@@ -100,11 +100,11 @@ def numbers(layers, each=1):
 
 
 def test_messages_as_they_are_calculated():
-    """The table in docs/distributed.md."""
+    """The table in docs/howto/distributed.md."""
     layers = [Layer("linear", shape) for shape in ALL]
     assert list(sharded_messages.iteration_bytes(layers, "sn")) == two_halves(ALL)
     assert sharded_messages.backward_bytes(layers) == numbers(6)
-    assert sharded_messages.table() in (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    assert sharded_messages.table() in (Path(__file__).parents[1] / "docs" / "howto" / "distributed.md").read_text()
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -14,14 +14,14 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.gpu.outcomes import ROOT
 
 PREPARED = ROOT / "build" / "gpu"
-BUILDS_NEED = ("pybind11", "setuptools", "ninja")
+BUILDS_NEED = ("setuptools", "ninja")
+SUFFIX = ".abi3.so"
 TRY = """
 import sys
 from bssn_fast import backends
@@ -31,18 +31,18 @@ sys.exit(reason is not None)
 """
 
 
-def name(suffix: str) -> str:
-    """Return the file name of a module compiled from the sources as they are, for a Python that loads this suffix."""
+def name() -> str:
+    """Return the file name of a module compiled from the sources as they are."""
     digest = hashlib.sha256()
     for path in [ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*"))]:
         if path.is_file():
             digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
-    return f"extension-{digest.hexdigest()[:16]}{suffix}"
+    return f"extension-{digest.hexdigest()[:16]}{SUFFIX}"
 
 
 def compiled_before(output: Path) -> Iterator[Path]:
-    """Yield modules for this Python and these sources, from `make gpu-prepare` and earlier runs."""
-    wanted = name(str(sysconfig.get_config_var("EXT_SUFFIX")))
+    """Yield modules of these sources, from `make gpu-prepare` and earlier runs."""
+    wanted = name()
     for folder in (PREPARED, output, *(ROOT / "benchmarks" / "results").glob("*/*")):
         if (folder / wanted).exists():
             yield folder / wanted
@@ -50,7 +50,7 @@ def compiled_before(output: Path) -> Iterator[Path]:
 
 def installed() -> Path:
     """Return where Python looks for the module."""
-    return ROOT / "bssn_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return ROOT / "bssn_fast" / f"_C{SUFFIX}"
 
 
 def put(source: Path, target: Path) -> None:
@@ -101,7 +101,7 @@ def main() -> int:
     if not works():
         return 1
     for folder in (PREPARED, output):
-        put(installed(), folder / name(str(sysconfig.get_config_var("EXT_SUFFIX"))))
+        put(installed(), folder / name())
     return 0
 
 

@@ -38,11 +38,14 @@ import os
 import warnings
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
-NAMES = ("reference", "cpu", "triton", "cuda")
+Backend = Literal["", "reference", "cpu", "triton", "cuda"]
+"""Who does the arithmetic; "" leaves the choice to the device's default."""
+
+NAMES: tuple[str, ...] = get_args(Backend)[1:]
 # Of the two for GPUs, first the one that compiles nothing at the first call and was the faster on large models.
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 

@@ -12,6 +12,13 @@ WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _COMPLEX = (torch.complex64, torch.complex128)
 
 
+def check_module(model: object, function: str) -> None:
+    """Raise TypeError for what is no module, a state_dict or a class for instance."""
+    if not isinstance(model, torch.nn.Module):
+        found = f"the class {model.__name__}; make one first" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"bssn_fast.{function} needs a torch.nn.Module, the model or a layer, not {found}")
+
+
 def check_weight(weight: Tensor, dim: int, name: str) -> None:
     """Raise ValueError or TypeError, naming the layer and the remedy, for a weight that cannot be normalised.
 

@@ -20,6 +20,7 @@ from bssn_fast.layout import compute_dtype, has_tangent, result_dtype
 
 _FUNCTIONAL_CALL = stateless._functional_call.__code__
 _WITH_MEMORY = {Tensor, torch.nn.Parameter}
+_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # of fake tensors, of recording, functional
 
 
 def in_transform() -> bool:
@@ -27,11 +28,23 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def in_mode() -> bool:
+    """Whether operations, also those on real tensors, give fake tensors or are recorded, as by `make_fx`."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _MODES)
+
+
 def in_fake_mode() -> bool:
     """Whether FakeTensorMode is active: what operations return has no values then."""
-    if torch._C._len_torch_dispatch_stack() == 0:
+    if not torch._C._len_torch_dispatch_stack():
         return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def is_temporary() -> bool:
+    """Whether results mean something only as long as a transform or a mode is there."""
+    return in_transform() or in_mode()
 
 
 def in_functional_call() -> bool:
@@ -51,11 +64,10 @@ def wants_plain_operations(weights: Sequence[Tensor]) -> bool:
     """Whether kernels cannot read these weights, or who follows the computation could not see what they do.
 
     So it is with tensors of torch.func's transforms, dual tensors, those of the meta device, fake ones and other
-    subclasses of Tensor; and where all that is made is fake, whatever the weights are.
+    subclasses of Tensor, and with all tensors where a mode makes fake ones of them or records.
     """
     return (
-        in_transform()
-        or in_fake_mode()
+        is_temporary()
         or not _WITH_MEMORY.issuperset(map(type, weights))
         or weights[0].device.type == "meta"
         or has_tangents(weights)

@@ -66,6 +66,12 @@ def belong(weight: Tensor, vectors: Sequence[Tensor], dim: int, eps: float, *, a
     return True
 
 
+def random_direction(weight: Tensor, size: int) -> Tensor:
+    """Return a random unit vector [size] as torch draws its u and v: one normal_ on the weight's device."""
+    vector = torch.empty(size, dtype=compute_dtype(weight.dtype), device=weight.device).normal_(0, 1)
+    return torch.nn.functional.normalize(vector, dim=0, eps=1e-12)
+
+
 @torch.no_grad()
 def estimate_vectors(
     weight: Tensor, dim: int, two_sided: bool, *, hints: Sequence[Tensor | None], eps: float, backend: str = ""

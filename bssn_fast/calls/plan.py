@@ -335,7 +335,7 @@ def checked_vectors(vectors: list[Tensor], weight: Tensor, sizes: Sequence[int],
             f"bssn_fast: {name}: a weight of shape {tuple(weight.shape)} does not fit its layer's vectors, which are "
             "those of another shape. Call bssn_fast.remove before a weight changes shape, and apply again"
         )
-    if not composite.in_transform():
+    if not (is_dynamo_compiling() or composite.in_transform()):  # torch 2.6's compiler knows none of these questions
         for vector in vectors:
             check_memory(vector, f"bssn_fast: a vector of {name}")
     dtype = compute_dtype(weight.dtype)

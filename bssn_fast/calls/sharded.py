@@ -145,10 +145,10 @@ class ShardedPlan:
             return Results(list(_Scale.apply(call, *weights)), None, None, found.vectors)
 
     @torch.no_grad()
-    def compute_alone(self, weight: Tensor, n_power_iterations: int) -> tuple[Tensor, Tensor]:
-        """Return the only member's normalised weight, without a graph, and sigma [1], after iterations if any.
+    def compute_alone(self, weight: Tensor, n_power_iterations: int) -> Tensor:
+        """Return the only member's normalised weight, without a graph, after iterations if any.
 
-        With iterations the first rank's vectors become all ranks'. Without, nothing changes.
+        With iterations the first rank's vectors become all ranks'. Without, no vector changes.
         """
         local, own = self._locals([weight]), [tuple(self.members[0].vectors(weight))]
         if n_power_iterations:
@@ -158,7 +158,9 @@ class ShardedPlan:
         else:
             sides, _ = self._all.evaluate(local, own)
         sigma = self._means(sides)
-        return self.scale([weight], own, sigma).normalized[0], sigma[0][None]
+        measured = self.members[0].measured
+        measured.sigma, measured.index = sigma[0][None], 0
+        return self.scale([weight], own, sigma).normalized[0]
 
     @torch.no_grad()
     def estimate_alone(self, weight: Tensor) -> None:

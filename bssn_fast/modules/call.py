@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from bssn_fast.calls.contents import version
+from bssn_fast.calls.composite import wants_plain_operations
+from bssn_fast.calls.contents import contents_of, version
 from bssn_fast.calls.plan import Results
 from bssn_fast.layout import result_dtype
 from bssn_fast.modules import recomputation
@@ -84,6 +85,7 @@ class Call:
     __slots__ = (
         "aside",
         "children",
+        "doubted",
         "entries",
         "frame",
         "grad_enabled",
@@ -104,6 +106,7 @@ class Call:
         self.entries: list[tuple[Tensor, int, Tensor, int] | None] = [None] * layers
         self.sources: list[tuple[list[int], Results]] = []  # of the layers with these indices
         self.others: dict[int, Source | None] = {}  # of single layers
+        self.doubted: dict[int, bytes | Tensor] = {}  # what a weight was when somebody looked at its layer
         self.inherited = False  # the frame is that of another call, which goes on
         self.measured: Any = None  # of layers whose weights submodules will gather: see `shards`
         self.children: list[Any] = []  # groups whose calls end with this one
@@ -151,11 +154,33 @@ class Call:
             same = owner_version == version(weight) and ready_version == version(ready)
         if not same or (get_referents(self.frame) and not self.running()):
             return None
+        if self.doubted and self._written(j, weight):
+            self.results[j] = self.entries[j] = None
+            return None
         if reader is not None and recomputation.maybe_in_checkpoint():
             source = self.source(j)
             if source is not None and (self.grad_enabled or torch.is_grad_enabled()):  # else no graph will repeat it
                 recomputation.note(reader, source.vectors, in_call=False)
         return ready
+
+    def doubt(self, j: int) -> None:
+        """Let the next `find` look at all elements: somebody has got at the weight, and torch may count no version.
+
+        Such as a model that masks its weights in its own forward, by `weight.data *= mask`.
+        """
+        entry = self.entries[j]
+        if entry is not None and j not in self.doubted and not wants_plain_operations(entry[:1]) and self.running():
+            weight = entry[0]
+            self.doubted[j] = contents_of([weight]) or weight.detach().clone()  # on a GPU there is no hash
+
+    def _written(self, j: int, weight: Tensor) -> bool:
+        """Whether a weight has changed since somebody looked at its layer; asked once."""
+        before = self.doubted.pop(j, None)
+        if before is None:
+            return False
+        if isinstance(before, Tensor):
+            return not torch.equal(before, weight.detach())
+        return contents_of([weight]) != before
 
     def source(self, j: int) -> Source | None:
         """Return where the j-th layer's result comes from, if that is known."""

@@ -9,6 +9,7 @@ from threading import get_ident
 from types import FrameType
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.parametrize import ParametrizationList
@@ -194,11 +195,11 @@ class Group:
             weights: list[Tensor] = [parameters["original"] for parameters in self._parameters]
         except KeyError:
             refuse_flattened(None, self.members[0])
-            raise
+            weights = [parameters.get("original", _ELSEWHERE) for parameters in self._parameters]
         members, indices = self.members, list(range(len(weights)))
         readable = self._planned.alike.holds(weights)
         if not readable and not all([w.numel() and not w.is_meta for w in weights]):
-            # They may be brought in before they are used, by a hook of their layer.
+            # Hooks of their layer, or of its list of parametrizations, may bring them in before they are used.
             indices = [j for j, w in enumerate(weights) if w.numel() and not w.is_meta]
             for m, w in zip(members, weights, strict=True):
                 refuse_flattened(w, m)
@@ -258,17 +259,15 @@ class Group:
 
     def _normalize(self, call: Call, chosen: _Chosen) -> None:
         plans = self._plans(chosen)
-        parent = self._parent.calls.get(get_ident()) if self._parent is not None else None
-        measured = parent.measured if parent is not None and parent.running() else None
         for plan, part in plans:
             iterate = chosen.iterating[part[0]]
             cached = [blocks.block_of(chosen.members[p]) for p in part] if blocks.any_block() else []
             weights = [chosen.weights[p] for p in part]
-            found = found_for([chosen.members[p] for p in part], measured) if measured else None
-            results = (
-                plan.scale(weights, *found)
-                if found is not None and chosen.vectors is None
-                else plan.normalize(
+            known = found_for(self._parent, [chosen.members[p] for p in part]) if self._parent is not None else None
+            if known is not None and chosen.vectors is None:
+                results = plan.scale(weights, *known)
+            else:
+                results = plan.normalize(
                     weights,
                     iterate=iterate,
                     keep=chosen.vectors is None and (not iterate or (bool(cached) and None not in cached)),
@@ -276,7 +275,6 @@ class Group:
                     readable=chosen.readable,
                     vectors=None if chosen.vectors is None else [chosen.vectors[p] or () for p in part],
                 )
-            )
             indices = [chosen.indices[p] for p in part]
             call.put(indices, weights, results.normalized)
             call.sources.append((indices, results))
@@ -314,8 +312,8 @@ class Group:
         if block is None or entry is None or recomputation.in_backward():
             return
         weight, _, result, _ = entry
-        self.members[j].traced.iterated = True
-        if not composite.in_transform():  # to which the result would belong
+        self.members[j].traced.iterated = not composite.in_fake_mode()
+        if not composite.is_temporary():
             block.keep(self.members[j], weight, result, call.source(j))
 
     def _note(self, call: Call, chosen: _Chosen) -> None:
@@ -378,6 +376,10 @@ class Group:
             child.published = None
         if call.aside:
             call.bring_back(thread)
+
+
+_ELSEWHERE = torch.empty(0, device="meta")
+"""In place of a weight that is no parameter, as one that is pruned."""
 
 
 call_eagerly(Group.begin, Group.end)

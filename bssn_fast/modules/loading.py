@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from bssn_fast.calls.arguments import check_module
 from bssn_fast.calls.estimation import are_units, belong, estimate_vectors
 from bssn_fast.calls.sharded import estimate_sharded
 from bssn_fast.distributed.sharded import is_sharded
@@ -27,24 +28,42 @@ class Incompatible(NamedTuple):
 def load_state_dict(
     model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
 ) -> Incompatible:
-    """Load a checkpoint that was saved from a wrapped model, or into one.
+    """Load a checkpoint that was saved from a wrapped model, or load into a wrapped model.
 
     As `model.load_state_dict(state_dict, strict, assign)`, but the prefixes `module.` (DataParallel,
     DistributedDataParallel, AveragedModel) and `_orig_mod.` (torch.compile) need not be the same on both sides. The
     model need not be normalised.
 
-    With or without this function, normalised layers take weights in three layouts: torch's parametrization
+    Normalised layers load weights from three layouts, with this function and without it: torch's parametrization
     (`parametrizations.weight.original`, `.0._u`, `.0._v`), in which they are saved, torch's hook (`weight_orig`,
-    `weight_u`, `weight_v`) and plain ones (`weight`). Vectors that are missing, or that are not unit vectors because
-    someone averaged them, are estimated anew.
+    `weight_u`, `weight_v`) and plain weights (`weight`). Missing vectors, and vectors that are no unit vectors because
+    they were averaged, are computed from the weights.
 
-    Raises RuntimeError, as torch does, where keys or shapes do not match.
+    Raises RuntimeError, as torch does, where keys or shapes do not match, and, with `strict=False` too, if the
+    checkpoint is of a normalised model and `apply` has not been called on this one.
     """
+    check_module(model, "load_state_dict")
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"bssn_fast.load_state_dict needs a state_dict, not {type(state_dict).__name__}; torch.load it")
     inner = model
     while (child := _wrapped(inner)) is not None:
         inner = child
-    found = inner.load_state_dict(_without_wrappers(inner, state_dict), strict=strict, assign=assign)
+    state_dict = _without_wrappers(inner, state_dict)
+    _refuse_normalized(inner, state_dict)
+    found = inner.load_state_dict(state_dict, strict=strict, assign=assign)
     return Incompatible(found.missing_keys, found.unexpected_keys)
+
+
+def _refuse_normalized(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Raise RuntimeError if the checkpoint has a spectral norm's vectors where the model has a plain weight."""
+    for path, module in model.named_modules():
+        for name in module._parameters:
+            prefix = f"{path}." if path else ""
+            if f"{prefix}parametrizations.{name}.0._u" in state_dict or f"{prefix}{name}_orig" in state_dict:
+                raise RuntimeError(
+                    f"{prefix}{name} is normalised in the checkpoint and not in the model: call bssn_fast.apply(model, "
+                    "...) first, with the variant and settings of the model that was saved"
+                )
 
 
 def _wrapped(model: nn.Module) -> nn.Module | None:
@@ -118,7 +137,7 @@ def _translate(
     for tensor_name in getattr(module, "parametrizations", {}):
         layer = parametrizations_of(module, tensor_name)
         norm = layer[0]
-        if isinstance(norm, SpectralNormalization):
+        if isinstance(norm, SpectralNormalization) and "original" in layer._parameters:  # else it is pruned
             weight = original_of(layer)
             _refuse_untying(norm, f"{prefix}{tensor_name}", metadata)
             target = f"{prefix}parametrizations.{tensor_name}."

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from bssn_fast.calls import composite
 from bssn_fast.calls.contents import version
-from bssn_fast.calls.estimation import estimate_vectors, write
+from bssn_fast.calls.estimation import estimate_vectors, random_direction, write
 from bssn_fast.calls.member import Measured
 from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.calls.plan import Plan, Results, Seen, checked_vectors
@@ -154,9 +154,7 @@ class SpectralNormalization(nn.Module):
 
     def _compute(self, weight: Tensor, n_power_iterations: int) -> Tensor:
         if is_sharded(weight):
-            normalized, self.measured.sigma = ShardedPlan([self], [weight]).compute_alone(weight, n_power_iterations)
-            self.measured.index = 0
-            return normalized
+            return ShardedPlan([self], [weight]).compute_alone(weight, n_power_iterations)
         if not fits_kernels(weight, self.dim):
             return composite.normalize(self, weight.detach(), n_power_iterations)[0]
         s = self.settings
@@ -206,6 +204,13 @@ class SpectralNormalization(nn.Module):
                     return ready
         return None
 
+    def looked_at(self) -> None:
+        """Let a running call of a model know that somebody has got at the weight, and may write into it."""
+        for group, j in self.slots:
+            call = group.calls.get(get_ident())
+            if call is not None:
+                call.doubt(j)
+
     def find_recorded(self, weight: Tensor) -> Tensor | None:
         """Return what a compiled beginning of a call has left, for a layer of the model that is not compiled."""
         for group, j in self.slots:
@@ -249,8 +254,8 @@ class SpectralNormalization(nn.Module):
         results = self._normalize_alone(weight, block, backward, inside)
         (normalized,) = results.normalized
         if block is not None and not backward:
-            self.traced.iterated = True
-            if not composite.in_transform():  # to which the result would belong
+            self.traced.iterated = not composite.in_fake_mode()
+            if not composite.is_temporary():
                 block.keep(self, weight, normalized, Source(results, 0))
         elif not backward:
             if inside:
@@ -297,10 +302,8 @@ class SpectralNormalization(nn.Module):
         if is_sharded(weight):
             ShardedPlan([self], [weight]).estimate_alone(weight)
         elif not composite.wants_plain_operations([weight]):
-            write(
-                vectors,
-                estimate_vectors(weight, self.dim, self.two_sided, hints=vectors, eps=s.eps, backend=s.backend),
-            )
+            found = estimate_vectors(weight, self.dim, self.two_sided, hints=vectors, eps=s.eps, backend=s.backend)
+            write(vectors, found)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """Return the value itself: who assigns to the layer's weight sets the one before normalisation, as in torch."""
@@ -336,8 +339,17 @@ def parametrizations_of(module: nn.Module, tensor_name: str) -> ParametrizationL
 
 
 def original_of(layer: ParametrizationList) -> Tensor:
-    """Return the weight before normalisation; quicker than the attribute `original`."""
-    return cast(Tensor, layer._parameters["original"])
+    """Return the weight before normalisation; quicker than the attribute `original`.
+
+    Raises ValueError for a weight that is no parameter of the list.
+    """
+    weight = layer._parameters.get("original")
+    if weight is None:
+        raise ValueError(
+            f"{cast(Any, layer[0]).name}: the weight before normalisation is no parameter any more; call "
+            "torch.nn.utils.prune.remove(layer.parametrizations.weight, 'original') if the layer was pruned"
+        )
+    return weight
 
 
 def quick_access(module: nn.Module, tensor_name: str) -> None:
@@ -353,7 +365,7 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
         modules = layer._modules
         if len(modules) > 1:
             return slow.fget(self)
-        norm, weight = modules["0"], layer._parameters["original"]
+        norm, weight = modules["0"], layer._parameters.get("original")
         if is_dynamo_compiling():
             ready = traced_result(norm)
             return layer() if ready is None else ready
@@ -366,6 +378,8 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
                     if call.reads is not None:
                         group.advice.read(call.reads, (id(self), tensor_name), norm)
                     return ready
+        if weight is None or weight.is_meta or not weight.numel():
+            return layer()  # whose hooks may bring it in, as those of offloading and of pruning do
         return norm.normalized(weight, layer)
 
     def put(self: Any, value: Tensor) -> None:
@@ -383,9 +397,3 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
 
     setattr(kind, tensor_name, property(get, put))
     writes.settle_before_looks(kind)
-
-
-def random_direction(weight: Tensor, size: int) -> Tensor:
-    """Return a random unit vector [size] as torch draws its u and v: one normal_ on the weight's device."""
-    vector = torch.empty(size, dtype=compute_dtype(weight.dtype), device=weight.device).normal_(0, 1)
-    return nn.functional.normalize(vector, dim=0, eps=1e-12)

@@ -7,6 +7,7 @@ ranks of what each shard gives, for all layers together when the model's call be
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import get_ident
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -69,7 +70,9 @@ class Shards:
         return found
 
 
-def found_for(norms: Sequence[SpectralNormalization], known: dict[int, Known]) -> Found | None:
-    """Return what was found for these layers, if it was for all of them."""
+def found_for(group: Any, norms: Sequence[SpectralNormalization]) -> Found | None:
+    """Return what the group's running call has found for these layers, if it has for all of them."""
+    call = group.calls.get(get_ident())
+    known: dict[int, Known] = call.measured if call is not None and call.measured and call.running() else {}
     found = [known[id(norm)] for norm in norms if id(norm) in known]
     return Found([k.vectors for k in found], [k.sigma for k in found]) if len(found) == len(norms) else None

@@ -13,7 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable, Container
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -154,12 +154,15 @@ def _adopt(result: _Result) -> None:
 
 
 def settle_before_looks(kind: Any) -> None:
-    """Let all ways to a layer's parameters settle first; kind is the class that parametrize made for the layer."""
+    """Let all ways to a layer's parameters settle first; kind is the class that parametrize made for the layer.
+
+    And let a running call know, whose forward may write into the weight.
+    """
     if "parametrizations" in vars(kind):
         return
 
     def parametrizations(self: nn.Module) -> Any:
-        settle(_norms(self))
+        _look(self)
         return self._modules["parametrizations"]
 
     for name in ("named_modules", "state_dict", "_apply", "__deepcopy__"):
@@ -170,13 +173,18 @@ def settle_before_looks(kind: Any) -> None:
 def _settling(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def settled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        settle(_norms(self))
+        _look(self)
         return method(self, *args, **kwargs)
 
     return settled
 
 
-def _norms(module: nn.Module) -> Container[int]:
-    """Return the ids of the parametrizations of a module's weights."""
-    layers: Any = module._modules["parametrizations"]
-    return {id(norm) for layer in layers.values() for norm in layer} if _watched else ()
+def _look(module: nn.Module) -> None:
+    if torch.compiler.is_compiling():
+        return
+    norms: list[Any] = [norm for layer in cast(Any, module._modules["parametrizations"]).values() for norm in layer]
+    if _watched:
+        settle(set(map(id, norms)))
+    for norm in norms:
+        if hasattr(norm, "slots"):  # it is ours
+            norm.looked_at()

@@ -49,11 +49,7 @@ def _in_checkpoint() -> bool:
     `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint` allows.
     """
     try:
-        tracer: Any = InstructionTranslator.current_tx().output.current_tracer
+        inside: list[tuple[str, Any]] = InstructionTranslator.current_tx().output.current_tracer.source_fn_stack
     except AttributeError:  # nothing is being traced
         return False
-    while tracer is not None:
-        if isinstance(tracer.source_target, TagActivationCheckpoint):
-            return True
-        tracer = tracer.parent
-    return False
+    return any(isinstance(function, TagActivationCheckpoint) for _, function in inside)

@@ -15,8 +15,8 @@ import torch
 
 from benchmarks import report
 from benchmarks.against import peers
-from benchmarks.shown import compare, page, plots, tables, targets
-from benchmarks.shown.results import Results, load
+from benchmarks.shown import compare, front, page, plots, tables, targets
+from benchmarks.shown.results import Results, everything, load
 from benchmarks.timing import machine, measure
 from benchmarks.timing.clock import CpuClock
 from benchmarks.timing.record import BOTH, MOVED, Record, median_interval
@@ -271,6 +271,23 @@ def test_the_page_shows_all_machines(tmp_path):
     assert "[All tables](../results/amd-epyc-2-threads/torch-2/report.md)" in text
     with pytest.raises(ValueError, match="begin results: cuda"):
         page.renew("cuda", tmp_path / "docs", tmp_path / "results")
+
+
+def test_the_readme_shows_what_was_measured(tmp_path):
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- begin results: front -->\nold\n<!-- end results: front -->\nafter\n")
+    front.renew(invented(), tmp_path)
+    assert (tmp_path / front.CHART).stat().st_size > 10_000
+    text = " ".join(readme.read_text().split())
+    assert "the layers of 2 published models, `sn` is 4.0 times as fast" in text
+    assert "4.0 to 4.0 times as fast, 4.0 in the mean, where copying the weights would be 8.0." in text
+    assert text.startswith("before <!-- begin")
+
+
+def test_the_committed_readme_is_that_of_the_kept_results():
+    kept = next(found for found in everything() if found.kind == "cpu" and found.sets("gan"))
+    assert front.sentence(kept) in (ROOT / "README.md").read_text()
 
 
 def test_tables_of_a_gpu():
