@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bssn_fast.calls.arguments import check_module
+from bssn_fast.distributed.sharded import whole_of
 from bssn_fast.layout import channels
 from bssn_fast.modules.convert import WEIGHT
 from bssn_fast.modules.parametrization import SpectralNormalization
@@ -69,7 +70,7 @@ def measure(model: nn.Module) -> dict[str, Measured]:
 
     The names are those of `bssn_fast.sigma`. Nothing is normalised and no vector changes: the variance is that of the
     weight as it is now, times what its law makes of `bssn_fast.sigma`. Call it between the backward pass and the
-    optimizer's step, when both belong to the same weight.
+    optimizer's step, when both belong to the same weight. Where weights are sharded, all ranks must call it.
 
     Raises ValueError if the model has no such weight, or a layer whose weight is parametrized by something else.
     """
@@ -83,7 +84,7 @@ def measure(model: nn.Module) -> dict[str, Measured]:
         values.append(nothing.to(weight.device) if weight.grad is None else _exact(weight.grad).norm())
         values += [sigma, _exact(weight).var(correction=0) * factor.square()]
     first = values[0].device
-    numbers = torch.stack([value.to(first) for value in values]).view(-1, 3).tolist()  # waits for a GPU once
+    numbers = torch.stack([whole_of(value).to(first) for value in values]).view(-1, 3).tolist()  # waits for a GPU once
     return {
         name: Measured(None if weight.grad is None else g, None if norm is None else s, v)
         for (name, (weight, norm, _)), (g, s, v) in zip(weights.items(), numbers, strict=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from bssn_fast.backends import Backend
 from bssn_fast.calls.arguments import WEIGHT_DTYPES, check_settings, check_weight, positive, refuse_trained
 from bssn_fast.calls.normalizer import Normalizer
+from bssn_fast.distributed.sharded import refuse_sharded
 from bssn_fast.laws import AT_MOST, CONSTANT, GAIN, Law
 from bssn_fast.layout import compute_dtype, fits_kernels, vector_sizes
 
@@ -64,6 +65,7 @@ def normalize(
         raise ValueError(f"{len(weights)} weights, {len(groups)} tuples of vectors and {len(dims)} dims do not match")
     for j, (weight, group, dim) in enumerate(zip(weights, groups, dims, strict=True)):
         check_weight(weight, dim, f"weights[{j}]")
+        refuse_sharded(weight, f"weights[{j}]")
         if not fits_kernels(weight, dim):
             raise ValueError(
                 f"weights[{j}]: {weight.dtype} of shape {tuple(weight.shape)} with output dimension {dim}; only real "

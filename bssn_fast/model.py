@@ -59,6 +59,7 @@ def apply(
     update: Update = "forward",
     backend: Backend = "",
     gradient_groups: int = 1,
+    sharded: str = "auto",
 ) -> Model:
     """Divide the weights of a model's layers by their spectral norms, in place.
 
@@ -102,6 +103,10 @@ def apply(
         gradient_groups: compute the gradients of the weights in at most this many calls. With one, all are ready at
             the end of the backward pass. With more, those of the last layers are ready earlier, so that
             DistributedDataParallel sends them while the backward pass goes on.
+        sharded: where sigma of weights that FSDP2 shards is computed: "gather", of the whole weight on each rank, once
+            it is gathered; "reduce", of the shards, in two small messages for each power iteration when the model is
+            called; "auto", the latter for weights that are sharded by tensor parallelism too.
+            docs/howto/distributed.md has the costs.
 
     Returns:
         The model.
@@ -115,7 +120,7 @@ def apply(
         >>> d = bssn_fast.apply(d, "bssn", scale=1.2)
     """
     check_module(model, "apply")
-    settings = _settings(variant, n_power_iterations, eps, update, backend, gradient_groups)
+    settings = _settings(variant, n_power_iterations, eps, update, backend, gradient_groups, sharded)
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
             "call bssn_fast.apply before wrapping in DistributedDataParallel, which keeps only those buffers equal on "
@@ -164,7 +169,7 @@ def spectral_norm(
         >>> layer = bssn_fast.spectral_norm(torch.nn.Linear(20, 40))
     """
     check_module(module, "spectral_norm")
-    settings = _settings("sn", n_power_iterations, eps, "access", "", 1)
+    settings = _settings("sn", n_power_iterations, eps, "access", "", 1, "auto")
     place = own_place(module, name, dim)
     existing = {place: check(place)}
     with all_or_nothing(module):
@@ -199,12 +204,15 @@ def _settings(
     update: str,
     backend: str,
     gradient_groups: int,
+    sharded: str,
 ) -> Settings:
     """Return the settings, iterations and eps 0 if unset, of the law W / sigma; raise ValueError for bad ones."""
     if not isinstance(variant, str) or variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(map(repr, VARIANTS))}")
     if update not in get_args(Update):
         raise ValueError(f"update must be 'forward' or 'access', not {update!r}")
+    if sharded not in ("auto", "gather", "reduce"):
+        raise ValueError(f"sharded must be 'auto', 'gather' or 'reduce', not {sharded!r}")
     groups = whole_number(gradient_groups)
     if groups < 1:
         raise ValueError(f"gradient_groups must be a whole number of at least 1, not {gradient_groups!r}")
@@ -214,7 +222,7 @@ def _settings(
         fewest=1,
     )
     n, smallest = 0 if n_power_iterations is None else n, 0.0 if eps is None else smallest
-    return Settings(variant, 1.0, smallest, n, update, backend, groups)
+    return Settings(variant, 1.0, smallest, n, update, backend, groups, sharded)
 
 
 def _normalized_layers(model: nn.Module, function: str) -> list[tuple[Place, SpectralNormalization]]:

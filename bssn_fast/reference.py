@@ -51,14 +51,17 @@ LONGEST_SUM = 2**12
 
 def product(matrix: Tensor, x: Tensor) -> Tensor:
     """Return matrix @ x, of a matrix or a vector with a vector."""
+    if len(x) <= LONGEST_SUM:
+        return matrix @ x
     parts = [m @ part for m, part in zip(matrix.split(LONGEST_SUM, -1), x.split(LONGEST_SUM), strict=True)]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    return torch.stack(parts).sum(0)
 
 
 def norm(x: Tensor) -> Tensor:
     """Return |x|, of a vector."""
-    parts = [torch.linalg.vector_norm(part) for part in x.split(LONGEST_SUM)]
-    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
+    if len(x) <= LONGEST_SUM:
+        return torch.linalg.vector_norm(x)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in x.split(LONGEST_SUM)]))
 
 
 def unit(x: Tensor, eps: float) -> Tensor:
@@ -169,9 +172,16 @@ def normalize_backward(
     """
     w, g = weight.to(compute_dtype(weight.dtype)), grad.to(compute_dtype(weight.dtype))
     direction = gradient_of_sigma(vectors, weight.shape, dim)
+    return gradient(g, (g * w).sum(), direction, sigma, scale, at_most).to(weight.dtype)
+
+
+def gradient(
+    grad: Tensor, inner: Tensor, direction: Tensor, sigma: Tensor, scale: float | Tensor, at_most: bool = False
+) -> Tensor:
+    """Return dL/dW from grad, inner = <grad, W> and direction = d sigma / d W."""
     fixed = unscaled(sigma, scale, at_most)
-    ratio = torch.where(fixed, 0, (g * w).sum() / torch.where(fixed, 1, sigma))
-    return (multiplier(sigma, scale, at_most) * (g - ratio * direction)).to(weight.dtype)
+    ratio = torch.where(fixed, 0, inner / torch.where(fixed, 1, sigma))
+    return multiplier(sigma, scale, at_most) * (grad - ratio * direction)
 
 
 def gain_backward(grad: Tensor, weight: Tensor, sigma: Tensor) -> Tensor:

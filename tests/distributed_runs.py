@@ -11,8 +11,7 @@ from support import vectors_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, init_device_mesh
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -338,9 +337,6 @@ def refusals() -> dict[str, str]:
     said["read after unshard"] = str(tuple(model.first.weight.shape))
     refuse("apply while unsharded", lambda: bssn_fast.apply(model, "sn"))
     refuse("remove while unsharded", lambda: bssn_fast.remove(model))
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = parallelize_module(nn.Sequential(nn.Linear(4, 4)), mesh, {"0": ColwiseParallel()})
-    refuse("tensor parallel", lambda: bssn_fast.apply(model))
     refuse("apply after DDP", lambda: bssn_fast.apply(DistributedDataParallel(Critic())))
     for nested in (False, True):
         model = critic()

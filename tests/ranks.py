@@ -19,14 +19,14 @@ _PATIENCE = 120  # seconds, for starting and for each function
 
 
 class Ranks:
-    """WORLD processes, joined by gloo, that wait for functions."""
+    """Processes, joined by gloo, that wait for functions."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, world: int = WORLD) -> None:
         context = mp.get_context("spawn")
         self._pipes, self._processes = [], []
-        for rank in range(WORLD):
+        for rank in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, str(folder / "store"), theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world, str(folder / "store"), theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -51,10 +51,10 @@ class Ranks:
             process.kill()
 
 
-def _serve(rank: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=_PATIENCE / 2)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timeout)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     while True:
         try:
             function, args = pickle.loads(pipe.recv_bytes())

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bssn_fast.distributed.sharded import refuse_sharded
-
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _COMPLEX = (torch.complex64, torch.complex128)
 
@@ -28,7 +26,6 @@ def check_weight(weight: Tensor, dim: int, name: str) -> None:
     """
     if isinstance(weight, torch.nn.UninitializedParameter):
         raise ValueError(f"{name}: the weight is not initialised yet; run one forward of the lazy module first")
-    refuse_sharded(weight, name)
     if weight.dtype not in WEIGHT_DTYPES + _COMPLEX:
         raise TypeError(
             f"{name}: weights of {weight.dtype} cannot be normalised; "

@@ -67,19 +67,33 @@ def belong(weight: Tensor, vectors: Sequence[Tensor], dim: int, eps: float, *, a
     return True
 
 
+def random_direction(weight: Tensor, size: int) -> Tensor:
+    """Return a random unit vector [size] as torch draws its u and v: one normal_ on the weight's device."""
+    vector = torch.empty(size, dtype=compute_dtype(weight.dtype), device=weight.device).normal_(0, 1)
+    return torch.nn.functional.normalize(vector, dim=0, eps=1e-12)
+
+
 @torch.no_grad()
 def estimate_vectors(
     weight: Tensor, dim: int, two_sided: bool, *, hints: Sequence[Tensor | None], eps: float, backend: str = ""
 ) -> list[Tensor]:
     """Return u_out, v_out[, u_in, v_in] of a weight, in its compute dtype: sigma is right within about 0.2%.
 
-    Each round does twice as many power iterations as the one before, until one brings less than 0.2%. As the error
-    falls at least as 1/n on the spectra of random matrices, it is then no larger than that.
-
-    hints: where to start, in the same order, as far as known; of any length and dtype. A random part is added, as a
-        hint may be orthogonal to what is looked for. It is the same everywhere; torch's generators are left alone.
+    hints: where to start, in the same order, as far as known; of any length and dtype.
     """
     weight = weight.detach()
+    vectors = start_vectors(weight, dim, two_sided, hints)
+    if vectors:
+        until_it_stands_still(_iterations(weight, dim, vectors, eps, backend))
+    return vectors
+
+
+def start_vectors(weight: Tensor, dim: int, two_sided: bool, hints: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return vectors to begin with, in the weight's compute dtype: the hints and a random part.
+
+    A hint may be orthogonal to what is looked for. The random part is the same everywhere; torch's generators are left
+    alone.
+    """
     dtype = compute_dtype(weight.dtype)
     generator = torch.Generator("cpu").manual_seed(0)
     random_dtype = torch.complex128 if weight.is_complex() else torch.float64
@@ -94,16 +108,21 @@ def estimate_vectors(
                 start += _HINT / length * known
                 start /= torch.linalg.vector_norm(start)
         vectors.append(start.to(weight.device, dtype))
-    if not vectors:
-        return []
-    iterate = _iterations(weight, dim, vectors, eps, backend)
+    return vectors
+
+
+def until_it_stands_still(iterate: Callable[[int], float]) -> None:
+    """Make power iterations until sigma stands still: `iterate` makes so many and returns it.
+
+    Each round does twice as many as the one before, until one brings less than 0.2%. As the error falls at least as 1/n
+    on the spectra of random matrices, it is then no larger than that.
+    """
     n, before = _FIRST_ROUND, 0.0
     while n <= _MOST_IN_A_ROUND:
         sigma = iterate(n)
         if not sigma > before * (1 + _STANDING_STILL):  # also where it is not a number
             break
         n, before = 2 * n, sigma
-    return vectors
 
 
 def _iterations(weight: Tensor, dim: int, vectors: list[Tensor], eps: float, backend: str) -> Callable[[int], float]:

@@ -37,6 +37,7 @@ class Member(Protocol):
     measured: Measured
     seen: Any  # plan.Seen of the last evaluation, None before the first
     vector_names: tuple[str, ...]
+    placements: tuple[str, ...]  # of the weight before FSDP shards it; none of a plain tensor
     _buffers: dict[str, Tensor | None]
 
     @property

@@ -15,7 +15,7 @@ from bssn_fast.calls.composite import has_tangents
 from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.hooks import past_hooks
 from bssn_fast.calls.memory import Pool
-from bssn_fast.laws import GAIN, Law, Laws
+from bssn_fast.laws import AT_MOST, GAIN, Law, Laws
 from bssn_fast.layout import Batch, compute_dtype, has_plain_memory, is_dense, is_plain, same_strides
 
 _AS_SOON_AS_POSSIBLE = 2**63 - 1
@@ -105,6 +105,27 @@ class Normalizer:
 
     def _laws(self, gains: Sequence[Tensor], like: Tensor) -> Laws:
         return self.laws.with_gains([_number(gain, like) for gain in gains]) if self.laws.gained else self.laws
+
+    @torch.no_grad()
+    def scaled(
+        self,
+        weights: Sequence[Tensor],
+        vectors: Sequence[Sequence[Tensor]],
+        sigma: Sequence[Tensor],
+        dtype: torch.dtype,
+    ) -> Values:
+        """Return the values that known vectors and sigma [] of each weight give."""
+        values = Values(
+            self._outputs.take(dtype, weights[0].device),
+            sigma[0].new_zeros(self.batch.snapshot_size),
+            torch.stack(list(sigma)),
+        )
+        for j, (w, kept) in enumerate(zip(weights, self.batch.snapshot_views(values.snapshot), strict=True)):
+            for to, v in zip(kept, vectors[j], strict=True):
+                to.copy_(v)
+            factor = reference.multiplier(sigma[j], self.laws.numbers[j], self.laws.kinds[j] == AT_MOST)
+            values.normalized[j].copy_(w.to(sigma[j].dtype) * factor)
+        return values
 
     def attach(
         self,

@@ -17,25 +17,27 @@ from bssn_fast.calls.estimation import BELONGING, STILL_BELONGING, are_units, be
 from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.member import Member, gains_of
 from bssn_fast.calls.normalizer import Normalizer, Values
-from bssn_fast.distributed.sharded import refuse_flattened, refuse_sharded
+from bssn_fast.distributed.sharded import is_sharded, refuse_flattened, refuse_sharded
 from bssn_fast.layout import compute_dtype, fits_kernels, has_its_memory, is_dense, is_plain, result_dtype
 
 
 def signature(weights: Iterable[Tensor]) -> tuple[object, ...]:
     """Return what a plan for these weights depends on."""
-    return tuple([(w.shape, w.stride(), w.dtype, w.device) for w in weights])
+    return tuple([(w.shape, w.stride(), w.dtype, w.device, w.__class__) for w in weights])
 
 
 def partition(members: Sequence[Member], weights: Sequence[Tensor], flags: Sequence[object]) -> list[list[int]]:
     """Return the indices of the members that can share a call: same device, dtypes, eps, iterations, way and flag.
 
-    The results' dtype is that of the moment: embeddings do not follow autocast.
+    The results' dtype is that of the moment: embeddings do not follow autocast. Sharded weights need less in common.
     """
     groups: dict[object, list[int]] = {}
     for j, (m, w, flag) in enumerate(zip(members, weights, flags, strict=True)):
         s, dtype = m.settings, result_dtype(w, m.autocast)
         way = fits_kernels(w, m.dim)
-        key = (w.device, w.dtype, dtype, s.eps, s.n_power_iterations, s.backend, way, flag)
+        key: object = (w.device, w.dtype, dtype, s.eps, s.n_power_iterations, s.backend, way, flag)
+        if is_sharded(w):
+            key = (w.device, s.n_power_iterations, flag)
         groups.setdefault(key, []).append(j)
     return list(groups.values())
 
@@ -185,6 +187,14 @@ class Plan:
             self._kept = _Kept.of(weights, own, gains, dtype, values)
         return _attached(normalizer, values, weights, gains, protect, readable)
 
+    def scale(self, weights: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]], sigma: Sequence[Tensor]) -> Results:
+        """Return the normalised weights, with a graph if one is wanted, of vectors and sigma [] that are known."""
+        if self._normalizer is None or composite.wants_plain_operations(weights):
+            return self._in_plain_operations(weights, False, vectors)
+        dtype = result_dtype(weights[0], self.members[0].autocast)
+        values = self._normalizer.scaled(weights, vectors, sigma, dtype)
+        return _attached(self._normalizer, values, weights, (), protect=False, readable=False)
+
     def _in_plain_operations(
         self, weights: Sequence[Tensor], iterate: bool, vectors: Sequence[Sequence[Tensor]] | None
     ) -> Results:
@@ -262,7 +272,7 @@ class Plans:
     def __init__(self, key: object = None, signature: object = None, parted: Sequence[int] = ()) -> None:
         self.key, self.signature, self.parted = key, signature, parted
         self.alike = Guard()  # weights like the latest ones
-        self.plans: dict[tuple[bool, ...], list[tuple[Plan, list[int]]]] = {}
+        self.plans: dict[tuple[bool, ...], list[tuple[Any, list[int]]]] = {}  # a Plan, or a `sharded.ShardedPlan`
 
 
 def _attached(

@@ -1,14 +1,15 @@
-"""Weights that torch.distributed shards: they can be normalised only while they are gathered."""
+"""Weights that torch.distributed shards: what they are, and which of them are refused."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 
 class ShardedWeightError(TypeError):
-    """A weight of which this process holds only a part is to be normalised."""
+    """A weight of which this process holds only a part is to be normalised where that cannot be done."""
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -17,13 +18,78 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def local_of(tensor: Tensor) -> Tensor:
+    """Return the elements of a DTensor that this rank holds."""
+    return cast(Any, tensor).to_local()
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """Return the whole of a DTensor, which all ranks must ask for; another tensor as it is."""
+    found: Tensor = cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
+    return found
+
+
+def like(local: Tensor, weight: Tensor) -> Tensor:
+    """Return a DTensor of this rank's elements, sharded as the weight is."""
+    w: Any = weight
+    found: Tensor = type(w).from_local(
+        local, w.device_mesh, w.placements, run_check=False, shape=w.shape, stride=w.stride()
+    )
+    return found
+
+
+def layout_of(tensor: Tensor) -> tuple[object, ...]:
+    """Return what says which elements each rank holds; nothing for a tensor that is no DTensor."""
+    return (cast(Any, tensor).device_mesh, cast(Any, tensor).placements) if is_sharded(tensor) else ()
+
+
+def placements_of(tensor: Tensor) -> tuple[str, ...]:
+    """Return the placements of a DTensor in words, which copies of a model can have; nothing for another tensor."""
+    return tuple(map(str, cast(Any, tensor).placements)) if is_sharded(tensor) else ()
+
+
 def refuse_sharded(weight: Tensor, name: str) -> None:
     """Raise ShardedWeightError for a weight that is sharded."""
     if is_sharded(weight):
         raise ShardedWeightError(
-            f"{name}: the weight is sharded (a DTensor). Call bssn_fast.apply before fully_shard, and use the weight "
-            "in the forward of the module given to fully_shard, which gathers it, or after that module's `unshard()`. "
-            "Weights sharded in other ways, such as by parallelize_module, cannot be normalised"
+            f"{name}: the weight is sharded (a DTensor), which this function cannot normalise: give it the whole "
+            "weight (`full_tensor()`), or call bssn_fast.apply on the layer's model"
+        )
+
+
+def refuse_traced(weight: Tensor, name: str) -> None:
+    """Raise ShardedWeightError for a sharded weight in what torch.compile traces: messages are sent by eager code."""
+    if is_sharded(weight):
+        raise ShardedWeightError(
+            f"{name}: a sharded weight cannot be normalised in a compiled function. Compile the model itself, "
+            "`torch.compile(model)`, or its blocks: the weights are then normalised before compiled code begins"
+        )
+
+
+def refuse_ungathered(weight: Tensor, module: Any, name: str) -> None:
+    """Raise ShardedWeightError for a weight that FSDP has not gathered.
+
+    module: its parametrization, with `placements`, those of the weight before it was given to FSDP.
+    """
+    if is_managed(module) and is_sharded(weight) and placements_of(weight) != module.placements:
+        raise ShardedWeightError(
+            f"{name}: FSDP has sharded the weight and not gathered it. Use the weight in the forward of the module "
+            "given to fully_shard, which gathers it, or after that module's `unshard()`"
+        )
+
+
+def refuse_unfit(weight: Tensor, name: str) -> None:
+    """Raise TypeError or ValueError for a sharded weight that cannot be normalised where it lies."""
+    w: Any = weight
+    if w.ndim == 1 or w.is_complex():
+        kind = "a complex one" if w.is_complex() else "one of a single dimension"
+        raise TypeError(f"{name}: the weight is sharded and {kind}, which needs whole weights; leave the layer out")
+    if w.device_mesh.get_coordinate() is None:
+        raise ValueError(f"{name}: this process is not in the mesh of the weight, {w.device_mesh}; do not call it here")
+    if any(p.is_partial() for p in w.placements):
+        raise ValueError(
+            f"{name}: the ranks hold parts of a sum ({w.placements}); make it a weight first: "
+            "`redistribute(placements=[Replicate()])`, or Shard"
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from bssn_fast.calls.contents import contents_of, version
+from bssn_fast.distributed.sharded import is_sharded
 from bssn_fast.modules.call import Source, leads_to, serves
 from bssn_fast.modules.recomputation import in_backward
 
@@ -79,7 +80,8 @@ class Block:
 
     def keep(self, norm: Any, weight: Tensor, result: Tensor, source: Source | None) -> None:
         """Keep a layer's result for later calls."""
-        contents = contents_of(_all(weight, result, norm.gain))
+        # Ranks must not differ in what they find here: versions are the same on all.
+        contents = None if is_sharded(weight) else contents_of(_all(weight, result, norm.gain))
         self._entries[id(norm)] = Entry(weight, version(weight), result, source, norm.gain, contents)
 
     def forget(self, norm: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from gc import get_referents
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -91,6 +92,7 @@ class Call:
         "gains",
         "grad_enabled",
         "inherited",
+        "measured",
         "others",
         "reads",
         "results",
@@ -109,6 +111,7 @@ class Call:
         self.others: dict[int, Source | None] = {}  # of single layers
         self.doubted: dict[int, bytes | Tensor] = {}  # what a weight was when somebody looked at its layer
         self.inherited = False  # the frame is that of another call, which goes on
+        self.measured: Any = None  # of layers whose weights submodules will gather: see `shards`
         self.children: list[Any] = []  # groups whose calls end with this one
         self.reads: set[object] | None = None  # counted in a model's first calls
 
@@ -214,6 +217,18 @@ def serves(ready: Tensor, weight: Tensor) -> bool:
         # What was made for autocast is of no use where a model switches autocast off.
         ready.dtype is weight.dtype or ready.dtype == result_dtype(weight, True)
     )
+
+
+@dataclass
+class Chosen:
+    """Layers that are to be normalised in a call, by their indices in the group."""
+
+    indices: list[int]
+    members: list[Any]
+    weights: list[Tensor]
+    iterating: list[bool]
+    readable: bool  # by kernels, for certain
+    vectors: list[Sequence[Tensor] | None] | None = None  # those of a forward that is repeated
 
 
 class Caller(Protocol):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from threading import get_ident
 from types import FrameType
 from typing import Any, cast
@@ -17,32 +16,21 @@ from torch.utils.hooks import RemovableHandle
 
 from bssn_fast.calls import composite
 from bssn_fast.calls.guard import Guard
-from bssn_fast.calls.plan import Plan, Plans, parted_by_autocast, partition, signature
+from bssn_fast.calls.plan import Plans, parted_by_autocast, partition, signature
+from bssn_fast.calls.sharded import plan_for, refuse_gains
 from bssn_fast.distributed.sharded import (
     ShardedWeightError,
     gathering_modules,
     is_sharded,
     refuse_flattened,
-    refuse_sharded,
 )
 from bssn_fast.layout import result_dtype
 from bssn_fast.modules import blocks, recomputation, writes
 from bssn_fast.modules.advice import Advice
-from bssn_fast.modules.call import Call, Caller, frame_of_call, interrupts
+from bssn_fast.modules.call import Call, Caller, Chosen, frame_of_call, interrupts
 from bssn_fast.modules.parametrization import SpectralNormalization, original_of
+from bssn_fast.modules.shards import Shards, found_for
 from bssn_fast.tracing.recording import call_eagerly, is_exporting
-
-
-@dataclass
-class _Chosen:
-    """Layers that are to be normalised in a call, by their indices in the group."""
-
-    indices: list[int]
-    members: list[SpectralNormalization]
-    weights: list[Tensor]
-    iterating: list[bool]
-    readable: bool  # by kernels, for certain
-    vectors: list[Sequence[Tensor] | None] | None = None  # those of a forward that is repeated
 
 
 class Group:
@@ -66,6 +54,7 @@ class Group:
         self._handles: list[RemovableHandle] = []
         self._parent = parent  # whose calls of the model end those of this one
         self._has_children = False
+        self._shards = Shards()  # of the weights that submodules gather
         self.members: list[SpectralNormalization] = []
         self._set_layers(layers)
         self._start()
@@ -180,9 +169,11 @@ class Group:
             self._normalize(call, chosen)
         if self.advice.called(any(m.training for m in self.members), any(chosen.iterating)):
             call.reads = set()
+        if self._shards.groups and not blocks.any_block() and not recomputation.in_backward():
+            call.measured = self._shards.measure()
         return call
 
-    def _choose(self, call: Call, before: Call | None) -> _Chosen:
+    def _choose(self, call: Call, before: Call | None) -> Chosen:
         """Return the layers that are to be normalised, and put what others have left into the call.
 
         before: the call of a part of a model that has ended while the whole model's call goes on.
@@ -204,7 +195,7 @@ class Group:
             indices, held = self._found_elsewhere(call, before, indices, weights)
         if len(indices) != len(members):
             members, weights = [members[j] for j in indices], [weights[j] for j in indices]
-        chosen = _Chosen(indices, members, weights, [self._states[j]["training"] for j in indices], readable)
+        chosen = Chosen(indices, members, weights, [self._states[j]["training"] for j in indices], readable)
         if held:
             chosen.iterating = [t and j not in held for t, j in zip(chosen.iterating, indices, strict=True)]
         if recomputation.in_backward():
@@ -243,7 +234,7 @@ class Group:
             left.append(j)
         return left, held
 
-    def _recall(self, chosen: _Chosen) -> None:
+    def _recall(self, chosen: Chosen) -> None:
         """In a backward pass: find out which vectors the layers had in the forward that is repeated."""
         known = [recomputation.recall(m, in_call=True) if m.training else None for m in chosen.members]
         if any(v is not None for v in known):
@@ -254,20 +245,24 @@ class Group:
         if any(v is None and m.training for v, m in zip(known, chosen.members, strict=True)):
             self.advice.unknown()
 
-    def _normalize(self, call: Call, chosen: _Chosen) -> None:
+    def _normalize(self, call: Call, chosen: Chosen) -> None:
         plans = self._plans(chosen)
         for plan, part in plans:
             iterate = chosen.iterating[part[0]]
             cached = [blocks.block_of(chosen.members[p]) for p in part] if blocks.any_block() else []
             weights = [chosen.weights[p] for p in part]
-            results = plan.normalize(
-                weights,
-                iterate=iterate,
-                keep=chosen.vectors is None and (not iterate or (bool(cached) and None not in cached)),
-                protect=any(block is not None for block in cached),
-                readable=chosen.readable,
-                vectors=None if chosen.vectors is None else [chosen.vectors[p] or () for p in part],
-            )
+            known = found_for(self._parent, [chosen.members[p] for p in part]) if self._parent is not None else None
+            if known is not None and chosen.vectors is None:
+                results = plan.scale(weights, *known)
+            else:
+                results = plan.normalize(
+                    weights,
+                    iterate=iterate,
+                    keep=chosen.vectors is None and (not iterate or (bool(cached) and None not in cached)),
+                    protect=any(block is not None for block in cached),
+                    readable=chosen.readable,
+                    vectors=None if chosen.vectors is None else [chosen.vectors[p] or () for p in part],
+                )
             indices = [chosen.indices[p] for p in part]
             call.put(indices, weights, results.normalized)
             if plan.learned:
@@ -282,7 +277,7 @@ class Group:
         if recomputation.maybe_in_checkpoint():
             self._note(call, chosen)
 
-    def _plans(self, chosen: _Chosen) -> list[tuple[Plan, list[int]]]:
+    def _plans(self, chosen: Chosen) -> list[tuple[Any, list[int]]]:
         members, weights, iterating = chosen.members, chosen.weights, chosen.iterating
         flags = iterating if len(set(iterating)) > 1 else None
         key = (members, flags, [state["settings"] for state in self._states])
@@ -297,7 +292,7 @@ class Group:
         plans = planned.plans.get(casts)
         if plans is None:
             parts = partition(members, weights, iterating)
-            plans = [(Plan([members[p] for p in part], [weights[p] for p in part]), part) for part in parts]
+            plans = [(plan_for([members[p] for p in part], [weights[p] for p in part]), part) for part in parts]
             planned.plans[casts] = plans
         return plans
 
@@ -311,7 +306,7 @@ class Group:
         if not composite.is_temporary():
             block.keep(self.members[j], weight, result, call.source(j))
 
-    def _note(self, call: Call, chosen: _Chosen) -> None:
+    def _note(self, call: Call, chosen: Chosen) -> None:
         """Let a checkpoint around the call know the vectors that its layers have."""
         for j, norm in zip(chosen.indices, chosen.members, strict=True):
             source = call.source(j)
@@ -325,6 +320,7 @@ class Group:
             inside = {id(m) for m in module.modules()}
             found = [layer for layer in left if id(layer) in inside]
             if found:
+                refuse_gains(cast(SpectralNormalization, layer[0]) for layer in found)
                 left = [layer for layer in left if id(layer) not in inside]
                 # In this order no layer is ever without a group; what an interrupt leaves half done is done again.
                 self._has_children = True
@@ -333,11 +329,8 @@ class Group:
                     child = Group((), self)
                     child.hook(module, first=False)  # FSDP's own hook gathers the weights
                 child._set_layers(found)
+                self._shards.groups = list(dict.fromkeys([*self._shards.groups, child]))
                 self.discard([cast(SpectralNormalization, layer[0]) for layer in found])
-        for layer in left:
-            names = {id(m): name for name, m in model.named_modules()}
-            name = names[id(layer)].rpartition("parametrizations.")[0].rstrip(".")
-            refuse_sharded(original_of(layer), name or type(model).__name__)
 
     def _begin_recorded(self) -> None:
         if is_exporting():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bssn_fast import reference
 from bssn_fast.calls.arguments import check_module
 from bssn_fast.calls.estimation import are_units, belong, estimate_vectors
+from bssn_fast.calls.sharded import estimate_sharded
 from bssn_fast.distributed.sharded import is_sharded
 from bssn_fast.layout import compute_dtype, vector_sizes
 from bssn_fast.modules.parametrization import SpectralNormalization, first_gain, original_of, parametrizations_of
@@ -195,8 +196,8 @@ def _complete(state_dict: MutableMapping[str, Any], target: str, norm: SpectralN
     keys = [f"{target}0.{name}" for name in norm.vector_names]
     given = [state_dict.get(key) for key in keys]
     sizes = vector_sizes(weight.shape, norm.dim, norm.two_sided)
-    if is_sharded(weight) or (isinstance(loaded, Tensor) and is_sharded(loaded)):
-        return
+    if is_sharded(weight) and not (isinstance(loaded, Tensor) and is_sharded(loaded)):
+        return  # nothing can be said of a part alone, nor can torch load it
     if not isinstance(loaded, Tensor) or loaded.shape != weight.shape:
         fitting = {key: v for key, v, n in zip(keys, given, sizes, strict=True) if v is not None and v.shape == (n,)}
         state_dict.update(_of_the_weight_that_stays(fitting, keys, norm, weight))
@@ -211,13 +212,18 @@ def _complete(state_dict: MutableMapping[str, Any], target: str, norm: SpectralN
     if not missing:
         return
     device = loaded.device if weight.is_meta else weight.device
-    found = estimate_vectors(
-        loaded.to(device, weight.dtype),
-        norm.dim,
-        norm.two_sided,
-        hints=given,
-        eps=norm.settings.eps,
-        backend=norm.settings.backend,
+    loaded = loaded.to(device, weight.dtype)
+    found = (
+        estimate_sharded(norm, loaded, given)
+        if is_sharded(loaded)
+        else estimate_vectors(
+            loaded,
+            norm.dim,
+            norm.two_sided,
+            hints=given,
+            eps=norm.settings.eps,
+            backend=norm.settings.backend,
+        )
     )
     for direction in missing:
         state_dict.update(zip(keys[direction], found[direction], strict=True))

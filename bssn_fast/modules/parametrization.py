@@ -14,16 +14,18 @@ from torch.nn.utils.parametrize import ParametrizationList
 from bssn_fast import reference
 from bssn_fast.calls import composite
 from bssn_fast.calls.contents import version
-from bssn_fast.calls.estimation import estimate_vectors, write
+from bssn_fast.calls.estimation import estimate_vectors, random_direction, write
 from bssn_fast.calls.member import Measured
 from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.calls.plan import Plan, Results, Seen, checked_vectors
+from bssn_fast.calls.sharded import ShardedPlan, plan_for
+from bssn_fast.distributed.sharded import is_sharded, placements_of
 from bssn_fast.laws import AT_MOST, CONSTANT, GAIN
 from bssn_fast.layout import compute_dtype, fits_kernels, needs_two_sides, vector_sizes
 from bssn_fast.modules import blocks, recomputation, writes
 from bssn_fast.modules.call import Call, Caller, Source, in_module_call, leads_to, serves
 from bssn_fast.modules.settings import VARIANTS, Settings
-from bssn_fast.tracing.recording import Traced, call_eagerly, is_exporting, traced_result
+from bssn_fast.tracing.recording import Traced, call_eagerly, is_exporting
 
 FIRST_ITERATIONS = 15
 """Power iterations on random first vectors: as many as torch's parametrization does."""
@@ -78,7 +80,7 @@ class SpectralNormalization(nn.Module):
         self.vector_names: tuple[str, ...] = ()
         self.seen: Seen | None = None  # at the last evaluation
         self._beginning: _Beginning | None = None
-        self._plan: Plan | None = None
+        self._plan: Plan | ShardedPlan | None = None
         self.configure(weight, settings, known, in_use)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy begins with nothing at hand
@@ -115,12 +117,13 @@ class SpectralNormalization(nn.Module):
             one = torch.ones(1, dtype=_real(compute_dtype(weight.dtype)), device=weight.device)
             self.gain = nn.Parameter(one, requires_grad=weight.requires_grad)
         self.settings, self.two_sided, self.vector_names = settings, two_sided, names
+        self.placements = placements_of(weight)
         for name, vector in zip(names, new, strict=True):
             self.register_buffer(name, vector)
         block = blocks.block_of(self)
         if block is not None:  # it may have a result of the settings before
             block.forget(self)
-        if composite.wants_plain_operations([weight]):
+        if composite.wants_plain_operations([weight]) and not is_sharded(weight):
             return  # nothing can be computed yet
         if len(kept) < len(names):
             self._compute(weight, FIRST_ITERATIONS)
@@ -157,6 +160,8 @@ class SpectralNormalization(nn.Module):
         return changed and version(weight) == beginning.version
 
     def _compute(self, weight: Tensor, n_power_iterations: int) -> Tensor:
+        if is_sharded(weight):
+            return ShardedPlan([self], [weight]).compute_alone(weight, n_power_iterations)
         if not fits_kernels(weight, self.dim):
             return composite.normalize(self, weight.detach(), n_power_iterations)[0]
         s, gains = self.settings, [] if self.gain is None else [self.gain]
@@ -167,7 +172,7 @@ class SpectralNormalization(nn.Module):
 
     def evaluate(self, weight: Tensor) -> Tensor:
         """Return the normalised weight, without a graph, that the vectors as they are give."""
-        if composite.wants_plain_operations([weight]):
+        if composite.wants_plain_operations([weight]) and not is_sharded(weight):
             return composite.normalize(self, weight.detach(), 0)[0]
         return self._compute(weight, 0)
 
@@ -279,7 +284,7 @@ class SpectralNormalization(nn.Module):
                 group.advice.unknown()
         plan = self._plan
         if plan is None or plan.settings is not self.settings or not plan.fits([weight]):
-            plan = self._plan = Plan([self], [weight])
+            plan = self._plan = plan_for([self], [weight])
         # It may be written to, which `writes` sees, or be shared: neither goes together with autograd.
         results = plan.normalize(
             [weight],
@@ -301,11 +306,11 @@ class SpectralNormalization(nn.Module):
     def estimate(self, weight: Tensor) -> None:
         """Estimate the vectors of a weight that has nothing to do with the one before."""
         vectors, s = self.vectors(weight), self.settings
-        if not composite.wants_plain_operations([weight]):
-            write(
-                vectors,
-                estimate_vectors(weight, self.dim, self.two_sided, hints=vectors, eps=s.eps, backend=s.backend),
-            )
+        if is_sharded(weight):
+            ShardedPlan([self], [weight]).estimate_alone(weight)
+        elif not composite.wants_plain_operations([weight]):
+            found = estimate_vectors(weight, self.dim, self.two_sided, hints=vectors, eps=s.eps, backend=s.backend)
+            write(vectors, found)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """Return the value itself: who assigns to the layer's weight sets the one before normalisation, as in torch."""
@@ -362,60 +367,7 @@ def original_of(layer: ParametrizationList) -> Tensor:
     return weight
 
 
-def quick_access(module: nn.Module, tensor_name: str) -> None:
-    """Let the module's parametrized attribute find the normalised weight of the current model call at once.
-
-    torch's way there leads through two module calls, which cost more than the whole normalisation of a small model.
-    """
-    kind = type(module)  # the class that parametrize has made for this module alone
-    slow = kind.__dict__[tensor_name]
-
-    def get(self: Any) -> Any:
-        layer = self._modules["parametrizations"]._modules[tensor_name]
-        modules = layer._modules
-        if len(modules) > 1:
-            return slow.fget(self)
-        norm, weight = modules["0"], layer._parameters.get("original")
-        if is_dynamo_compiling():
-            ready = traced_result(norm)
-            return layer() if ready is None else ready
-        thread = get_ident()
-        for group, j in norm.slots:
-            call = group.calls.get(thread)
-            if call is not None:
-                ready = call.find(j, weight, norm)
-                if ready is not None:
-                    if call.reads is not None:
-                        group.advice.read(call.reads, (id(self), tensor_name), norm)
-                    return ready
-        if weight is None or weight.is_meta or not weight.numel():
-            return layer()  # whose hooks may bring it in, as those of offloading and of pruning do
-        return norm.normalized(weight, layer)
-
-    def put(self: Any, value: Tensor) -> None:
-        layer = self.parametrizations[tensor_name]
-        shape = original_of(layer).shape
-        if isinstance(value, Tensor) and value.shape != shape:
-            raise ValueError(
-                f"{kind.__name__}: a weight of shape {tuple(shape)} cannot be replaced by one of shape "
-                f"{tuple(value.shape)}, which its vectors do not fit; call bssn_fast.remove before a weight changes "
-                "shape, and apply again"
-            )
-        slow.fset(self, value)
-        if len(layer) == 1:
-            layer[0].estimate(original_of(layer))
-
-    setattr(kind, tensor_name, property(get, put))
-    writes.settle_before_looks(kind)
-
-
 def first_gain(sigma: Tensor, in_use: Tensor | None) -> Tensor:
     """Return the gain with which the weight in use does not change: W times `in_use`, or W."""
     start = (sigma if in_use is None else sigma * in_use.to(sigma.dtype)).real
     return torch.where(torch.isfinite(start) & (start != 0), start, 1)  # a zero weight is zero with any
-
-
-def random_direction(weight: Tensor, size: int) -> Tensor:
-    """Return a random unit vector [size] as torch draws its u and v: one normal_ on the weight's device."""
-    vector = torch.empty(size, dtype=compute_dtype(weight.dtype), device=weight.device).normal_(0, 1)
-    return nn.functional.normalize(vector, dim=0, eps=1e-12)

@@ -12,16 +12,16 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from bssn_fast.calls.arguments import check_weight
-from bssn_fast.distributed.sharded import refuse_managed
+from bssn_fast.distributed.sharded import is_sharded, refuse_managed, refuse_unfit
 from bssn_fast.laws import GAIN
 from bssn_fast.modules import convert, recurrent
+from bssn_fast.modules.access import quick_access
 from bssn_fast.modules.convert import WEIGHT, TorchSpectralNorm
 from bssn_fast.modules.loading import stop_watching, watch_loading
 from bssn_fast.modules.parametrization import (
     SpectralNormalization,
     original_of,
     parametrizations_of,
-    quick_access,
 )
 from bssn_fast.modules.settings import Settings
 
@@ -155,6 +155,9 @@ def check(place: Place) -> Norm:
     norm = convert.find(place.module, place.shown(), place.tensor_name)
     weight, dim = weight_of(place, norm)
     check_weight(weight, dim, place.shown())
+    refuse_managed(place.module, place.shown())
+    if is_sharded(weight):
+        refuse_unfit(weight, place.shown())
     if place.dim not in (None, dim):
         raise ValueError(
             f"{place.shown()}: the weight is normalised with output dimension {dim} already, not {place.dim}; remove "
@@ -163,7 +166,6 @@ def check(place: Place) -> Norm:
     convert.refuse_own_normalization(place.module, weight, place.shown())
     if isinstance(norm, TorchSpectralNorm):
         convert.check_vectors(norm, place.shown())
-    refuse_managed(place.module, place.shown())
     if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
         raise ValueError(
             f"{place.shown()}: elements of the weight share memory; make it a `clone()` of itself, which has its own"

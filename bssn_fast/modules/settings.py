@@ -25,6 +25,7 @@ class Settings(NamedTuple):
     update: str
     backend: str
     gradient_groups: int
+    sharded: str = "auto"
     kind: int = CONSTANT
     """Of the law (laws.py), whose number is the scale."""
 

@@ -18,6 +18,7 @@ from bssn_fast.calls import composite
 from bssn_fast.calls.arguments import check_weight
 from bssn_fast.calls.member import Member, gains_of
 from bssn_fast.calls.plan import checked_vectors, partition
+from bssn_fast.distributed.sharded import refuse_traced
 from bssn_fast.layout import fits_kernels, result_dtype, vector_sizes
 from bssn_fast.tracing.node import normalize
 from bssn_fast.tracing.recording import Traced, is_exporting
@@ -76,6 +77,8 @@ def _finish(member: Layer) -> None:
 
 def _normalize(members: list[Any], weights: list[Tensor], *, iterate: bool) -> list[Tensor]:
     """Normalise layers of one device, dtype and settings in one call."""
+    for member, weight in zip(members, weights, strict=True):
+        refuse_traced(weight, f"bssn_fast: {member.name}")
     n = members[0].settings.n_power_iterations if iterate else 0
     if not fits_kernels(weights[0], members[0].dim):
         return [composite.normalize(m, w, n)[0] for m, w in zip(members, weights, strict=True)]

@@ -48,6 +48,20 @@ def test_ddp_ends_all_threads_of_its_process_group_before_python_ends(tmp_path):
     assert "gloo" not in printed
 
 
+def test_sharded():
+    done = subprocess.run([sys.executable, str(EXAMPLES / "sharded.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if " loss " in line]
+    assert [line.partition(" loss ")[0].strip() for line in lines] == [
+        "one process",
+        "DDP",
+        "FSDP2",
+        "FSDP2, bfloat16",
+        "tensor parallel",
+        "FSDP2 and tensor parallel",
+    ]
+
+
 def test_real_models(capsys):
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
