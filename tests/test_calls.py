@@ -372,7 +372,7 @@ class MaskedConv(nn.Conv2d):
         return super().forward(x)
 
 
-@pytest.mark.filterwarnings("ignore:.*used more than once")
+@pytest.mark.filterwarnings("ignore:.*read more than once")
 @pytest.mark.parametrize("training", [True, False])
 def test_a_mask_on_the_normalised_weight(training):
     """As with torch's hook, the layer computes with the masked weight; sigma is that of the whole one."""

@@ -108,3 +108,15 @@ def test_vectors_are_saved_as_they_are_and_nothing_else_is():
     for name in norms(model):
         nn.utils.parametrizations.spectral_norm(theirs.get_submodule(name), dim=norms(model)[name].dim)
     assert list(saved) == list(theirs.state_dict())
+
+
+def test_a_write_into_a_weight_in_use_is_refused_at_a_copys_first_call():
+    model = bssn_fast.apply(nn.Sequential(nn.Linear(3, 3)), "sn")
+    x = torch.randn(2, 3)
+    model(x)
+    twin = copy.deepcopy(model)
+    for m in (model, twin):
+        weight = m[0].weight
+        weight.data += 1
+        with pytest.raises(RuntimeError, match="in use"):
+            m(x)

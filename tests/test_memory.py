@@ -5,13 +5,17 @@ import gc
 import os
 import subprocess
 import sys
+import threading
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from support import Net, images, original
+from torch import nn
 
 import bssn_fast
+from bssn_fast.modules.group import groups_of
 
 PEAK = """
 import sys, torch
@@ -110,3 +114,26 @@ def test_nothing_grows(update):
     assert after[0] <= tensors
     assert after[1] <= objects + 100  # the garbage collector's and pytest's own
     assert after[2] <= before + 8 * 2**20
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_ended_threads_and_blocks_have_left_is_let_go():
+    model = bssn_fast.apply(nn.Sequential(nn.Linear(3, 3)), "sn")
+    leave = model[0].register_forward_hook(lambda *_: sys.exit())
+    thread = threading.Thread(target=lambda: model(torch.randn(2, 3)))
+    thread.start()
+    thread.join()
+    leave.remove()
+    (group,) = groups_of(model)
+    assert len(group.calls) == 1  # `sys.exit` in a hook leaves no time to end
+    seen = []
+    handle = model[0].register_forward_hook(lambda *_: seen.append(len(group.calls)))
+    model(torch.randn(2, 3))
+    handle.remove()
+    assert seen == [1]
+
+    with nn.utils.parametrize.cached():
+        kept = weakref.ref(model[0].weight)
+    model(torch.randn(2, 3))
+    gc.collect()
+    assert kept() is None

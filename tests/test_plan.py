@@ -1,5 +1,7 @@
 """What of the last result a plan uses again. Whole models are tested in test_evaluation.py and test_cached.py."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from support import Net, norm_of, norms, original
@@ -7,6 +9,7 @@ from torch import nn
 
 import bssn_fast
 from bssn_fast.calls.plan import Plan, parted_by_autocast, partition, signature
+from bssn_fast.modules.group import groups_of
 
 
 @pytest.fixture
@@ -96,3 +99,42 @@ def test_autocast_is_part_of_what_is_kept(layer):
     assert (full.dtype, half.dtype, again.dtype) == (torch.float32, torch.bfloat16, torch.float32)
     assert torch.equal(full, again)
     assert torch.equal(full.bfloat16(), half)
+
+
+def test_weights_that_a_plan_does_not_fit_never_fit_it(layer):
+    weight = original(layer)
+    plan = Plan([norm_of(layer)], [weight])
+    other = nn.Parameter(weight.detach().contiguous(memory_format=torch.channels_last))
+    assert plan.fits([weight])
+    for _ in range(2):
+        assert not plan.fits([other])
+    assert plan.fits([weight])
+
+
+def test_a_call_in_between_changes_no_plans_of_this_one(monkeypatch):
+    """Another thread, or a signal handler, may call the model with other weights at any moment."""
+    torch.manual_seed(0)
+    model = bssn_fast.apply(nn.Conv2d(3, 4, 3), "sn").eval()
+    x = torch.randn(2, 3, 5, 5)
+    expected = model(x)
+    state = {n: t.clone(memory_format=torch.channels_last) for n, t in model.named_parameters() if t.ndim == 4}
+    (group,) = groups_of(model)
+    plans = group._plans
+
+    def interrupted(chosen):
+        monkeypatch.setattr(group, "_plans", plans)
+        assert torch.allclose(torch.func.functional_call(copy, state, x), expected, atol=1e-6)
+        group._planned = next(groups_of(copy))._planned
+        return plans(chosen)
+
+    copy = deepcopy(model)
+    monkeypatch.setattr(group, "_plans", interrupted)
+    assert torch.allclose(model(x), expected, atol=1e-6)
+
+
+def test_evaluation_of_a_layer_alone_is_kept_until_the_model_is_called():
+    model = bssn_fast.apply(nn.Sequential(nn.Linear(3, 3)), "sn").eval()
+    assert model[0].weight.shape == (3, 3)
+    assert norm_of(model[0])._plan._kept is not None
+    model.train()(torch.randn(2, 3))
+    assert norm_of(model[0])._plan._kept is None

@@ -102,10 +102,9 @@ class _Shelf:
         return found
 
     def _search(self, buffers: list[_Buffer]) -> list[Tensor] | None:
-        while self._next < len(buffers):
-            buffer = buffers[self._next]
-            self._next += 1
-            found = buffer.take()
+        while (j := self._next) < len(buffers):  # read once: other threads search too
+            self._next = j + 1
+            found = buffers[j].take()
             if found is not None:
                 return found
         return None

@@ -51,6 +51,7 @@ class Normalizer:
         gradient_groups: int = 1,
     ) -> None:
         self.batch = Batch.of(list(map(_dense, weights)), dims, two_sided)
+        self._dtype = weights[0].dtype
         self.dense = all(is_dense(w) for w in weights)
         self.laws, self.eps, self.backend = Laws.of(laws), eps, backend
         self._checked: list[int] = []  # where weights lay whose memory has been looked at
@@ -229,7 +230,7 @@ class Normalizer:
             dense = list(map(_dense, weights))
         if (
             not self.batch.fits(dense)
-            or compute_dtype(dtype) != sigma.dtype
+            or dtype != self._dtype
             or weights[0].device != sigma.device
             or any(w.dtype != dtype for w in weights)
         ):

@@ -125,8 +125,14 @@ class Plan:
         """Whether the plan is for such weights, as far as shapes, strides, dtypes and devices decide."""
         if self.fitting.holds(weights):
             return True
+        if self._signature != signature(weights):
+            return False
         self.fitting = Guard(weights)
-        return self._signature == signature(weights)
+        return True
+
+    def forget(self) -> None:
+        """Let go of what was kept of the last evaluation."""
+        self._kept = None
 
     def _for_kernels(self, weights: Sequence[Tensor]) -> Normalizer:
         return Normalizer(

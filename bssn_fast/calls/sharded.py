@@ -85,6 +85,9 @@ class ShardedPlan:
         """Whether the plan is for such weights; where their parts lie is looked at in each call."""
         return self._signature == signature(weights)
 
+    def forget(self) -> None:
+        """Do nothing, as nothing is kept."""
+
     def _lay_out(self, weights: Sequence[Tensor]) -> None:
         """Find out which parts of the weights this rank has; raise what speaks against normalising one of them."""
         refuse_gains(self.members)

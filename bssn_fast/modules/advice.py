@@ -39,7 +39,7 @@ class Advice:
         elif self._calls_to_watch >= 0 and norm.training and norm.settings.like_torch:
             self._calls_to_watch = -1
             warnings.warn(
-                f"bssn_fast: layer {norm.name!r} is used more than once in a call of the model. Its weight is "
+                f"bssn_fast: layer {norm.name!r} is read more than once in a call of the model. It is "
                 "normalised once for the call, with one power iteration, where torch's spectral_norm makes one for "
                 "each use; results differ a little until the vectors have converged. update='access' gives torch's "
                 "numbers, and takes longer",

@@ -112,7 +112,11 @@ def _block_of_torch() -> Block:
 
 def any_block() -> bool:
     """Whether a block may be running; quick."""
-    return bool(_blocks) or parametrize._cache_enabled > 0
+    global _of_torch
+    if parametrize._cache_enabled > 0:
+        return True
+    _of_torch = None  # with all that it holds
+    return bool(_blocks)
 
 
 class _Manager(contextlib._GeneratorContextManager[None, Any, None]):

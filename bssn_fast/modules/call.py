@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bssn_fast.calls.composite import wants_plain_operations
 from bssn_fast.calls.contents import contents_of, version
-from bssn_fast.calls.plan import Results
+from bssn_fast.calls.plan import Plans, Results
 from bssn_fast.layout import result_dtype
 from bssn_fast.modules import recomputation
 from bssn_fast.modules.advice import Advice
@@ -227,7 +227,8 @@ class Chosen:
     members: list[Any]
     weights: list[Tensor]
     iterating: list[bool]
-    readable: bool  # by kernels, for certain
+    planned: Plans  # the plans of the moment; another thread, or a signal handler, may replace the group's
+    readable: bool  # by kernels, as the guard of these plans says
     vectors: list[Sequence[Tensor] | None] | None = None  # those of a forward that is repeated
 
 

@@ -127,6 +127,8 @@ class Group:
         if is_dynamo_compiling() or is_exporting():
             self._begin_recorded()
             return
+        if self._pending is not None:
+            self._set_layers(self._pending)
         frame = frame_of_call()
         before = self.calls.get(get_ident())
         aside: Sequence[tuple[Caller, Call]] = ()
@@ -143,6 +145,10 @@ class Group:
             self._hand_over(model)
             call = self._called(frame, before, aside)
         self.calls[get_ident()] = call
+        if len(self.calls) > 1:  # a thread may have ended in the middle of a call
+            for thread, other in list(self.calls.items()):
+                if not other.running():
+                    self.calls.pop(thread, None)
         self.published, self.recorded = call.results, False
         for group, _ in aside:
             if group is not self:
@@ -159,8 +165,6 @@ class Group:
 
     def _called(self, frame: FrameType, before: Call | None, aside: Sequence[tuple[Caller, Call]]) -> Call:
         """Return a call of the model with all its layers normalised."""
-        if self._pending is not None:
-            self._set_layers(self._pending)
         if None in [ref() for ref in self._layers]:
             self.discard([])
         call = Call(frame, len(self._layers), aside)
@@ -184,7 +188,8 @@ class Group:
             refuse_flattened(None, self.members[0])
             weights = [parameters.get("original", _ELSEWHERE) for parameters in self._parameters]
         members, indices = self.members, list(range(len(weights)))
-        readable = self._planned.alike.holds(weights)
+        planned = self._planned
+        readable = planned.alike.holds(weights)
         if not readable and not all([w.numel() and not w.is_meta for w in weights]):
             # Hooks of their layer, or of its list of parametrizations, may bring them in before they are used.
             indices = [j for j, w in enumerate(weights) if w.numel() and not w.is_meta]
@@ -195,7 +200,8 @@ class Group:
             indices, held = self._found_elsewhere(call, before, indices, weights)
         if len(indices) != len(members):
             members, weights = [members[j] for j in indices], [weights[j] for j in indices]
-        chosen = Chosen(indices, members, weights, [self._states[j]["training"] for j in indices], readable)
+        training = [self._states[j]["training"] for j in indices]
+        chosen = Chosen(indices, members, weights, training, planned, readable)
         if held:
             chosen.iterating = [t and j not in held for t, j in zip(chosen.iterating, indices, strict=True)]
         if recomputation.in_backward():
@@ -270,6 +276,9 @@ class Group:
             call.sources.append((indices, results))
             for j, block in zip(indices, cached, strict=False):
                 self._keep(block, call, j)
+        for state in self._states:  # what was kept of a layer that was read alone
+            if state["_plan"] is not None:
+                state["_plan"].forget()
         if not self._used:
             self._used = True
             for m in self.members:
@@ -281,7 +290,7 @@ class Group:
         members, weights, iterating = chosen.members, chosen.weights, chosen.iterating
         flags = iterating if len(set(iterating)) > 1 else None
         key = (members, flags, [state["settings"] for state in self._states])
-        planned = self._planned
+        planned = chosen.planned
         chosen.readable = chosen.readable or planned.alike.holds(weights)
         if key != planned.key or not chosen.readable:
             whole = signature(weights)
