@@ -136,8 +136,8 @@ def test_evaluation_follows_the_weights_and_computes_nothing_twice(launches):
 
 
 def test_plans_are_made_once(monkeypatch):
-    made, plan = [], group.Plan
-    monkeypatch.setattr(group, "Plan", lambda *args: made.append(1) or plan(*args))
+    made, plan_for = [], group.plan_for
+    monkeypatch.setattr(group, "plan_for", lambda *args: made.append(1) or plan_for(*args))
     model = bssn_fast.apply(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 4)))
     for on in ON_AND_OFF:
         with autocast(on):

@@ -73,6 +73,8 @@ class ShardedPlan:
     As `Plan`, but nothing is kept from one call to the next: whether it still holds, ranks might answer differently.
     """
 
+    learned = False  # no gains
+
     def __init__(self, members: Sequence[Member], weights: Sequence[Tensor], *, gathered: bool = True) -> None:
         self.members, self.settings = list(members), members[0].settings
         self._signature = signature(weights)
