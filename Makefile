@@ -35,8 +35,10 @@ train: build
 	$(BIN)/python examples/train_gan.py $(ARGS)
 
 test: export BSSN_FAST_STRICT = 1
+# Both processes must find the same tests, in the same order.
+test: export PYTHONHASHSEED = 0
 test: build lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 bench: build
 	$(BIN)/python -m benchmarks.report $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -29,7 +30,10 @@ QUICK_PEERS = [name for name in peers.names() if name not in peers.COMPILED]
 
 def run_the_suite(*options: object) -> str:
     command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "-q", "--device", "cpu", *map(str, options)]
-    done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True, check=False)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider"], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
