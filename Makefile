@@ -3,7 +3,7 @@
 # make bench   speed on this machine's CPU, and the report in docs/performance.md; nothing else should run
 # make bench-compare   the same against this machine's kept figures
 # make evidence   the paper's claims, tried in many small trainings: docs/evidence.md; ARGS=--quick shows that it works
-# make gpu     correctness and speed on this machine's GPU in ten minutes, with the Python and torch that it already has;
+# make gpu     correctness and speed on this machine's GPU in nine minutes, with the Python and torch that it already has;
 #              OUTPUT=folder for its files. A second run goes on where the first ended
 # make gpu-prepare   on a machine without a GPU: compiles into build/gpu what make gpu on another one would begin with
 # make asan    the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer

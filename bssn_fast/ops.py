@@ -1,7 +1,7 @@
 """The two operations, as torch ops: one schema and one fake kernel each, for all layers of a call.
 
 Both write into tensors that the caller has allocated, so that their fake kernels have nothing to do. All weights of
-a call share device and dtype. Autograd lies outside, in `functional`.
+a call share device and dtype. Autograd lies outside, in `calls.normalizer`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`make gpu`: correctness and speed on this machine's GPU, offline, within ten minutes.
+"""`make gpu`: correctness and speed on this machine's GPU, offline, in nine minutes.
 
     make gpu                      everything; its files lie in benchmarks/results, in a folder for GPU and torch
     make gpu OUTPUT=folder        there instead: at most eight files, no folders

@@ -71,7 +71,8 @@ def sentence(results: Results) -> str:
         f"On {machine.title(results.machine)}, over the layers of {len(faster)} published models, `sn` is "
         f"{geometric_mean(both.values()):.1f} times as fast as torch's `spectral_norm`, forward and backward together "
         f"(geometric mean). The forward pass alone is {min(faster.values()):.1f} to {max(faster.values()):.1f} times "
-        f"as fast, {geometric_mean(faster.values()):.1f} in the mean, where copying the weights would be {limit:.1f}. "
+        f"as fast, {geometric_mean(faster.values()):.1f} in the mean; a plain copy of the weights, which is the limit, "
+        f"would be {limit:.1f} times as fast. "
         f"It adds to a GAN's whole training step {steps}."
     )
 

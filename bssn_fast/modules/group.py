@@ -36,7 +36,7 @@ from bssn_fast.tracing.recording import call_eagerly, is_exporting
 class Group:
     """Hooks of a model that normalise its layers before a call and end their use after it.
 
-    calls: the running call of each thread, by the thread's number. The only thing that `begin` and `end` change.
+    calls: the running call of each thread, by the thread's number; `begin` and `end` change it.
     published: the latest call's results, for compiled code.
     recorded: they are those of a call whose beginning was compiled.
     indices: of the layers, by the id of their parametrization.
