@@ -11,7 +11,7 @@ from torch import Tensor
 from bssn_fast.backends import Backend
 from bssn_fast.calls.arguments import WEIGHT_DTYPES, check_settings, check_weight, positive, refuse_trained
 from bssn_fast.calls.normalizer import Normalizer
-from bssn_fast.distributed.sharded import refuse_sharded
+from bssn_fast.distributed.sharded import is_sharded, refuse_sharded
 from bssn_fast.laws import AT_MOST, CONSTANT, GAIN, Law
 from bssn_fast.layout import compute_dtype, fits_kernels, vector_sizes
 
@@ -100,6 +100,8 @@ def _laws(n: int, scale: object, at_most: object, gains: object) -> tuple[list[L
         if gain is not None:
             if not isinstance(gain, Tensor) or gain.numel() != 1 or not gain.is_floating_point():
                 raise TypeError(f"gains[{j}] must be a real tensor of one number, not {gain!r}")
+            if is_sharded(gain):
+                raise TypeError(f"gains[{j}] is a DTensor; give its `full_tensor()`")
             tensors.append(gain)
             laws.append(Law(GAIN, 0.0))
         elif bound is not None:

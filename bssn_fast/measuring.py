@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bssn_fast.calls.arguments import check_settings, check_weight
 from bssn_fast.calls.matrices import Matrices
+from bssn_fast.distributed.sharded import refuse_sharded
 from bssn_fast.laws import Law
 from bssn_fast.layout import channels, compute_dtype, fits_kernels, input_dimension, is_dense, vector_sizes
 from bssn_fast.modules import convert
@@ -112,6 +113,7 @@ def spectral_norms(
 def _measured(place: Place, kept: dict[str, list[Tensor]]) -> _Measured:
     norm = convert.find(place.module, place.shown(), place.tensor_name)
     weight, dim = weight_of(place, norm)
+    refuse_sharded(weight, place.shown())
     check_weight(weight, dim, place.shown())
     if not fits_kernels(weight, dim):
         raise ValueError(

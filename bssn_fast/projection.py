@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from bssn_fast.calls.arguments import check_settings, check_weight, positive
 from bssn_fast.calls.estimation import estimate_vectors
-from bssn_fast.calls.matrices import Matrices, check_in_place
+from bssn_fast.calls.matrices import Matrices, check_apart, check_in_place
 from bssn_fast.functional import check_vectors
 from bssn_fast.laws import AT_MOST, CONSTANT, Law
 from bssn_fast.layout import fits_kernels
@@ -59,6 +59,7 @@ def project_(
     for j, (weight, group, dim, name) in enumerate(zip(weights, groups, dims, shown, strict=True)):
         _check(weight, dim, name)
         check_vectors(weights[0], weight, group, dim, j)
+    check_apart(weights, shown)
     matrices = Matrices(weights, dims, groups, _laws(shown, at_most, radius), eps=eps, backend=backend)
     matrices.run(n, change=True)
     return matrices.sigma
@@ -105,6 +106,7 @@ class Projection:
         for name, (weight, dim) in chosen.items():
             _check(weight, dim, name)
         laws = dict(zip(chosen, _laws(list(chosen), at_most, radius), strict=True))
+        check_apart([weight for weight, _ in chosen.values()], list(chosen))
         self.vectors: dict[str, list[Tensor]] = {
             name: estimate_vectors(weight, dim, False, hints=[None, None], eps=eps, backend=backend)
             for name, (weight, dim) in chosen.items()
@@ -138,7 +140,8 @@ class Projection:
 
 
 def _of_module(model: nn.Module, numbers: Numbers) -> dict[str, tuple[Tensor, int]]:
-    found = {}
+    found: dict[str, tuple[Tensor, int]] = {}
+    seen: set[tuple[int, int]] = set()
     for place in choose(model, list(numbers) if isinstance(numbers, Mapping) else None, None):
         norm = convert.find(place.module, place.shown(), place.tensor_name)
         if norm is not None:
@@ -146,7 +149,10 @@ def _of_module(model: nn.Module, numbers: Numbers) -> dict[str, tuple[Tensor, in
                 f"{place.shown()}: the weight is normalised already, which leaves nothing to project; give the other "
                 "layers' names, or call bssn_fast.remove"
             )
-        found[place.name] = weight_of(place, norm)
+        weight, dim = weight_of(place, norm)
+        if isinstance(numbers, Mapping) or (id(weight), dim) not in seen:  # a shared weight is projected once
+            found[place.name] = weight, dim
+            seen.add((id(weight), dim))
     if isinstance(numbers, Mapping):  # under the names that were given
         modules = dict(model.named_modules())
         return {name: found[named(name, modules).name] for name in numbers}

@@ -111,6 +111,17 @@ def tensor_parallel(variant: str, steps: int) -> Result:
     return train(bssn_fast.apply(model, variant), steps)
 
 
+def laws(steps: int, ranks: bool) -> Result:
+    """Constants and upper bounds of single layers, one of them slack."""
+    torch.manual_seed(0)
+    model: nn.Module = Network()
+    if ranks:
+        parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), dict(TENSOR_PARALLEL))
+    bounds = {"blocks.0.up": 0.4, "blocks.1.down": 50.0}
+    bssn_fast.apply(model, "bssn", scale={"embed": 1.3, "blocks.0.down": 0.7}, at_most=bounds)
+    return train(model, steps)
+
+
 class Mixed(nn.Module):
     """Layers of all kinds, whose forward works with any sharding: it gathers the normalised weights."""
 
@@ -310,6 +321,12 @@ def ends_in_a_step(rank: int, folder: str) -> None:
         raise
 
 
+def gain_of_a_function(sharded: DTensor) -> None:
+    weight, vectors = torch.randn(4, 4), (torch.ones(4) / 2, torch.ones(4) / 2)
+    one = distribute_tensor(torch.ones(1), sharded.device_mesh, [Replicate()])
+    bssn_fast.normalize([weight], [vectors], gains=[one])
+
+
 def refusals() -> dict[str, str]:
     """What is said where a sharded weight cannot be normalised."""
     said: dict[str, str] = {}
@@ -336,6 +353,10 @@ def refusals() -> dict[str, str]:
     model = bssn_fast.apply(layer(Replicate()))
     x = distribute_tensor(torch.ones(1, 4), mesh, [Replicate()])
     refuse("compiled", lambda: torch.compile(lambda: model(x), backend="eager", fullgraph=True)())
+    refuse("gain", lambda: bssn_fast.apply(layer(Shard(0)), "sn", gain="learn"))
+    refuse("gain of a function", lambda: gain_of_a_function(weight))
+    refuse("measured", lambda: bssn_fast.spectral_norms(layer(Shard(0))))
+    refuse("projected", lambda: bssn_fast.Projection(layer(Shard(0)), radius=1.0))
     refuse("setting", lambda: bssn_fast.apply(layer(Replicate()), sharded="never"))
     model, _, _ = sharded_network("sn", "fsdp reduce", True)
     refuse("not gathered", lambda: model.blocks[0].up.weight)

@@ -274,3 +274,37 @@ def test_nothing_warns():
         model = bssn_fast.apply(Net(), "bssn", **MIXED)
         for _ in range(2):
             model(images()).sum().backward()
+
+
+def test_a_gain_replaced_inside_the_models_own_forward():
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.gain = nn.Linear(4, 3, bias=False), None
+
+        def forward(self, x):
+            if self.gain is None:
+                return self.layer(x)
+            return torch.func.functional_call(self.layer, {"parametrizations.weight.0.gain": self.gain}, (x,))
+
+    model = bssn_fast.apply(Inside(), "sn", gain="learn").eval()
+    x = torch.randn(2, 4)
+    before, gain = model(x), norm_of(model.layer).gain
+    model.gain = torch.full((1,), 5.0)
+    torch.testing.assert_close(model(x), before * 5 / gain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_gradient_of_a_gain_stays_in_its_precision(dtype):
+    model = bssn_fast.apply(nn.Linear(4, 3), "sn", gain="learn")
+    model(torch.randn(2, 4)).sum().backward()
+    model.to(dtype)
+    gain = norm_of(model).gain
+    assert gain.dtype == gain.grad.dtype == torch.float32
+
+
+def test_numbers_for_gains_are_refused():
+    model = nn.Sequential(nn.Linear(3, 3))
+    with pytest.raises(TypeError, match="gain"):
+        bssn_fast.apply(model, "sn", gain={"0": 2.0})
+    assert not nn.utils.parametrize.is_parametrized(model[0])

@@ -124,3 +124,28 @@ def test_weights_that_cannot_be_projected():
     layer.weight.data = torch.randn(4, 3)
     with pytest.raises(RuntimeError, match="begin anew"):
         projection()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shared_weight_is_projected_once(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(60, 60), nn.Linear(60, 60)).to(dtype)
+    model[1].weight = model[0].weight
+    project = bssn_fast.Projection(model, radius=1.0)
+    with torch.no_grad():
+        model[0].weight.mul_(5)
+    for _ in range(20):
+        project()
+    sigma = torch.linalg.matrix_norm(model[0].weight.detach().float(), 2)
+    assert sigma == pytest.approx(1, abs=0.02)
+
+
+def test_weights_that_share_memory_are_refused():
+    weight = nn.Parameter(torch.randn(4, 4))
+    before = weight.detach().clone()
+    with pytest.raises(ValueError, match="shares memory"):
+        bssn_fast.Projection([weight, weight], radius=1.0)
+    vectors = [[torch.ones(4) / 2, torch.ones(4) / 2] for _ in range(2)]
+    with pytest.raises(ValueError, match="shares memory"):
+        bssn_fast.project_([weight, weight], vectors, radius=1.0)
+    assert torch.equal(weight, before)

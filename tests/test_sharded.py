@@ -56,6 +56,12 @@ def test_tensor_parallel_is_one_process(ranks, four, variant):
         assert_one_process(found.run(runs.tensor_parallel, variant, 20), expected)
 
 
+def test_laws_of_single_layers_are_one_process(ranks):
+    expected = runs.laws(20, False)
+    assert_trained(expected)
+    assert_one_process(ranks.run(runs.laws, 20, True), expected)
+
+
 def test_the_first_ranks_vectors_are_taken(ranks):
     assert_one_process(ranks.run(runs.seeds, 20, True), runs.seeds(20, False))
 
@@ -174,6 +180,10 @@ def test_refusals_name_the_layer_and_what_to_do(ranks):
             ("complex", "0: ", "leave the layer out"),
             ("vector", "0.bias: ", "leave the layer out"),
             ("functional", "weights[0]: ", "full_tensor()"),
+            ("gain", "0: ", "`scale` or `at_most`"),
+            ("gain of a function", "gains[0]", "full_tensor()"),
+            ("measured", "0: ", "full_tensor()"),
+            ("projected", "0: ", "full_tensor()"),
             ("setting", "sharded must be", "'auto', 'gather' or 'reduce'"),
             ("not gathered", "bssn_fast: blocks.0.up: ", "`unshard()`"),
         ):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from bssn_fast import ops
+from bssn_fast.distributed.sharded import refuse_sharded
 from bssn_fast.laws import Law, Laws
 from bssn_fast.layout import Batch, has_plain_memory, is_dense
 
@@ -57,8 +59,20 @@ class Matrices:
 
 
 def check_in_place(weight: Tensor, name: str) -> None:
-    """Raise ValueError for a weight that kernels cannot change in its place."""
+    """Raise ValueError, or TypeError for a DTensor, for a weight that kernels cannot change in its place."""
+    refuse_sharded(weight, name)
     if not has_plain_memory(weight) or not is_dense(weight):
         raise ValueError(
             f"{name}: a weight is changed in place only where its elements fill one stretch of memory of a CPU or GPU"
         )
+
+
+def check_apart(weights: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raise ValueError for dense weights that share memory: they would be multiplied twice."""
+    spans = sorted(
+        (w.data_ptr(), w.data_ptr() + w.numel() * w.element_size(), name)
+        for w, name in zip(weights, names, strict=True)
+    )
+    for (_, end, first), (begin, _, second) in pairwise(spans):
+        if begin < end:
+            raise ValueError(f"{second} shares memory with {first}; give each weight once")

@@ -52,7 +52,7 @@ def refuse_sharded(weight: Tensor, name: str) -> None:
     """Raise ShardedWeightError for a weight that is sharded."""
     if is_sharded(weight):
         raise ShardedWeightError(
-            f"{name}: the weight is sharded (a DTensor), which this function cannot normalise: give it the whole "
+            f"{name}: the weight is sharded (a DTensor), which this function cannot use: give it the whole "
             "weight (`full_tensor()`), or call bssn_fast.apply on the layer's model"
         )
 

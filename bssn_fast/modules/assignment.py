@@ -9,6 +9,7 @@ from torch import nn
 
 from bssn_fast.calls.arguments import positive, refuse_trained
 from bssn_fast.calls.composite import wants_plain_operations
+from bssn_fast.distributed.sharded import is_sharded
 from bssn_fast.laws import AT_MOST, CONSTANT, GAIN, Law
 from bssn_fast.modules.places import Norm, Place, named, weight_of
 from bssn_fast.modules.settings import VARIANTS
@@ -79,6 +80,10 @@ def check_laws(laws: Mapping[Place, Law], existing: Mapping[Place, Norm]) -> Non
                 f"{place.shown()} shares its weight with {other.shown()}, which was given another law: it can have "
                 "but one. Name both in the same way"
             )
+        if law.kind == GAIN and is_sharded(weight):
+            raise TypeError(
+                f"{place.shown()}: a sharded weight cannot have a learned gain; give it a `scale` or `at_most`"
+            )
         if law.kind == GAIN and wants_plain_operations([weight]):
             raise ValueError(
                 f"{place.shown()}: the weight has no values yet, of which its gain is made; materialise the model first"
@@ -106,7 +111,7 @@ def _learned(gain: object) -> _Given:
         return _Given("gain", None, {})
     if gain == "learn":
         return _Given("gain", law, {})
-    names = None if isinstance(gain, str) or not isinstance(gain, Iterable) else list(gain)
+    names = None if isinstance(gain, (str, Mapping)) or not isinstance(gain, Iterable) else list(gain)
     if names is None or not all(isinstance(name, str) for name in names):
         raise TypeError(f"gain must be 'learn', for all layers, or a list of layers' names, not {gain!r}")
     return _Given("gain", None, dict.fromkeys(names, law))

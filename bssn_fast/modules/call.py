@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from gc import get_referents
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +167,8 @@ class Call:
         if self.gains and j in self.gains:
             gain, before = self.gains[j]
             if version(gain) != before or not leads_to(ready, gain):
+                return None
+            if reader is not None and cast(Any, reader).gain is not gain:  # as in a functional_call inside
                 return None
         if reader is not None and recomputation.maybe_in_checkpoint():
             source = self.source(j)

@@ -325,11 +325,11 @@ class Group:
     def _hand_over(self, model: nn.Module) -> None:
         """Leave layers whose weights are sharded at the beginning of a call to the submodules that will gather them."""
         left = [layer for layer in self.layers() if is_sharded(original_of(layer))]
+        refuse_gains(cast(SpectralNormalization, layer[0]) for layer in left)  # before anything changes
         for module in gathering_modules(model):
             inside = {id(m) for m in module.modules()}
             found = [layer for layer in left if id(layer) in inside]
             if found:
-                refuse_gains(cast(SpectralNormalization, layer[0]) for layer in found)
                 left = [layer for layer in left if id(layer) not in inside]
                 # In this order no layer is ever without a group; what an interrupt leaves half done is done again.
                 self._has_children = True

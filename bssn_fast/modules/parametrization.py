@@ -332,9 +332,11 @@ class SpectralNormalization(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SpectralNormalization:
         # `.half()` and `.bfloat16()` reach vectors and gain too, which must keep their precision.
         kept, gain = self._stored(), None if self.gain is None else self.gain.detach()
+        grad = None if self.gain is None else self.gain.grad
         super()._apply(fn, recurse)
         if gain is not None and self.gain is not None and compute_dtype(self.gain.dtype) != self.gain.dtype:
             self.gain.data = gain.to(self.gain.device, torch.float32)
+            self.gain.grad = None if grad is None else grad.to(self.gain.device, torch.float32)
         for name, old, new in zip(self.vector_names, kept, self._stored(), strict=True):
             if compute_dtype(new.dtype) != new.dtype:
                 self._buffers[name] = old.to(new.device, torch.float32)
