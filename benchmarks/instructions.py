@@ -43,10 +43,12 @@ def train(norm: str, steps: int) -> None:
             nn.utils.parametrizations.spectral_norm(layer)
     elif norm == "bssn_fast":
         bssn_fast.apply(model, "sn")
+    parameters = list(model.parameters())  # which are looked for once, as an optimizer does
     grads = [torch.ones(WIDTH, WIDTH) for _ in range(LAYERS)]
     for _ in range(steps):
         torch.autograd.backward(model(), grads)
-        model.zero_grad()
+        for parameter in parameters:
+            parameter.grad = None
 
 
 def count(norm: str, steps: int) -> int:
