@@ -150,6 +150,13 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def made_dense(weight: Tensor) -> Tensor:
+    """Return the weight's values, without a graph if it has to be copied, in a tensor that kernels can read."""
+    if weight.is_neg():  # its memory holds the values with the other sign
+        weight = weight.detach().resolve_neg()
+    return weight if is_dense(weight) else weight.detach().contiguous()
+
+
 def result_dtype(weight: Tensor, autocast: bool) -> torch.dtype:
     """Return the dtype the layer will compute in: autocast's where it applies, so that no second cast is needed."""
     if not autocast or weight.is_meta or not torch.is_autocast_enabled(weight.device.type):  # raises for "meta"
@@ -165,6 +172,9 @@ for _key in ("ADInplaceOrView", "AutogradFunctionality", "AutocastCPU", "Autocas
 _MATTER = ~_NO_MATTER
 _PLAIN = {torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)}
 _dispatch_keys = torch._C._dispatch_keys
+
+PLAIN_CLASSES = {Tensor, torch.nn.Parameter}
+"""The classes whose tensors have memory of their own, and nothing that follows what is done with them."""
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -10,10 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from bssn_fast.calls.arguments import check_settings, check_weight
+from bssn_fast.calls.estimation import start_vectors
 from bssn_fast.calls.matrices import Matrices
 from bssn_fast.distributed.sharded import refuse_sharded
 from bssn_fast.laws import Law
-from bssn_fast.layout import channels, compute_dtype, fits_kernels, input_dimension, is_dense, vector_sizes
+from bssn_fast.layout import (
+    channels,
+    compute_dtype,
+    fits_kernels,
+    input_dimension,
+    made_dense,
+    needs_two_sides,
+    vector_sizes,
+)
 from bssn_fast.modules import convert
 from bssn_fast.modules.parametrization import SpectralNormalization
 from bssn_fast.modules.places import Norm, Place, choose, weight_of
@@ -89,7 +98,7 @@ def spectral_norms(
     for part in _parts(measured):
         rows = [(m, side) for m in part for side in range(0, len(m.vectors), 2)]
         matrices = Matrices(
-            [_dense(m.weight) for m, _ in rows],
+            [made_dense(m.weight) for m, _ in rows],
             [m.dim if side == 0 else input_dimension(m.dim) for m, side in rows],
             [m.vectors[side : side + 2] for m, side in rows],
             [Law()] * len(rows),
@@ -121,19 +130,14 @@ def _measured(place: Place, kept: dict[str, list[Tensor]]) -> _Measured:
             "weights of two dimensions or more, with output dimension 0 or 1, are measured. Leave the layer out"
         )
     weight = weight.detach()
-    sizes = vector_sizes(weight.shape, dim, channels(weight.shape, dim)[2] > 1)
+    two_sided = needs_two_sides(weight.shape, dim)
+    sizes = vector_sizes(weight.shape, dim, two_sided)
     known, dtype = kept.get(place.name, []), compute_dtype(weight.dtype)
     if [tuple(v.shape) for v in known] != [(n,) for n in sizes]:
         kept.pop(place.name, None)
-        known = [_direction(n, dtype) for n in sizes]
+        known = start_vectors(weight, dim, two_sided, [None] * len(sizes))
     vectors = [v.to(weight.device, dtype).contiguous() for v in known]
     return _Measured(place, norm, weight, dim, vectors)
-
-
-def _direction(size: int, dtype: torch.dtype) -> Tensor:
-    """Return a unit vector that is the same in all processes; torch's generators are left alone."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    return nn.functional.normalize(torch.randn(size, generator=generator, dtype=dtype, device="cpu"), dim=0)
 
 
 def _parts(measured: list[_Measured]) -> list[list[_Measured]]:
@@ -141,10 +145,6 @@ def _parts(measured: list[_Measured]) -> list[list[_Measured]]:
     for m in measured:
         parts.setdefault((m.weight.device, m.weight.dtype), []).append(m)
     return list(parts.values())
-
-
-def _dense(weight: Tensor) -> Tensor:
-    return weight if is_dense(weight) else weight.contiguous()
 
 
 def _converge(matrices: Matrices) -> None:
@@ -164,7 +164,7 @@ def _multipliers(part: list[_Measured], backend: str) -> list[Tensor | float]:
     if ours:
         norms = [cast(SpectralNormalization, part[j].norm) for j in ours]
         own = Matrices(
-            [_dense(part[j].weight) for j in ours],
+            [made_dense(part[j].weight) for j in ours],
             [part[j].dim for j in ours],
             [norm.vectors(part[j].weight) for j, norm in zip(ours, norms, strict=True)],
             [Law()] * len(ours),

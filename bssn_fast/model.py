@@ -14,6 +14,7 @@ from bssn_fast import backends
 from bssn_fast.backends import Backend
 from bssn_fast.calls.arguments import check_module, check_settings, whole_number
 from bssn_fast.modules import blocks
+from bssn_fast.modules.advice import Advice
 from bssn_fast.modules.assignment import Learned, Numbers, check_laws, laws_of
 from bssn_fast.modules.call import Caller
 from bssn_fast.modules.changes import all_or_nothing
@@ -195,6 +196,10 @@ def _put_on(model: nn.Module, existing: dict[Place, Norm], settings: dict[Place,
         group.discard(norms.values())
     if update == "forward":
         Group(lists.values()).hook(model)
+    else:
+        told: set[str] = set()
+        for norm in norms.values():
+            norm.advice = Advice(told)
 
 
 def _settings(

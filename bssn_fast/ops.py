@@ -15,7 +15,7 @@ from torch import Tensor
 from bssn_fast import backends
 from bssn_fast.distributed.sharded import refuse_sharded
 from bssn_fast.laws import Law, Laws
-from bssn_fast.layout import Batch
+from bssn_fast.layout import PLAIN_CLASSES, Batch
 
 _library = torch.library.Library("bssn_fast", "DEF")
 
@@ -89,15 +89,12 @@ normalize_op = torch.ops.bssn_fast.normalize.default
 normalize_backward_op = torch.ops.bssn_fast.normalize_backward.default
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
-
-
 def _watched(weights: Sequence[Tensor]) -> bool:
     """Whether a compiler, a mode or a subclass of Tensor has to see the operation."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or not _PLAIN.issuperset(map(type, weights))
+        or not PLAIN_CLASSES.issuperset(map(type, weights))
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -44,8 +43,7 @@ class Training:
     def __init__(self, generator: nn.Module, discriminator: nn.Module, steps: int) -> None:
         self.generator, self.discriminator = generator, discriminator
         self.adams = [torch.optim.Adam(model.parameters(), RATE, BETAS) for model in (generator, discriminator)]
-        fall: Callable[[int], float] = lambda step: 1 - step / steps  # noqa: E731
-        self.falls = [torch.optim.lr_scheduler.LambdaLR(adam, fall) for adam in self.adams]
+        self.falls = [torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps) for adam in self.adams]
 
     def step(self, real: Tensor, seed: int) -> tuple[float, float]:
         """Train on images [n, 3, 32, 32] with noise of a seed; returns the losses of generator and discriminator."""

@@ -115,8 +115,9 @@ def test_a_function_with_several_forwards_of_one_normalisation(recwarn):
     assert not recwarn
 
 
-def test_warning_where_it_is_not_known_which_forward_is_meant():
-    model = bssn_fast.apply(Net().double())
+@pytest.mark.parametrize("update", ["forward", "access"])
+def test_warning_where_it_is_not_known_which_forward_is_meant(update):
+    model = bssn_fast.apply(Net().double(), update=update)
     x, y = data(2)
 
     def ask(grad):

@@ -295,12 +295,13 @@ def test_weights_laid_out_anew_before_the_backward_pass_are_refused(change):
         loss.backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("layers", [["body.1"], [""]])
-def test_another_precision_before_the_backward_pass_is_refused(layers):
+def test_another_precision_before_the_backward_pass_is_refused(layers, dtype):
     model = bssn_fast.apply(Net())
     loss = model(images()).sum()
     for name in layers:
-        model.get_submodule(name).double()
+        model.get_submodule(name).to(dtype)
     with pytest.raises(RuntimeError, match="another shape, precision"):
         loss.backward()
 

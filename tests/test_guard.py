@@ -26,6 +26,7 @@ def test_holds_for_others_like_them():
 
 OTHERS = {
     "another shape": torch.ones(6, 4),
+    "fewer rows": torch.ones(3, 6),
     "other strides": torch.ones(6, 4).t(),
     "more dimensions": torch.ones(4, 6, 1),
     "fp16": torch.ones(4, 6).half(),

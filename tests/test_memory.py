@@ -15,6 +15,7 @@ from support import Net, images, original
 from torch import nn
 
 import bssn_fast
+from bssn_fast.calls import memory
 from bssn_fast.modules.group import groups_of
 
 PEAK = """
@@ -137,3 +138,20 @@ def test_what_ended_threads_and_blocks_have_left_is_let_go():
     model(torch.randn(2, 3))
     gc.collect()
     assert kept() is None
+
+
+def test_threads_search_the_same_buffers(monkeypatch):
+    """Another thread may have gone on in the search at any moment."""
+    shelf = memory._Shelf()
+    for _ in range(3):
+        shelf.add([torch.empty(2)])
+    held = [view for buffer in shelf._buffers for view in buffer.take()]  # none is free
+    assert len(held) == 3
+
+    class Hurried(list):
+        def __len__(self):
+            shelf._next = 3 if shelf._next < 3 else shelf._next  # as the other thread has left it
+            return super().__len__()
+
+    shelf._next = 2
+    assert shelf._search(Hurried(shelf._buffers)) is None

@@ -17,10 +17,9 @@ from torch.nn.utils import stateless
 from bssn_fast import reference
 from bssn_fast.calls.member import Member
 from bssn_fast.laws import AT_MOST
-from bssn_fast.layout import compute_dtype, has_tangent, result_dtype
+from bssn_fast.layout import PLAIN_CLASSES, compute_dtype, has_tangent, result_dtype
 
 _FUNCTIONAL_CALL = stateless._functional_call.__code__
-_WITH_MEMORY = {Tensor, torch.nn.Parameter}
 _MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # of fake tensors, of recording, functional
 
 
@@ -69,7 +68,7 @@ def wants_plain_operations(weights: Sequence[Tensor]) -> bool:
     """
     return (
         is_temporary()
-        or not _WITH_MEMORY.issuperset(map(type, weights))
+        or not PLAIN_CLASSES.issuperset(map(type, weights))
         or weights[0].device.type == "meta"
         or has_tangents(weights)
     )

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from bssn_fast.backends import cpu, extension
-
-_WITH_MEMORY = {Tensor, torch.nn.Parameter}
+from bssn_fast.layout import PLAIN_CLASSES
 
 
 def version(tensor: Tensor) -> int:
@@ -27,7 +26,7 @@ def contents_of(tensors: Sequence[Tensor]) -> bytes | None:
     torch keeps no version of what is written through `.data`, a NumPy array, fused optimizers and some collectives. On
     a GPU looking at elements would mean to wait for the device.
     """
-    if extension.module is None or any(x.device.type != "cpu" or type(x) not in _WITH_MEMORY for x in tensors):
+    if extension.module is None or any(x.device.type != "cpu" or type(x) not in PLAIN_CLASSES for x in tensors):
         return None
     with torch.no_grad():
         return cpu.hashes(tensors)

@@ -16,7 +16,7 @@ from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.hooks import past_hooks
 from bssn_fast.calls.memory import Pool
 from bssn_fast.laws import AT_MOST, GAIN, Law, Laws
-from bssn_fast.layout import Batch, compute_dtype, has_plain_memory, is_dense, is_plain, same_strides
+from bssn_fast.layout import Batch, compute_dtype, has_plain_memory, is_dense, is_plain, made_dense, same_strides
 
 _AS_SOON_AS_POSSIBLE = 2**63 - 1
 
@@ -50,7 +50,7 @@ class Normalizer:
         backend: str = "",
         gradient_groups: int = 1,
     ) -> None:
-        self.batch = Batch.of(list(map(_dense, weights)), dims, two_sided)
+        self.batch = Batch.of(list(map(made_dense, weights)), dims, two_sided)
         self._dtype = weights[0].dtype
         self.dense = all(is_dense(w) for w in weights)
         self.laws, self.eps, self.backend = Laws.of(laws), eps, backend
@@ -81,7 +81,7 @@ class Normalizer:
         """
         if torch.is_inference_mode_enabled():  # what is kept of this call may be needed outside
             with torch.inference_mode(False):
-                return self.compute(weights, vectors, n_power_iterations, dtype, gains)
+                return self.compute(weights, vectors, n_power_iterations, dtype, gains, readable=readable)
         batch, device, working = self.batch, weights[0].device, compute_dtype(weights[0].dtype)
         sigma = torch.empty(len(weights), dtype=working, device=device)
         snapshot = torch.empty(batch.snapshot_size, dtype=working, device=device)
@@ -90,7 +90,7 @@ class Normalizer:
             batch,
             weights
             if self.dense and (readable or not any(map(Tensor.is_neg, weights)))
-            else list(map(_dense, weights)),
+            else list(map(made_dense, weights)),
             vectors,
             self._laws(gains, sigma),
             self.eps,
@@ -227,7 +227,7 @@ class Normalizer:
             return weights
         dense, dtype = weights, weights[0].dtype
         if not self.dense or any(map(Tensor.is_neg, weights)):
-            dense = list(map(_dense, weights))
+            dense = list(map(made_dense, weights))
         if (
             not self.batch.fits(dense)
             or dtype != self._dtype
@@ -322,13 +322,6 @@ def _number(gain: Tensor, like: Tensor) -> Tensor:
 def _like(grad: Tensor | None, gain: Tensor) -> Tensor | None:
     """Return a gain's gradient in its dtype and on its device."""
     return None if grad is None else grad.to(gain.device, gain.dtype).reshape(gain.shape)
-
-
-def _dense(weight: Tensor) -> Tensor:
-    """Return the weight's values in a tensor that the kernels can read."""
-    if weight.is_neg():  # its memory holds the values with the other sign
-        weight = weight.detach().resolve_neg()
-    return weight if is_dense(weight) else weight.detach().contiguous()
 
 
 def _with_strides(grad: Tensor, weight: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from bssn_fast.calls.estimation import BELONGING, STILL_BELONGING, are_units, be
 from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.member import Member, gains_of
 from bssn_fast.calls.normalizer import Normalizer, Values
-from bssn_fast.distributed.sharded import is_sharded, refuse_flattened, refuse_sharded
+from bssn_fast.distributed.sharded import is_sharded, refuse_flattened, refuse_gain, refuse_sharded
 from bssn_fast.layout import compute_dtype, fits_kernels, has_its_memory, is_dense, is_plain, result_dtype
 
 
@@ -109,7 +109,7 @@ class Plan:
             refuse_flattened(weight, member)
             check_weight(weight, member.dim, f"bssn_fast: {member.name}")
         self.members = list(members)
-        self.fitting = Guard(weights)
+        self._fitting = Guard(weights)
         self._signature = signature(weights)
         self.settings = members[0].settings
         self._normalizer = self._for_kernels(weights) if fits_kernels(weights[0], members[0].dim) else None
@@ -123,11 +123,11 @@ class Plan:
 
     def fits(self, weights: Sequence[Tensor]) -> bool:
         """Whether the plan is for such weights, as far as shapes, strides, dtypes and devices decide."""
-        if self.fitting.holds(weights):
+        if self._fitting.holds(weights):
             return True
         if self._signature != signature(weights):
             return False
-        self.fitting = Guard(weights)
+        self._fitting = Guard(weights)
         return True
 
     def forget(self) -> None:
@@ -164,8 +164,9 @@ class Plan:
         vectors: of each member, to evaluate with in place of its own.
         """
         gains = gains_of(self.members) if self.learned else []
-        for gain in gains:
-            refuse_sharded(gain, "bssn_fast: a gain")
+        for m in self.members if gains else ():
+            if m.gain is not None and is_sharded(m.gain):
+                refuse_gain(f"bssn_fast: {m.name}")
         readable = readable and all(map(is_plain, gains)) and not composite.has_tangents(gains)
         if not readable and composite.wants_plain_operations([*weights, *gains] if gains else weights):
             return self._in_plain_operations(weights, iterate, vectors)
@@ -239,7 +240,8 @@ class Plan:
         first, self._unchecked = self._unchecked, False
         if torch.compiler.is_compiling():
             return
-        groups = [m.vectors(w) for m, w in zip(self.members, weights, strict=True)]
+        rest = iter(vectors)
+        groups = [[next(rest) for _ in m.vector_names] for m in self.members]
         now = [Seen.of(w, own) for w, own in zip(weights, groups, strict=True)]
         by_contents = None if kept is None else kept.changes(weights, vectors)
         written = any(m.seen is None or m.seen.versions != n.versions for m, n in zip(self.members, now, strict=True))

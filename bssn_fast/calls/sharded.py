@@ -34,6 +34,7 @@ from bssn_fast.distributed.sharded import (
     like,
     local_of,
     placements_of,
+    refuse_gain,
     refuse_unfit,
     refuse_ungathered,
 )
@@ -45,9 +46,7 @@ def refuse_gains(members: Iterable[Member]) -> None:
     """Raise TypeError for sharded weights that have a learned gain."""
     for m in members:
         if m.settings.kind == GAIN:
-            raise TypeError(
-                f"bssn_fast: {m.name}: a sharded weight cannot have a learned gain; give it a `scale` or `at_most`"
-            )
+            refuse_gain(f"bssn_fast: {m.name}")
 
 
 def plan_for(members: Sequence[Member], weights: Sequence[Tensor]) -> Plan | ShardedPlan:

@@ -93,6 +93,11 @@ def refuse_unfit(weight: Tensor, name: str) -> None:
         )
 
 
+def refuse_gain(name: str) -> None:
+    """Raise TypeError for a learned gain of a weight that is sharded, or a gain that is."""
+    raise TypeError(f"{name}: a sharded weight cannot have a learned gain; give it a `scale` or `at_most`")
+
+
 def refuse_flattened(weight: Tensor | None, module: object) -> None:
     """Raise TypeError for what FullyShardedDataParallel leaves of a weight outside the forward of its own wrapper."""
     if (weight is None or weight.ndim < 2) and is_managed(module):

@@ -10,15 +10,16 @@ _CALLS_TO_WATCH = 3
 
 
 class Advice:
-    """Counts what leads to advice, for the layers of one `apply`.
+    """Counts what leads to advice, for layers that are normalised together or for one that is not.
 
+    told: what has been said; shared by those for whom once is enough.
     model_called: the model itself has been called.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, told: set[str] | None = None) -> None:
+        self.told = set() if told is None else told
         self.model_called = False
         self._reads_alone = self._iterations = 0
-        self._told_alone = self._told_unknown = False
         self._calls_to_watch = _CALLS_TO_WATCH
 
     def called(self, training: bool, iterated: bool) -> bool:
@@ -28,6 +29,10 @@ class Advice:
         watch = training and self._calls_to_watch > 0
         self._calls_to_watch -= watch
         return watch
+
+    def iterated(self) -> None:
+        """Count a normalisation of a layer that takes part in no calls of a model."""
+        self._iterations += 1
 
     def read(self, reads: set[object], key: object, norm: Any) -> None:
         """Say that a layer is used twice in a call of the model, which torch would iterate twice for.
@@ -49,8 +54,8 @@ class Advice:
     def alone(self, layers: int) -> None:
         """Warn if a whole model, of so many layers, is normalised layer by layer."""
         self._reads_alone += 1
-        if layers > 1 and not self.model_called and not self._told_alone and self._reads_alone >= 2 * layers:
-            self._told_alone = True
+        if layers > 1 and not self.model_called and "alone" not in self.told and self._reads_alone >= 2 * layers:
+            self.told.add("alone")
             warnings.warn(
                 "bssn_fast: the layers are normalised one by one, which is slow, because the module given to "
                 "`bssn_fast.apply` is never called itself. Apply it to the module whose forward is called "
@@ -66,8 +71,8 @@ class Advice:
         is over: with one forward there is no doubt, with more there is.
         """
         several, self._iterations = self._iterations > 1, 0
-        if several and not self._told_unknown:
-            self._told_unknown = True
+        if several and "unknown" not in self.told:
+            self.told.add("unknown")
             warnings.warn(
                 "bssn_fast: a backward pass computes with the model again, outside of torch.utils.checkpoint, after "
                 "several forwards. It uses the vectors as they are now, which are those of the latest forward. Run the "

@@ -9,7 +9,7 @@ from torch import nn
 
 from bssn_fast.calls.arguments import positive, refuse_trained
 from bssn_fast.calls.composite import wants_plain_operations
-from bssn_fast.distributed.sharded import is_sharded
+from bssn_fast.distributed.sharded import is_sharded, refuse_gain
 from bssn_fast.laws import AT_MOST, CONSTANT, GAIN, Law
 from bssn_fast.modules.places import Norm, Place, named, weight_of
 from bssn_fast.modules.settings import VARIANTS
@@ -81,9 +81,7 @@ def check_laws(laws: Mapping[Place, Law], existing: Mapping[Place, Norm]) -> Non
                 "but one. Name both in the same way"
             )
         if law.kind == GAIN and is_sharded(weight):
-            raise TypeError(
-                f"{place.shown()}: a sharded weight cannot have a learned gain; give it a `scale` or `at_most`"
-            )
+            refuse_gain(place.shown())
         if law.kind == GAIN and wants_plain_operations([weight]):
             raise ValueError(
                 f"{place.shown()}: the weight has no values yet, of which its gain is made; materialise the model first"

@@ -28,9 +28,8 @@ class Entry(NamedTuple):
     result: Tensor
     source: Source | None
     gain: Tensor | None
-    contents: (
-        bytes | None
-    )  # of weight, result and gain; None where versions alone cannot tell whether they have changed
+    # Of weight, result and gain; None where versions alone cannot tell whether they have changed.
+    contents: bytes | None
 
     def holds(self, weight: Tensor) -> bool:
         """Whether it was made of this weight as it is now: no other power iteration is due."""

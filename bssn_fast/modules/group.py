@@ -39,13 +39,13 @@ class Group:
     calls: the running call of each thread, by the thread's number; `begin` and `end` change it.
     published: the latest call's results, for compiled code.
     recorded: they are those of a call whose beginning was compiled.
-    indices: of the layers, by the id of their parametrization.
+    member_ids: of the layers' parametrizations.
     """
 
     _layers: list[weakref.ref[ParametrizationList]]
     _parameters: list[dict[str, Any]]  # of the layers
     _states: list[dict[str, Any]]  # the attributes of the members
-    indices: dict[int, int]
+    member_ids: frozenset[int]
     _planned: Plans
     _used: bool  # a call of the model has computed with the layers
     _shared: bool  # whether another group has some of the layers too
@@ -82,7 +82,7 @@ class Group:
             # Dictionaries of modules: an attribute of a module takes five times as long.
             _parameters=[layer._parameters for layer in self._pending],
             _states=[m.__dict__ for m in members],
-            indices={id(m): j for j, m in enumerate(members)},
+            member_ids=frozenset(map(id, members)),
             _used=False,
             _planned=Plans(),  # replaced at once, as other threads may be calling the model
             _shared=any(len(m.slots) > 1 for m in members),
@@ -98,7 +98,7 @@ class Group:
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its plans anew, for its own layers
         state = {**self.__dict__, "_pending": self.layers()}  # whose parts may not all have been copied yet
-        for name in ("_planned", "_layers", "_parameters", "_states", "calls", "published", "members", "indices"):
+        for name in ("_planned", "_layers", "_parameters", "_states", "calls", "published", "members", "member_ids"):
             del state[name]
         return state
 
@@ -106,7 +106,7 @@ class Group:
         self.__dict__.update(state)
         self._start()
         self._layers, self._parameters, self._states, self.members = [], [], [], []
-        self.indices, self._planned = {}, Plans()
+        self.member_ids, self._planned = frozenset(), Plans()
 
     def hook(self, model: nn.Module, *, first: bool = True) -> None:
         """Take part in the model's calls, before or after other pre-hooks that are there."""
@@ -138,7 +138,7 @@ class Group:
                 before = None
             if before is not None and not before.inherited:
                 return  # a call inside a call
-        writes.settle(self.indices, forget=True)
+        writes.settle(self.member_ids, forget=True)
         try:
             call = self._called(frame, before, aside)
         except ShardedWeightError:

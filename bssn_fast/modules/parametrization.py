@@ -23,6 +23,7 @@ from bssn_fast.distributed.sharded import is_sharded, placements_of
 from bssn_fast.laws import AT_MOST, CONSTANT, GAIN
 from bssn_fast.layout import compute_dtype, fits_kernels, needs_two_sides, vector_sizes
 from bssn_fast.modules import blocks, recomputation, writes
+from bssn_fast.modules.advice import Advice
 from bssn_fast.modules.call import Call, Caller, Source, in_module_call, leads_to, serves
 from bssn_fast.modules.settings import VARIANTS, Settings
 from bssn_fast.tracing.recording import Traced, call_eagerly, is_exporting
@@ -77,6 +78,7 @@ class SpectralNormalization(nn.Module):
         self.slots: tuple[tuple[Caller, int], ...] = ()
         self.used = False  # a model or layer has computed with the weight
         self.measured, self.traced = Measured(), Traced()
+        self.advice = Advice()  # where no group has it
         self.vector_names: tuple[str, ...] = ()
         self.seen: Seen | None = None  # at the last evaluation
         self._beginning: _Beginning | None = None
@@ -277,11 +279,16 @@ class SpectralNormalization(nn.Module):
         if block is not None:
             iterate = iterate and not block.iterated(self, weight)
         known = recomputation.recall(self, in_call=False) if backward and self.training else None
+        unknown = backward and known is None and self.training and torch.is_grad_enabled()
         for group in self.groups:
             if iterate and inside:
                 group.advice.alone(len(group.members))
-            elif backward and known is None and self.training and torch.is_grad_enabled():
+            elif unknown:
                 group.advice.unknown()
+        if not self.slots and iterate:
+            self.advice.iterated()
+        elif not self.slots and unknown:
+            self.advice.unknown()
         plan = self._plan
         if plan is None or plan.settings is not self.settings or not plan.fits([weight]):
             plan = self._plan = plan_for([self], [weight])

@@ -115,4 +115,5 @@ def neighbourhoods(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tupl
         in_real.double().sum(0).mean() / k,
         in_real.any(1).double().mean(),
     )
-    return tuple(v.item() for v in values)  # type: ignore[return-value]
+    precision, recall, density, coverage = torch.stack(values).tolist()
+    return precision, recall, density, coverage

@@ -50,8 +50,11 @@ class Frames:
     @classmethod
     def read(cls, folder: Path) -> Frames:
         files = {field.name: folder / f"{field.name}.csv" for field in fields(cls)}
-        read = lambda file: pd.read_csv(file, keep_default_na=False, na_values=[""])  # noqa: E731 - "none" is a name
-        return cls(**{name: read(file) if file.exists() else pd.DataFrame() for name, file in files.items()})
+        return cls(**{name: _read(file) if file.exists() else pd.DataFrame() for name, file in files.items()})
+
+
+def _read(file: Path) -> pd.DataFrame:
+    return pd.read_csv(file, keep_default_na=False, na_values=[""])  # "none" is a name
 
 
 def label(norm: str, scale: float) -> str:

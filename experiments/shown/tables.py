@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from math import prod
 
 import pandas as pd
@@ -227,9 +227,12 @@ INITIAL = {"sn": "LeCun's", "ssn": "cÂ² LeCun's", "bsn": "Xavier's", "bssn": "cÂ
 """The initialisation that each variant parallels."""
 
 
+def _span(values: pd.Series, digits: int) -> str:
+    return f"{values.min():.{digits}f} to {values.max():.{digits}f}"
+
+
 def layers_table(frames: Frames) -> str:
     """Claims 2 and 3 by network: closed forms, and operators against reshaped kernels."""
-    span: Callable[[pd.Series, int], str] = lambda s, n: f"{s.min():.{n}f} to {s.max():.{n}f}"  # noqa: E731
     rows = []
     for name, mine in frames.layers.groupby("set", sort=False):
         ops = mine[mine["operator"].notna()]
@@ -239,9 +242,9 @@ def layers_table(frames: Frames) -> str:
         rows.append(
             {
                 "layers": name,
-                "SN: Var / closed": span(mine["var_sn"] / mine["var_sn_closed"], 3),
-                "BSN: Var / closed": span((mine["var_bsn"] / mine["var_bsn_closed"]).dropna(), 3),
-                "operator / s_out": span(ops["operator"] / ops["s_out"], 2),
+                "SN: Var / closed": _span(mine["var_sn"] / mine["var_sn_closed"], 3),
+                "BSN: Var / closed": _span((mine["var_bsn"] / mine["var_bsn_closed"]).dropna(), 3),
+                "operator / s_out": _span(ops["operator"] / ops["s_out"], 2),
                 "operator / bound": f"{(ops['operator'] / ops['bound']).max():.3f}",
                 "product": f"{product:.2g} ({ops['count'].sum()})",
             }

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from bssn_fast import layout
 from bssn_fast.backends import reference, triton
-from bssn_fast.backends.triton import fields, geometry, kernels, launch, prepared
+from bssn_fast.backends.triton import fields, geometry, launch, prepared
 from bssn_fast.laws import AT_MOST, CONSTANT, GAIN, Law, Laws
 
 SCALE, EPS = 1.3, 1e-12
@@ -388,29 +388,3 @@ def test_layers_left_to_the_reference():
     for name, values in problem.results().items():
         for x, y in zip(values, exact.results()[name], strict=True):
             assert error(x, y) < 1e-5, name
-
-
-def test_a_failed_launch_leaves_nothing_behind(monkeypatch):
-    monkeypatch.setenv("BSSN_FAST_TRITON_LAUNCH", "single")
-    problem = Problem(LAYERS[:3]).forward()
-    whole = kernels.forward_kernel
-
-    class Interrupted:
-        def __getitem__(self, grid):
-            def run(*arguments, **options):
-                arguments[2].add_(1)  # as if a tile had been taken and never run
-                raise KeyboardInterrupt
-
-            return run
-
-    monkeypatch.setattr(kernels, "forward_kernel", Interrupted())
-    with pytest.raises(KeyboardInterrupt):
-        problem.forward()
-    monkeypatch.setattr(kernels, "forward_kernel", whole)
-    check(problem)
-
-
-def test_unknown_mode(monkeypatch):
-    monkeypatch.setenv("BSSN_FAST_TRITON_LAUNCH", "both")
-    with pytest.raises(ValueError, match="must be single or phases"):
-        Problem(LAYERS[:1]).forward()

@@ -1,4 +1,7 @@
-"""What happens where a device has no room for a kernel, in Triton's interpreter (run by test_triton.py)."""
+"""What happens where a kernel does not run: a device has no room for it, or it is interrupted (run by test_triton.py).
+
+In Triton's interpreter.
+"""
 
 import copy
 import re
@@ -8,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from triton.runtime.errors import OutOfResources
-from triton_interpreted import LAYERS, Problem
+from triton_interpreted import LAYERS, Problem, check
 
 import bssn_fast
 from bssn_fast import backends
@@ -76,3 +79,29 @@ def test_a_kernel_that_cannot_be_loaded_has_changed_nothing(monkeypatch, kernel,
         good = 0  # what has been loaded stays so
     for v, stored in zip(problem.vectors, before, strict=True):
         assert torch.equal(v, stored)
+
+
+def test_a_failed_launch_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setenv("BSSN_FAST_TRITON_LAUNCH", "single")
+    problem = Problem(LAYERS[:3]).forward()
+    whole = kernels.forward_kernel
+
+    class Interrupted:
+        def __getitem__(self, grid):
+            def run(*arguments, **options):
+                arguments[2].add_(1)  # as if a tile had been taken and never run
+                raise KeyboardInterrupt
+
+            return run
+
+    monkeypatch.setattr(kernels, "forward_kernel", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        problem.forward()
+    monkeypatch.setattr(kernels, "forward_kernel", whole)
+    check(problem)
+
+
+def test_unknown_mode(monkeypatch):
+    monkeypatch.setenv("BSSN_FAST_TRITON_LAUNCH", "both")
+    with pytest.raises(ValueError, match="must be single or phases"):
+        Problem(LAYERS[:1]).forward()
