@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bssn_fast.calls.arguments import check_module
 from bssn_fast.distributed.sharded import whole_of
-from bssn_fast.layout import channels
+from bssn_fast.layout import ONE, channels
 from bssn_fast.modules.convert import WEIGHT
 from bssn_fast.modules.parametrization import SpectralNormalization
 from bssn_fast.modules.places import LAYER_TYPES, Place, normalized_places, refuse_others, weight_of
@@ -68,9 +68,10 @@ def initial_variances(shape: tuple[int, ...], dim: int = 0, gain: float = sqrt(2
 def measure(model: nn.Module) -> dict[str, Measured]:
     """Return the gradient norm, sigma and variance of all weights that are normalised or could be.
 
-    The names are those of `bssn_fast.sigma`. Nothing is normalised and no vector changes: the variance is that of the
-    weight as it is now, times what its law makes of `bssn_fast.sigma`. Call it between the backward pass and the
-    optimizer's step, when both belong to the same weight. Where weights are sharded, all ranks must call it.
+    The names are those of `bssn_fast.sigma`; blocks of a weight are `name[0]`, `name[1]` and so on. Nothing is
+    normalised and no vector changes: the variance is that of the weight as it is now, times what its law makes of
+    `bssn_fast.sigma`. Call it between the backward pass and the optimizer's step, when both belong to the same weight.
+    Where weights are sharded, all ranks must call it.
 
     Raises ValueError if the model has no such weight, or a layer whose weight is parametrized by something else.
     """
@@ -78,16 +79,22 @@ def measure(model: nn.Module) -> dict[str, Measured]:
     weights = _weights(model)
     nothing = torch.zeros((), dtype=torch.float64, device="cpu")
     values = []
-    for weight, norm, _ in weights.values():
+    shown: list[tuple[str, bool, bool]] = []  # names, whether there is a gradient, whether the weight is normalised
+    for name, (weight, norm, _) in weights.items():
+        stack = ONE if norm is None else norm.settings.stack
         sigma = torch.ones_like(nothing) if norm is None else norm.sigma_of(weight).double()
         factor = torch.ones_like(sigma) if norm is None else norm.multiplier_of(sigma)
-        values.append(nothing.to(weight.device) if weight.grad is None else _exact(weight.grad).norm())
-        values += [sigma, _exact(weight).var(correction=0) * factor.square()]
+        grads = [None] * stack.n if weight.grad is None else stack.parts(weight.grad)
+        each = zip(stack.parts(weight), grads, sigma.reshape(-1), factor.reshape(-1), strict=True)
+        for j, (part, grad, its_sigma, its_factor) in enumerate(each):
+            values.append(nothing.to(weight.device) if grad is None else _exact(grad).norm())
+            values += [its_sigma, _exact(part).var(correction=0) * its_factor.square()]
+            shown.append((f"{name}{stack.suffix(j)}", grad is not None, norm is not None))
     first = values[0].device
     numbers = torch.stack([whole_of(value).to(first) for value in values]).view(-1, 3).tolist()  # waits for a GPU once
     return {
-        name: Measured(None if weight.grad is None else g, None if norm is None else s, v)
-        for (name, (weight, norm, _)), (g, s, v) in zip(weights.items(), numbers, strict=True)
+        name: Measured(g if has_gradient else None, s if normalized else None, v)
+        for (name, has_gradient, normalized), (g, s, v) in zip(shown, numbers, strict=True)
     }
 
 
@@ -139,9 +146,11 @@ class History:
         """
         measured = measure(model)
         if not self.steps:
-            for name, (weight, _, dim) in _weights(model).items():
-                self.initial[name] = initial_variances(tuple(weight.shape), dim)
-                self.layers[name] = []
+            for name, (weight, norm, dim) in _weights(model).items():
+                stack = ONE if norm is None else norm.settings.stack
+                for j in range(stack.n):
+                    self.initial[f"{name}{stack.suffix(j)}"] = initial_variances(stack.shape(weight.shape), dim)
+                    self.layers[f"{name}{stack.suffix(j)}"] = []
         if measured.keys() != self.layers.keys():
             raise ValueError("the model has other layers than before; use a new History for it")
         self.steps.append(step)

@@ -83,7 +83,10 @@ def normalize(
 
         kinds, numbers = [law.kind for law in laws], [law.number for law in laws]
         settings = (eps, n_power_iterations, dtype, backend, 1)
-        results = node.normalize(weights, flat, dims, two_sided, kinds, numbers, tensors, *settings)
+        n = len(weights)
+        results = node.normalize(
+            weights, flat, dims, two_sided, [1] * n, [False] * n, kinds, numbers, tensors, *settings
+        )
         return list(results[:-1]), results[-1]
     normalizer = Normalizer(weights, dims, two_sided, laws=laws, eps=eps, backend=backend)
     values = normalizer.compute(weights, flat, n_power_iterations, dtype, tensors)

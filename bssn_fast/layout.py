@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +43,57 @@ def vector_sizes(shape: Sequence[int], dim: int, two_sided: bool) -> tuple[int, 
     c_out, c_in, k = channels(shape, dim)
     out_side = (c_out, c_in * k)
     return (*out_side, c_in, c_out * k) if two_sided else out_side
+
+
+class Stack(NamedTuple):
+    """The matrices that a weight holds, as equal parts of its first dimension; each is normalised by itself."""
+
+    n: int = 1
+    bare: bool = False
+    """Whether the first dimension only counts them: each is W[j] then, and else W[j * m : (j + 1) * m]."""
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of each matrix, of the weight's."""
+        return tuple(shape[1:]) if self.bare else (shape[0] // self.n, *shape[1:])
+
+    def parts(self, weight: Tensor) -> Sequence[Tensor]:
+        """Return the matrices as views of the weight, or of a tensor of its shape."""
+        if self == ONE:
+            return (weight,)
+        return weight.unbind(0) if self.bare else weight.chunk(self.n)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return a tensor of the weight's shape that holds the parts."""
+        if self == ONE:
+            return parts[0]
+        return torch.stack(list(parts)) if self.bare else torch.cat(list(parts))
+
+    def vector_shapes(self, shape: Sequence[int], dim: int, two_sided: bool) -> list[tuple[int, ...]]:
+        """Return the shapes of a weight's vectors: [size], or [n, size] where it holds several matrices."""
+        sizes = vector_sizes(self.shape(shape), dim, two_sided)
+        return [(size,) if self == ONE else (self.n, size) for size in sizes]
+
+    def vectors(self, vectors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Return each matrix's vectors, as views of the weight's."""
+        if self == ONE or not vectors:
+            return [tuple(vectors)] * self.n
+        return list(zip(*[v.unbind(0) for v in vectors], strict=True))
+
+    def join_vectors(self, vectors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Return the weight's vectors, of each matrix's."""
+        return list(vectors[0]) if self == ONE else [torch.stack(each) for each in zip(*vectors, strict=True)]
+
+    def suffix(self, j: int) -> str:
+        """Return what the j-th matrix's name is, after the weight's."""
+        return "" if self == ONE else f"[{j}]"
+
+    def join_numbers(self, numbers: Sequence[Tensor]) -> Tensor:
+        """Return one number, or [n], of each matrix's scalar tensor."""
+        return numbers[0] if self == ONE else torch.stack(list(numbers))
+
+
+ONE = Stack()
+"""A weight that is one matrix, as nearly all are."""
 
 
 def needs_two_sides(shape: Sequence[int], dim: int = 0) -> bool:
@@ -79,26 +132,78 @@ Shapes = tuple[tuple[int, ...], ...]
 class Batch:
     """The geometry of the weights of one call, and where their normalised copies lie in one flat buffer.
 
+    stacks: of each weight; none where each weight is one matrix.
+    rows: the geometry of the single matrices, which is what kernels see: this one, if no weight holds several.
+
     Whoever keeps things for a geometry, by this object, finds them again at the next call: `of` returns the same one
     for the same weights, or others like them.
     """
 
+    snapshot_offsets: tuple[tuple[int, ...], ...]
+    snapshot_size: int
+
     ALIGNMENT = 32
     """Every weight starts at a multiple of this many elements: at least 64 bytes, a cache line, for every dtype."""
 
-    def __init__(self, shapes: Shapes, strides: Shapes, dims: tuple[int, ...], two_sided: tuple[bool, ...]) -> None:
-        self.shapes, self.strides, self.dims, self.two_sided = shapes, strides, dims, two_sided
-        self.snapshot_offsets, self.snapshot_size = _snapshot_offsets(shapes, dims, two_sided)
+    def __init__(
+        self,
+        shapes: Shapes,
+        strides: Shapes,
+        dims: tuple[int, ...],
+        two_sided: tuple[bool, ...],
+        stacks: tuple[Stack, ...] = (),
+    ) -> None:
+        self.shapes, self.strides, self.dims, self.two_sided, self.stacks = shapes, strides, dims, two_sided, stacks
+        self.rows, self.first_rows = self, list(range(len(shapes) + 1))  # each weight's first one, and their number
+        if stacks:
+            counts = [stack.n for stack in stacks]
+            self.first_rows = list(accumulate(counts, initial=0))
+            fields = zip(
+                [stack.shape(shape) for stack, shape in zip(stacks, shapes, strict=True)],
+                [stride[stack.bare :] for stack, stride in zip(stacks, strides, strict=True)],
+                dims,
+                two_sided,
+                strict=True,
+            )
+            repeated = [row for row, count in zip(fields, counts, strict=True) for _ in range(count)]
+            self.rows = Batch(*zip(*repeated, strict=True))
+            rows: Batch = self.rows
+            of_rows, self.snapshot_size = rows.snapshot_offsets, rows.snapshot_size
+            self.snapshot_offsets = tuple([of_rows[first] for first in self.first_rows[:-1]])
+        else:
+            self.snapshot_offsets, self.snapshot_size = _snapshot_offsets(shapes, dims, two_sided)
         self.starts, self.size = [], 0
         for shape in self.shapes:
             self.starts.append(self.size)
             self.size += -(-prod(shape) // self.ALIGNMENT) * self.ALIGNMENT
 
     @staticmethod
-    def of(weights: Sequence[Tensor], dims: Sequence[int], two_sided: Sequence[bool]) -> Batch:
+    def of(
+        weights: Sequence[Tensor], dims: Sequence[int], two_sided: Sequence[bool], stacks: Sequence[Stack] = ()
+    ) -> Batch:
         """Return the geometry of these weights."""
         shapes, strides = tuple([tuple(w.shape) for w in weights]), tuple([w.stride() for w in weights])
-        return _batch(shapes, strides, tuple(dims), tuple(two_sided))
+        several = any(stack != ONE for stack in stacks)
+        return _batch(shapes, strides, tuple(dims), tuple(two_sided), tuple(stacks) if several else ())
+
+    @torch.no_grad()
+    def split(self, tensors: Sequence[Tensor], layers: Sequence[int] | None = None) -> list[Tensor]:
+        """Return the matrices of all weights, or of those of some layers, as views."""
+        stacks = self.stacks if layers is None else [self.stacks[j] for j in layers]
+        return [part for tensor, stack in zip(tensors, stacks, strict=True) for part in stack.parts(tensor)]
+
+    @torch.no_grad()
+    def split_vectors(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the matrices' vectors one after another, of the weights'."""
+        rest, found = iter(vectors), []
+        for stack, both in zip(self.stacks, self.two_sided, strict=True):
+            own = [next(rest) for _ in range(4 if both else 2)]
+            found += [v for group in stack.vectors(own) for v in group]
+        return found
+
+    def rows_of(self, layers: Sequence[int]) -> list[int]:
+        """Return the indices of the matrices of some weights."""
+        return [r for j in layers for r in range(self.first_rows[j], self.first_rows[j + 1])]
 
     def fits(self, weights: Sequence[Tensor]) -> bool:
         """Whether weights lie in memory like this."""
@@ -116,6 +221,15 @@ class Batch:
 
     def snapshot_views(self, snapshot: Tensor) -> list[tuple[Tensor, ...]]:
         """Return the vectors of each layer as views of a snapshot."""
+        if self.stacks:
+            rows, found = self.rows.snapshot_views(snapshot), []
+            for j, stack in enumerate(self.stacks):
+                own = rows[self.first_rows[j] : self.first_rows[j + 1]]
+                length = sum(-(-len(v) // VECTOR_ALIGNMENT) * VECTOR_ALIGNMENT for v in own[0])
+                found.append(
+                    own[0] if stack == ONE else tuple([v.as_strided((stack.n, len(v)), (length, 1)) for v in own[0]])
+                )
+            return found
         return [
             tuple(
                 snapshot[start : start + size]
@@ -150,11 +264,16 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def made_dense(weight: Tensor) -> Tensor:
+def has_dense_parts(weight: Tensor, stack: Stack) -> bool:
+    """Whether each of a weight's matrices is dense, and the weight with them."""
+    return is_dense(weight) and (stack == ONE or is_dense(stack.parts(weight)[0]))
+
+
+def made_dense(weight: Tensor, stack: Stack = ONE) -> Tensor:
     """Return the weight's values, without a graph if it has to be copied, in a tensor that kernels can read."""
     if weight.is_neg():  # its memory holds the values with the other sign
         weight = weight.detach().resolve_neg()
-    return weight if is_dense(weight) else weight.detach().contiguous()
+    return weight if has_dense_parts(weight, stack) else weight.detach().contiguous()
 
 
 def result_dtype(weight: Tensor, autocast: bool) -> torch.dtype:

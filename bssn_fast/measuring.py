@@ -15,13 +15,14 @@ from bssn_fast.calls.matrices import Matrices
 from bssn_fast.distributed.sharded import refuse_sharded
 from bssn_fast.laws import Law
 from bssn_fast.layout import (
+    ONE,
+    Stack,
     channels,
     compute_dtype,
     fits_kernels,
     input_dimension,
     made_dense,
     needs_two_sides,
-    vector_sizes,
 )
 from bssn_fast.modules import convert
 from bssn_fast.modules.parametrization import SpectralNormalization
@@ -32,7 +33,7 @@ _STANDING_STILL = 1e-4
 
 
 class SpectralNorms(NamedTuple):
-    """Of the weight that a layer computes with, as scalar tensors.
+    """Of the weight that a layer computes with, as scalar tensors; [n] of a layer with n blocks.
 
     s_out, s_in: of the weight unfolded as c_out x (c_in k) and as c_in x (c_out k); the same where k = 1.
     bound: on the operator norm of the layer, sqrt(k) min(s_out, s_in), which is s_out where k = 1. It holds for
@@ -50,7 +51,13 @@ class _Measured(NamedTuple):
     norm: Norm
     weight: Tensor
     dim: int
+    stack: Stack
     vectors: list[Tensor]  # u_out, v_out and, where they are needed, u_in, v_in
+
+    def matrices(self) -> list[tuple[Tensor, list[Tensor]]]:
+        """Return what the weight holds, each with its vectors."""
+        weight = made_dense(self.weight, self.stack)
+        return [(w, list(v)) for w, v in zip(self.stack.parts(weight), self.stack.vectors(self.vectors), strict=True)]
 
 
 @torch.no_grad()
@@ -96,11 +103,11 @@ def spectral_norms(
     measured = [_measured(place, kept) for place in choose(model, names, filter_fn)]
     found: dict[str, SpectralNorms] = {}
     for part in _parts(measured):
-        rows = [(m, side) for m in part for side in range(0, len(m.vectors), 2)]
+        rows = [(m, *row, side) for m in part for side in range(0, len(m.vectors), 2) for row in m.matrices()]
         matrices = Matrices(
-            [made_dense(m.weight) for m, _ in rows],
-            [m.dim if side == 0 else input_dimension(m.dim) for m, side in rows],
-            [m.vectors[side : side + 2] for m, side in rows],
+            [weight for _, weight, _, _ in rows],
+            [m.dim if side == 0 else input_dimension(m.dim) for m, _, _, side in rows],
+            [own[side : side + 2] for _, _, own, side in rows],
             [Law()] * len(rows),
             eps=eps,
             backend=backend,
@@ -112,8 +119,10 @@ def spectral_norms(
         factors = _multipliers(part, backend)
         sigma = iter(matrices.sigma.clone())
         for m, factor in zip(part, factors, strict=True):
-            s_out = next(sigma) * factor
-            s_in = next(sigma) * factor if len(m.vectors) == 4 else s_out
+            s_out, s_in = [
+                m.stack.join_numbers([next(sigma) for _ in range(m.stack.n)]) * factor
+                for _ in range(0, len(m.vectors), 2)
+            ] * (1 if len(m.vectors) == 4 else 2)
             found[m.place.name] = SpectralNorms(s_out, s_in, _bound(m, s_out, s_in))
         kept.update({m.place.name: m.vectors for m in part})
     return {m.place.name: found[m.place.name] for m in measured}
@@ -130,14 +139,16 @@ def _measured(place: Place, kept: dict[str, list[Tensor]]) -> _Measured:
             "weights of two dimensions or more, with output dimension 0 or 1, are measured. Leave the layer out"
         )
     weight = weight.detach()
-    two_sided = needs_two_sides(weight.shape, dim)
-    sizes = vector_sizes(weight.shape, dim, two_sided)
+    stack = norm.settings.stack if isinstance(norm, SpectralNormalization) else ONE
+    two_sided = needs_two_sides(stack.shape(weight.shape), dim)
+    shapes = stack.vector_shapes(weight.shape, dim, two_sided)
     known, dtype = kept.get(place.name, []), compute_dtype(weight.dtype)
-    if [tuple(v.shape) for v in known] != [(n,) for n in sizes]:
+    if [tuple(v.shape) for v in known] != shapes:
         kept.pop(place.name, None)
-        known = start_vectors(weight, dim, two_sided, [None] * len(sizes))
+        parts = stack.parts(weight)
+        known = stack.join_vectors([start_vectors(part, dim, two_sided, [None] * len(shapes)) for part in parts])
     vectors = [v.to(weight.device, dtype).contiguous() for v in known]
-    return _Measured(place, norm, weight, dim, vectors)
+    return _Measured(place, norm, weight, dim, stack, vectors)
 
 
 def _parts(measured: list[_Measured]) -> list[list[_Measured]]:
@@ -163,17 +174,14 @@ def _multipliers(part: list[_Measured], backend: str) -> list[Tensor | float]:
     ours = [j for j, m in enumerate(part) if isinstance(m.norm, SpectralNormalization)]
     if ours:
         norms = [cast(SpectralNormalization, part[j].norm) for j in ours]
-        own = Matrices(
-            [made_dense(part[j].weight) for j in ours],
-            [part[j].dim for j in ours],
-            [norm.vectors(part[j].weight) for j, norm in zip(ours, norms, strict=True)],
-            [Law()] * len(ours),
-            eps=1e-12,
-            backend=backend,
-        )
+        used = [part[j]._replace(vectors=norm.vectors(part[j].weight)) for j, norm in zip(ours, norms, strict=True)]
+        rows = [(m.dim, *row) for m in used for row in m.matrices()]
+        dims, weights, vectors = zip(*rows, strict=True)
+        own = Matrices(weights, dims, vectors, [Law()] * len(rows), eps=1e-12, backend=backend)
         own.run(0, change=False)
-        for j, norm, sigma in zip(ours, norms, own.sigma, strict=True):
-            factors[j] = norm.multiplier_of(sigma)
+        sigma = iter(own.sigma)
+        for j, norm, m in zip(ours, norms, used, strict=True):
+            factors[j] = norm.multiplier_of(m.stack.join_numbers([next(sigma) for _ in range(m.stack.n)]))
     for j, m in enumerate(part):
         if isinstance(m.norm, convert.TorchSpectralNorm):
             factors[j] = m.norm.multiplier()
@@ -181,7 +189,7 @@ def _multipliers(part: list[_Measured], backend: str) -> list[Tensor | float]:
 
 
 def _bound(m: _Measured, s_out: Tensor, s_in: Tensor) -> Tensor:
-    k = channels(m.weight.shape, m.dim)[2]
+    k = channels(m.stack.shape(m.weight.shape), m.dim)[2]
     if getattr(m.place.module, "padding_mode", "zeros") not in ("zeros", "circular"):
         return torch.full_like(s_out, math.inf)
     return math.sqrt(k) * torch.minimum(s_out, s_in)

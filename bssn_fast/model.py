@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, TypeVar, get_args
 
 import torch
@@ -13,9 +13,10 @@ from torch.compiler import is_dynamo_compiling
 from bssn_fast import backends
 from bssn_fast.backends import Backend
 from bssn_fast.calls.arguments import check_module, check_settings, whole_number
-from bssn_fast.modules import blocks
+from bssn_fast.layout import ONE
+from bssn_fast.modules import sharing
 from bssn_fast.modules.advice import Advice
-from bssn_fast.modules.assignment import Learned, Numbers, check_laws, laws_of
+from bssn_fast.modules.assignment import Learned, Numbers, check_laws, laws_of, stacks_of
 from bssn_fast.modules.call import Caller
 from bssn_fast.modules.changes import all_or_nothing
 from bssn_fast.modules.group import Group, groups_of
@@ -52,6 +53,7 @@ def apply(
     scale: Numbers = None,
     at_most: Numbers = None,
     gain: Learned = None,
+    blocks: Mapping[str, int] | None = None,
     n_power_iterations: int | None = None,
     eps: float | None = None,
     names: Iterable[str] | None = None,
@@ -84,11 +86,17 @@ def apply(
             or numbers by layers' names, as in `names`; the other layers then have the default.
         at_most: an upper bound of the spectral norm, for "sn", or of the mean of both, for "bsn": the weight becomes
             min(1, at_most / sigma) W, and stays as it is while sigma is no larger. A number, or numbers by names; the
-            other layers then have the variant's own law.
+            other layers then have the variant's own law. Of a layer with blocks it is the bound of each, and may be a
+            list of numbers, as `scale` may be.
         gain: "learn" gives each layer, of "sn" or "bsn", a Parameter gamma [1] and the weight gamma W / sigma, or does
             so for the layers in a list of names. It is made such that the weight does not change, and is called
             `parametrizations.weight.0.gain` in the layer's `state_dict`. An optimizer has to be made after `apply` to
-            train it.
+            train it. With n blocks it is [n].
+        blocks: of layers and parameters by name, as in `names`: how many matrices the weight holds, as equal parts of
+            its first dimension, {"attention.in_proj_weight": 3} for queries, keys and values. Each is divided by a
+            sigma of its own. Of a parameter [n, c_out, ...] with n blocks, the first dimension only counts them.
+            Parameters that are named here are normalised too, unless `names` or `only` chooses. A layer keeps its
+            blocks when it is normalised anew.
         n_power_iterations: at each normalisation in training. By default 1, or that of a converted layer.
         eps: smallest length that a vector is divided by. By default 1e-12, or that of a converted layer.
         names: only these layers, as in `model.named_modules()`, or single parameters of any module, as in
@@ -127,17 +135,21 @@ def apply(
             "call bssn_fast.apply before wrapping in DistributedDataParallel, which keeps only those buffers equal on "
             "all ranks that are there when it is made"
         )
-    places = choose(model, names, filter_fn, only)
-    laws = laws_of(model, places, variant, scale=scale, at_most=at_most, gain=gain)
+    places = choose(model, names, filter_fn, only, more=blocks if isinstance(blocks, Mapping) else ())
     existing = {}
     for place in places:
         existing[place] = check(place)
         backends.get(backend, weight_of(place, existing[place])[0].device)
-    check_laws(laws, existing)
+    stacks = stacks_of(model, existing, blocks)
+    laws = laws_of(model, stacks, variant, scale=scale, at_most=at_most, gain=gain)
+    check_laws(laws, stacks, existing)
+    if sharded == "reduce" and any(stack != ONE for stack in stacks.values()):
+        raise ValueError("blocks are normalised once the weight is gathered; use sharded='auto' or 'gather'")
     if names is None and filter_fn is None and only is None:
         tell_of_added(places)
     with all_or_nothing(model):
-        _put_on(model, existing, {p: settings._replace(kind=kind, scale=c) for p, (kind, c) in laws.items()})
+        told = {p: settings._replace(kind=law.kind, scale=law.number, stack=stacks[p]) for p, law in laws.items()}
+        _put_on(model, existing, told)
     return model
 
 
@@ -251,11 +263,11 @@ def cached(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     Raises ValueError if no layer of the model is normalised.
     """
     norms = list({id(p): p for _, p in _normalized_layers(model, "cached")}.values())
-    return recording.share(norms) if is_dynamo_compiling() else blocks.share(norms)
+    return recording.share(norms) if is_dynamo_compiling() else sharing.share(norms)
 
 
 def sigma(model: nn.Module) -> dict[str, Tensor]:
-    """Return for each layer what its weight was last divided by, as scalar tensors. Computes nothing.
+    """Return for each layer what its weight was last divided by, as scalar tensors; [n] of n blocks. Computes nothing.
 
     After a compiled call sigma is computed, from the weight and the vectors as they are now.
 
@@ -267,16 +279,18 @@ def sigma(model: nn.Module) -> dict[str, Tensor]:
 
 
 def summary(model: nn.Module) -> str:
-    """Return a table of the normalised layers: name, type, shape of the weight, variant and sigma.
+    """Return a table of the normalised layers, and blocks: name, type, shape of the weight, variant and sigma.
 
     Raises ValueError if no layer of the model is normalised.
     """
     rows = [("layer", "type", "weight", "variant", "sigma")]
     for place, p in _normalized_layers(model, "summary"):
         kind = type(place.module).__name__.removeprefix("Parametrized")
-        weight = place.parametrizations().original
-        shape = "x".join(map(str, weight.shape))
-        rows.append((place.name or "(model)", kind, shape, p.settings.shown(), f"{p.sigma_of(weight).item():.4g}"))
+        weight, stack = place.parametrizations().original, p.settings.stack
+        shape = "x".join(map(str, stack.shape(weight.shape)))
+        sigmas = p.sigma_of(weight).reshape(-1).tolist()
+        for j, (shown, its_sigma) in enumerate(zip(p.settings.shown(), sigmas, strict=True)):
+            rows.append((f"{place.name or '(model)'}{stack.suffix(j)}", kind, shape, shown, f"{its_sigma:.4g}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

@@ -1,7 +1,9 @@
 """The two operations, as torch ops: one schema and one fake kernel each, for all layers of a call.
 
 Both write into tensors that the caller has allocated, so that their fake kernels have nothing to do. All weights of
-a call share device and dtype. Autograd lies outside, in `calls.normalizer`.
+a call share device and dtype. Autograd lies outside, in `calls.normalizer`. A weight that holds several matrices
+(`counts`, `bare`: a `layout.Stack` each, none where all weights are one matrix) is taken apart here: backends see
+matrices.
 """
 
 from __future__ import annotations
@@ -15,19 +17,19 @@ from torch import Tensor
 from bssn_fast import backends
 from bssn_fast.distributed.sharded import refuse_sharded
 from bssn_fast.laws import Law, Laws
-from bssn_fast.layout import PLAIN_CLASSES, Batch
+from bssn_fast.layout import PLAIN_CLASSES, Batch, Stack
 
 _library = torch.library.Library("bssn_fast", "DEF")
 
 _library.define(
-    "normalize(Tensor[] weights, Tensor(a!)[] vectors, int[] dims, bool[] two_sided, int[] kinds, "
-    "float[] numbers, Tensor[] gains, float eps, int n_power_iterations, Tensor(b!)[] normalized, "
+    "normalize(Tensor[] weights, Tensor(a!)[] vectors, int[] dims, bool[] two_sided, int[] counts, bool[] bare, "
+    "int[] kinds, float[] numbers, Tensor[] gains, float eps, int n_power_iterations, Tensor(b!)[] normalized, "
     "Tensor(c!) snapshot, Tensor(d!) sigma, str backend) -> ()"
 )
 _library.define(
     "normalize_backward(Tensor[] grads, Tensor[] weights, int[] layers, int[] dims, bool[] two_sided, "
-    "int[] kinds, float[] numbers, Tensor[] gains, Tensor snapshot, Tensor sigma, Tensor(a!)[] grad_weights, "
-    "Tensor(b!)? grad_gains, str backend) -> ()"
+    "int[] counts, bool[] bare, int[] kinds, float[] numbers, Tensor[] gains, Tensor snapshot, Tensor sigma, "
+    "Tensor(a!)[] grad_weights, Tensor(b!)? grad_gains, str backend) -> ()"
 )
 
 
@@ -36,6 +38,8 @@ def _normalize(
     vectors: list[Tensor],
     dims: list[int],
     two_sided: list[bool],
+    counts: list[int],
+    bare: list[bool],
     kinds: list[int],
     numbers: list[float],
     gains: list[Tensor],
@@ -47,9 +51,8 @@ def _normalize(
     backend: str,
 ) -> None:
     """Normalise n weights. `backends` documents the arguments."""
-    batch, outputs = Batch.of(weights, dims, two_sided), (normalized, snapshot, sigma)
-    laws = _laws(kinds, numbers, gains)
-    backends.run("forward", backend, sigma.device, batch, weights, vectors, laws, eps, n_power_iterations, *outputs)
+    batch, laws = Batch.of(weights, dims, two_sided, list(map(Stack, counts, bare))), _laws(kinds, numbers, gains)
+    _forward(batch, weights, vectors, laws, eps, n_power_iterations, normalized, snapshot, sigma, backend)
 
 
 def _normalize_backward(
@@ -58,6 +61,8 @@ def _normalize_backward(
     layers: list[int],
     dims: list[int],
     two_sided: list[bool],
+    counts: list[int],
+    bare: list[bool],
     kinds: list[int],
     numbers: list[float],
     gains: list[Tensor],
@@ -68,8 +73,50 @@ def _normalize_backward(
     backend: str,
 ) -> None:
     """Gradients of the weights of some of n layers. `backends` documents the arguments."""
-    batch = Batch.of(weights, dims, two_sided)
-    args = (batch, grads, weights, layers, _laws(kinds, numbers, gains), snapshot, sigma, grad_weights, grad_gains)
+    batch = Batch.of(weights, dims, two_sided, list(map(Stack, counts, bare)))
+    outputs = snapshot, sigma, grad_weights, grad_gains
+    _backward(batch, grads, weights, layers, _laws(kinds, numbers, gains), *outputs, backend)
+
+
+def _forward(
+    batch: Batch,
+    weights: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    laws: Laws,
+    eps: float,
+    n_power_iterations: int,
+    normalized: Sequence[Tensor],
+    snapshot: Tensor,
+    sigma: Tensor,
+    backend: str,
+) -> None:
+    """Run the backend on the matrices that the weights hold."""
+    if batch.stacks:
+        weights, vectors, normalized = batch.split(weights), batch.split_vectors(vectors), batch.split(normalized)
+    args = (batch.rows, weights, vectors, laws, eps, n_power_iterations, normalized, snapshot, sigma)
+    backends.run("forward", backend, sigma.device, *args)
+
+
+def _backward(
+    batch: Batch,
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    layers: Sequence[int],
+    laws: Laws,
+    snapshot: Tensor,
+    sigma: Tensor,
+    grad_weights: Sequence[Tensor],
+    grad_gains: Tensor | None,
+    backend: str,
+) -> None:
+    if batch.stacks:
+        grads, weights, grad_weights = (
+            batch.split(grads, layers),
+            batch.split(weights),
+            batch.split(grad_weights, layers),
+        )
+        layers = batch.rows_of(layers)
+    args = (batch.rows, grads, weights, layers, laws, snapshot, sigma, grad_weights, grad_gains)
     backends.run("backward", backend, sigma.device, *args)
 
 
@@ -77,8 +124,10 @@ def _laws(kinds: Sequence[int], numbers: Sequence[float], gains: Sequence[Tensor
     return Laws.of(list(map(Law, kinds, numbers))).with_gains(gains)
 
 
-def _flat(laws: Laws) -> tuple[list[int], list[float], list[Tensor]]:
-    return list(laws.kinds), list(laws.numbers), list(laws.gains)
+def _flat(batch: Batch, laws: Laws) -> tuple[object, ...]:
+    counts, bare = [stack.n for stack in batch.stacks], [stack.bare for stack in batch.stacks]
+    geometry = list(batch.dims), list(batch.two_sided), counts, bare
+    return *geometry, list(laws.kinds), list(laws.numbers), list(laws.gains)
 
 
 for _name, _kernel in (("normalize", _normalize), ("normalize_backward", _normalize_backward)):
@@ -104,13 +153,12 @@ def normalize(batch: Batch, weights: Sequence[Tensor], vectors: Sequence[Tensor]
     The arguments are the op's, but for the geometry and the laws, which are one object each.
     """
     if not _watched(weights):
-        *rest, backend = args
-        backends.run("forward", backend, weights[0].device, batch, weights, vectors, laws, *rest)
+        _forward(batch, weights, vectors, laws, *args)
         return
     for weight in weights:
         refuse_sharded(weight, "bssn_fast")
     with torch.no_grad():  # the weights require gradients, and what the op writes to must not
-        normalize_op(weights, vectors, batch.dims, batch.two_sided, *_flat(laws), *args)
+        normalize_op(weights, vectors, *_flat(batch, laws), *args)
 
 
 def normalize_backward(
@@ -118,7 +166,6 @@ def normalize_backward(
 ) -> None:
     """The same for `bssn_fast::normalize_backward`."""
     if not _watched(weights):
-        *rest, backend = args
-        backends.run("backward", backend, weights[0].device, batch, grads, weights, layers, laws, *rest)
+        _backward(batch, grads, weights, layers, laws, *args)
         return
-    normalize_backward_op(grads, weights, layers, batch.dims, batch.two_sided, *_flat(laws), *args)
+    normalize_backward_op(grads, weights, layers, *_flat(batch, laws), *args)

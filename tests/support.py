@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 import bssn_fast
 from bssn_fast import reference
+from bssn_fast.laws import AT_MOST
 from bssn_fast.modules.parametrization import SpectralNormalization
 
 VARIANTS = ("sn", "ssn", "bsn", "bssn")
@@ -109,11 +110,29 @@ class Plain(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         s = self.settings
-        n = s.n_power_iterations if self.training else 0
-        result, self.vectors, self.sigma = reference.normalize(
-            weight, self.vectors, self.dim, scale=s.scale, eps=s.eps, n_power_iterations=n
-        )
-        return result
+        n, (blocks, bare) = s.n_power_iterations if self.training else 0, s.stack
+        if blocks == 1 and not bare:
+            result, self.vectors, self.sigma = reference.normalize(
+                weight, self.vectors, self.dim, scale=s.scale, eps=s.eps, n_power_iterations=n
+            )
+            return result
+        rows = weight.shape[0] // blocks
+        found = [
+            reference.normalize(
+                weight[j] if bare else weight[j * rows : (j + 1) * rows],
+                tuple(v[j] for v in self.vectors),
+                0,
+                scale=law.number,
+                at_most=law.kind == AT_MOST,
+                eps=s.eps,
+                n_power_iterations=n,
+            )
+            for j, law in enumerate(s.laws)
+        ]
+        parts, vectors, sigma = zip(*found, strict=True)
+        self.vectors = tuple(torch.stack(each) for each in zip(*vectors, strict=True))
+        self.sigma = torch.stack(sigma)
+        return torch.cat(parts).view_as(weight)
 
 
 def plain_copy(model: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ from support import LAYER_NAMES, Net, images, in_use, norm_of, norms, original, 
 from torch import nn
 
 import bssn_fast
-from bssn_fast.modules import blocks
+from bssn_fast.modules import sharing
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_nested_and_left_by_an_error(model, launches):
     with pytest.raises(ZeroDivisionError):
         fail()
     assert total(launches) == len(LAYER_NAMES)
-    assert not blocks.any_block()
+    assert not sharing.any_block()
     assert in_use(model) == []
     model(images())
     assert total(launches) == 2 * len(LAYER_NAMES)

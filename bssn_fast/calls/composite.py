@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import stateless
 
 from bssn_fast import reference
-from bssn_fast.calls.member import Member
+from bssn_fast.calls.member import Measured, Member
 from bssn_fast.laws import AT_MOST
 from bssn_fast.layout import PLAIN_CLASSES, compute_dtype, has_tangent, result_dtype
 
@@ -81,28 +81,32 @@ def normalize(
 
     vectors: to use in place of the layer's own, which then stay as they are; without iterations.
     """
-    s, stored = member.settings, member.vectors(weight)
-    used = tuple(v.clone() for v in stored) if vectors is None else tuple(vectors)  # a graph keeps them
+    s, stack, stored = member.settings, member.settings.stack, member.vectors(weight)
+    used = [v.clone() for v in stored] if vectors is None else list(vectors)  # a graph keeps them
     if n_power_iterations and used:
         constant = weight.detach().to(compute_dtype(weight.dtype))  # no_grad would let forward-mode derivatives pass
+        each = stack.vectors(used)
         for _ in range(n_power_iterations):
-            used = reference.power_iteration(constant, used, member.dim, s.eps)
+            pairs = zip(stack.parts(constant), each, strict=True)
+            each = [reference.power_iteration(part, own, member.dim, s.eps) for part, own in pairs]
+        used = stack.join_vectors(each)
         for old, new in zip(stored, used, strict=True):
             _write(old, new)
-    gain = member.gain
-    normalized, _, sigma = reference.normalize(
-        weight,
-        used,
-        member.dim,
-        scale=s.law.number if gain is None else gain.to(used[0].real.dtype if used else gain.dtype),
-        at_most=s.law.kind == AT_MOST,
-        eps=s.eps,
-        n_power_iterations=0,
-    )
+    numbers: Sequence[float | Tensor] = [law.number for law in s.laws]
+    if member.gain is not None:
+        numbers = member.gain.to(used[0].real.dtype if used else member.gain.dtype).split(1)
+    found = [
+        reference.normalize(
+            part, own, member.dim, scale=number, at_most=s.kind == AT_MOST, eps=s.eps, n_power_iterations=0
+        )
+        for part, own, number in zip(stack.parts(weight), stack.vectors(used), numbers, strict=True)
+    ]
     member.measured.sigma = None  # whoever asks for it computes it
     if not torch.compiler.is_compiling() and not wants_plain_operations([weight]):
-        member.measured.sigma, member.measured.index = sigma.detach().abs()[None], 0
-    return normalized.to(result_dtype(weight, member.autocast)), used
+        sigma = torch.stack([sigma.detach().abs() for _, _, sigma in found])
+        member.measured.sigma, member.measured.index = sigma, Measured.at(0, stack)
+    normalized = stack.join([part for part, _, _ in found])
+    return normalized.to(result_dtype(weight, member.autocast)), tuple(used)
 
 
 def _write(old: Tensor, new: Tensor) -> None:

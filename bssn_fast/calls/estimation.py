@@ -10,7 +10,7 @@ from torch import Tensor
 from bssn_fast import reference
 from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.laws import Law
-from bssn_fast.layout import compute_dtype, fits_kernels, input_dimension, vector_sizes
+from bssn_fast.layout import ONE, Stack, compute_dtype, fits_kernels, input_dimension, vector_sizes
 
 _UNIT_TOLERANCE = 1e-4  # of what power iterations leave, 1e-6 is the most; averages of vectors are shorter
 _UNIT_TOLERANCE_16_BITS = 4e-3  # rounding to bfloat16 changes a length by less
@@ -34,7 +34,13 @@ _HINT = 10
 
 @torch.no_grad()
 def are_units(vectors: Sequence[Tensor]) -> list[bool]:
-    """Whether vectors of one dtype have length 1, up to rounding in it; waits for the device once."""
+    """Whether vectors of one dtype have length 1, up to rounding in it; waits for the device once.
+
+    Of several vectors in one tensor [count, size], whether all have.
+    """
+    if any(v.ndim > 1 for v in vectors):
+        units = iter(are_units([row for v in vectors for row in (v if v.ndim > 1 else [v])]))
+        return [all([next(units) for _ in range(len(v) if v.ndim > 1 else 1)]) for v in vectors]
     dtype = vectors[0].dtype
     rounded = compute_dtype(dtype) != dtype
     lengths = torch._foreach_norm([v.float() for v in vectors] if rounded else list(vectors))
@@ -50,7 +56,15 @@ def write(vectors: Sequence[Tensor], found: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def belong(weight: Tensor, vectors: Sequence[Tensor], dim: int, eps: float, *, at_least: float = BELONGING) -> bool:
+def belong(
+    weight: Tensor,
+    vectors: Sequence[Tensor],
+    dim: int,
+    eps: float,
+    *,
+    at_least: float = BELONGING,
+    stack: Stack = ONE,
+) -> bool:
     """Whether unit vectors may be those of the weight's largest singular values; waits for the device.
 
     They are not if they give less than a part, `at_least`, of the sigma that a power iteration would, as where a
@@ -58,6 +72,9 @@ def belong(weight: Tensor, vectors: Sequence[Tensor], dim: int, eps: float, *, a
     iterations to come.
     """
     w = weight.detach().to(compute_dtype(weight.dtype))
+    if stack != ONE:
+        pairs = zip(stack.parts(w), stack.vectors(vectors), strict=True)
+        return all(belong(part, own, dim, eps, at_least=at_least) for part, own in pairs)
     for j in range(0, len(vectors), 2):  # the input side is the output side of the other dimension
         side, pair = (dim if j == 0 else input_dimension(dim)), tuple(vectors[j : j + 2])
         now = reference.spectral_norm(w, pair, side).abs()
@@ -67,21 +84,37 @@ def belong(weight: Tensor, vectors: Sequence[Tensor], dim: int, eps: float, *, a
     return True
 
 
-def random_direction(weight: Tensor, size: int) -> Tensor:
-    """Return a random unit vector [size] as torch draws its u and v: one normal_ on the weight's device."""
-    vector = torch.empty(size, dtype=compute_dtype(weight.dtype), device=weight.device).normal_(0, 1)
-    return torch.nn.functional.normalize(vector, dim=0, eps=1e-12)
+def random_direction(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a random unit vector [size] as torch draws its u and v: one normal_ on the weight's device.
+
+    Or several at once, [count, size].
+    """
+    vector = torch.empty(shape, dtype=compute_dtype(weight.dtype), device=weight.device).normal_(0, 1)
+    return torch.nn.functional.normalize(vector, dim=-1, eps=1e-12)
 
 
 @torch.no_grad()
 def estimate_vectors(
-    weight: Tensor, dim: int, two_sided: bool, *, hints: Sequence[Tensor | None], eps: float, backend: str = ""
+    weight: Tensor,
+    dim: int,
+    two_sided: bool,
+    *,
+    hints: Sequence[Tensor | None],
+    eps: float,
+    backend: str = "",
+    stack: Stack = ONE,
 ) -> list[Tensor]:
     """Return u_out, v_out[, u_in, v_in] of a weight, in its compute dtype: sigma is right within about 0.2%.
 
     hints: where to start, in the same order, as far as known; of any length and dtype.
     """
     weight = weight.detach()
+    if stack != ONE:
+        own = [[h[j] if h is not None and len(h) == stack.n else None for h in hints] for j in range(stack.n)]
+        parts = zip(stack.parts(weight), own, strict=True)
+        return stack.join_vectors(
+            [estimate_vectors(part, dim, two_sided, hints=h, eps=eps, backend=backend) for part, h in parts]
+        )
     vectors = start_vectors(weight, dim, two_sided, hints)
     if vectors:
         until_it_stands_still(_iterations(weight, dim, vectors, eps, backend))

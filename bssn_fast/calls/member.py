@@ -7,17 +7,30 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from bssn_fast.layout import ONE, Stack
+
 
 class Measured:
-    """Sigma of a layer's last normalisation, `sigma[index]`; None where only computing it again would tell."""
+    """Sigma of a layer's last normalisation, `sigma[index]`; None where only computing it again would tell.
+
+    The index is a slice for a weight that holds several matrices.
+    """
 
     __slots__ = ("index", "sigma")
 
-    def __init__(self, sigma: Tensor | None = None, index: int = 0) -> None:
+    def __init__(self, sigma: Tensor | None = None, index: int | slice = 0) -> None:
         self.sigma, self.index = sigma, index
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy of a layer takes one number along
-        return Measured, (None if self.sigma is None else self.sigma[self.index : self.index + 1].clone(),)
+    @staticmethod
+    def at(first: int, stack: Stack) -> int | slice:
+        """Return the index of a weight whose first matrix is the first one."""
+        return first if stack == ONE else slice(first, first + stack.n)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of a layer takes its own numbers along
+        if self.sigma is None:
+            return Measured, ()
+        own = self.sigma[self.index].clone()
+        return Measured, (own, slice(0, len(own))) if own.ndim else (own[None], 0)
 
 
 def gains_of(members: Sequence[Member]) -> list[Tensor]:
@@ -30,7 +43,7 @@ class Member(Protocol):
     """A layer as calls see it; `modules.parametrization.SpectralNormalization` is the one there is."""
 
     name: str
-    settings: Any  # law, eps, n_power_iterations, backend, gradient_groups
+    settings: Any  # laws, stack, eps, n_power_iterations, backend, gradient_groups
     dim: int
     two_sided: bool
     autocast: bool
@@ -41,7 +54,7 @@ class Member(Protocol):
     _buffers: dict[str, Tensor | None]
 
     @property
-    def gain(self) -> Tensor | None: ...  # [1], where that is its law
+    def gain(self) -> Tensor | None: ...  # [1], or [count] of several matrices, where that is its law
 
     def vectors(self, weight: Tensor) -> list[Tensor]: ...
 

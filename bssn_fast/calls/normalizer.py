@@ -16,13 +16,23 @@ from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.hooks import past_hooks
 from bssn_fast.calls.memory import Pool
 from bssn_fast.laws import AT_MOST, GAIN, Law, Laws
-from bssn_fast.layout import Batch, compute_dtype, has_plain_memory, is_dense, is_plain, made_dense, same_strides
+from bssn_fast.layout import (
+    ONE,
+    Batch,
+    Stack,
+    compute_dtype,
+    has_dense_parts,
+    has_plain_memory,
+    is_plain,
+    made_dense,
+    same_strides,
+)
 
 _AS_SOON_AS_POSSIBLE = 2**63 - 1
 
 
 class Values(NamedTuple):
-    """What one call computed: normalised weights without a graph, a copy of the vectors used, sigma [n]."""
+    """What one call computed: normalised weights without a graph, a copy of the vectors used, sigma [matrices]."""
 
     normalized: list[Tensor]
     snapshot: Tensor
@@ -37,6 +47,7 @@ class Normalizer:
     """Normalises weights of one geometry, device and dtype again and again.
 
     `vectors` are flat: each layer's u_out, v_out and, where two_sided, u_in, v_in; contiguous, in the compute dtype.
+    Weights may hold several matrices, as `stacks` has it: `laws` and sigma are then those of the matrices.
     """
 
     def __init__(
@@ -49,11 +60,15 @@ class Normalizer:
         eps: float,
         backend: str = "",
         gradient_groups: int = 1,
+        stacks: Sequence[Stack] = (),
     ) -> None:
-        self.batch = Batch.of(list(map(made_dense, weights)), dims, two_sided)
+        self._stacks = stacks or [ONE] * len(weights)
+        self.batch = Batch.of(list(map(made_dense, weights, self._stacks)), dims, two_sided, self._stacks)
         self._dtype = weights[0].dtype
-        self.dense = all(is_dense(w) for w in weights)
+        self.dense = all(map(has_dense_parts, weights, self._stacks))
         self.laws, self.eps, self.backend = Laws.of(laws), eps, backend
+        # The weights that have a gain.
+        self._gained = [j for j, first in enumerate(self.batch.first_rows[:-1]) if self.laws.kinds[first] == GAIN]
         self._checked: list[int] = []  # where weights lay whose memory has been looked at
         self._right_weights = self._right_grads = Guard()  # like those of a backward pass that found nothing wrong
         self._outputs = Pool(self.batch.size, self.batch.views)
@@ -63,7 +78,9 @@ class Normalizer:
         if gradient_groups > 1:
             for part in _ranges([w.numel() for w in weights], gradient_groups):
                 layers = weights[part], dims[part], two_sided[part]
-                self.parts.append((part, Normalizer(*layers, laws=laws[part], eps=eps, backend=backend)))
+                its_laws, stacks = laws[self._rows(part)], self._stacks[part]
+                normalizer = Normalizer(*layers, laws=its_laws, eps=eps, backend=backend, stacks=stacks)
+                self.parts.append((part, normalizer))
 
     def compute(
         self,
@@ -83,14 +100,14 @@ class Normalizer:
             with torch.inference_mode(False):
                 return self.compute(weights, vectors, n_power_iterations, dtype, gains, readable=readable)
         batch, device, working = self.batch, weights[0].device, compute_dtype(weights[0].dtype)
-        sigma = torch.empty(len(weights), dtype=working, device=device)
+        sigma = torch.empty(len(self.laws.kinds), dtype=working, device=device)
         snapshot = torch.empty(batch.snapshot_size, dtype=working, device=device)
         normalized = self._outputs.take(dtype, device)
         ops.normalize(
             batch,
             weights
             if self.dense and (readable or not any(map(Tensor.is_neg, weights)))
-            else list(map(made_dense, weights)),
+            else list(map(made_dense, weights, self._stacks)),
             vectors,
             self._laws(gains, sigma),
             self.eps,
@@ -105,7 +122,16 @@ class Normalizer:
         return Values(normalized, snapshot, sigma)
 
     def _laws(self, gains: Sequence[Tensor], like: Tensor) -> Laws:
-        return self.laws.with_gains([_number(gain, like) for gain in gains]) if self.laws.gained else self.laws
+        if not self.laws.gained:
+            return self.laws
+        numbers = [_number(gain, like) for gain in gains]
+        if self.batch.stacks:
+            numbers = [one for number in numbers for one in number.detach().split(1)]
+        return self.laws.with_gains(numbers)
+
+    def _rows(self, part: slice) -> slice:
+        """Return the range of the matrices of a range of weights."""
+        return slice(self.batch.first_rows[part.start], self.batch.first_rows[part.stop])
 
     @torch.no_grad()
     def scaled(
@@ -115,7 +141,7 @@ class Normalizer:
         sigma: Sequence[Tensor],
         dtype: torch.dtype,
     ) -> Values:
-        """Return the values that known vectors and sigma [] of each weight give."""
+        """Return the values that known vectors and sigma [] of each weight give; each is one matrix."""
         values = Values(
             self._outputs.take(dtype, weights[0].device),
             sigma[0].new_zeros(self.batch.snapshot_size),
@@ -160,8 +186,8 @@ class Normalizer:
         part, normalizer = self.parts[k]
         offsets = [*(starts[0] for starts in self.batch.snapshot_offsets), self.batch.snapshot_size]
         snapshot = values.snapshot[offsets[part.start] : offsets[part.stop]]
-        own = Values(values.normalized[part], snapshot, values.sigma[part])
-        its_gains = [g for j, g in zip(self.laws.gained, gains, strict=True) if part.start <= j < part.stop]
+        own = Values(values.normalized[part], snapshot, values.sigma[self._rows(part)])
+        its_gains = [g for j, g in zip(self._gained, gains, strict=True) if part.start <= j < part.stop]
         results = normalizer.attach(own, weights[part], its_gains, protect=protect)
         for graph in [w.grad_fn for w in results if w.grad_fn is not None][:1]:
             # Autograd runs what was recorded last first, and this was recorded before all layers' own operations.
@@ -190,8 +216,9 @@ class Normalizer:
             results = pool.take(weights[0].dtype, weights[0].device)
         else:
             results = _in_one_buffer([weights[j] for j in layers])
-        gained = [j for j in layers if self.laws.kinds[j] == GAIN] if gains else []
-        grad_gains = sigma.new_empty(len(gained)) if gained else None
+        gained = [j for j in layers if j in self._gained] if gains else []
+        sizes = [self._stacks[j].n for j in gained]
+        grad_gains = sigma.new_empty(sum(sizes)) if gained else None
         ops.normalize_backward(
             batch,
             given,
@@ -208,16 +235,16 @@ class Normalizer:
         for j, result in zip(layers, results, strict=True):
             found[j] = result
         if gains:
-            parts = {} if grad_gains is None else dict(zip(gained, grad_gains.split(1), strict=True))
-            found += [_like(parts.get(j), gain) for j, gain in zip(self.laws.gained, gains, strict=True)]
+            parts = {} if grad_gains is None else dict(zip(gained, grad_gains.split(sizes), strict=True))
+            found += [_like(parts.get(j), gain) for j, gain in zip(self._gained, gains, strict=True)]
         return found
 
     def needed(self, wanted: tuple[bool, ...]) -> tuple[bool, ...]:
         """Return which normalised weights lead to what needs a gradient, of the weights and then of the gains."""
-        if not self.laws.gained:
+        if not self._gained:
             return wanted
-        needed = list(wanted[: len(self.laws.kinds)])
-        for j, of_gain in zip(self.laws.gained, wanted[len(needed) :], strict=True):
+        needed = list(wanted[: len(self._stacks)])
+        for j, of_gain in zip(self._gained, wanted[len(needed) :], strict=True):
             needed[j] = needed[j] or of_gain
         return tuple(needed)
 
@@ -227,7 +254,7 @@ class Normalizer:
             return weights
         dense, dtype = weights, weights[0].dtype
         if not self.dense or any(map(Tensor.is_neg, weights)):
-            dense = list(map(made_dense, weights))
+            dense = list(map(made_dense, weights, self._stacks))
         if (
             not self.batch.fits(dense)
             or dtype != self._dtype
@@ -275,27 +302,27 @@ class Normalizer:
         self, values: Values, weights: Sequence[Tensor], gains: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
         """The same in torch operations, for gradients of gradients: sigma = <S, W> is a function of W."""
-        batch = self.batch
-        found: list[Tensor | None] = []
+        found: list[Tensor | None] = [None] * len(weights)
         of_gains: dict[int, Tensor] = {}
-        for j, (w, g, vectors, dim, law) in enumerate(
-            zip(
-                weights,
-                grads,
-                batch.snapshot_views(values.snapshot),
-                batch.dims,
-                self.laws.with_gains(gains).each(),
-                strict=True,
-            )
-        ):
-            if g is None:
-                found.append(None)
+        its_gains = dict(zip(self._gained, gains, strict=True))
+        vectors = self.batch.rows.snapshot_views(values.snapshot)
+        for j, (weight, grad, stack, dim) in enumerate(zip(weights, grads, self._stacks, self.batch.dims, strict=True)):
+            if grad is None:
                 continue
-            sigma = reference.spectral_norm(w.to(values.sigma.dtype), vectors, dim)
-            found.append(reference.normalize_backward(g, w, vectors, sigma, dim, *law))
-            if self.laws.kinds[j] == GAIN:
-                of_gains[j] = reference.gain_backward(g, w, sigma)
-        return found + [_like(of_gains.get(j), gain) for j, gain in zip(self.laws.gained, gains, strict=True)]
+            rows = self._rows(slice(j, j + 1))
+            laws = self.laws.part(range(rows.start, rows.stop))
+            if j in its_gains:
+                laws = laws.with_gains(its_gains[j].reshape(-1).split(1))
+            parts, gain_parts = [], []
+            for w, g, own, law in zip(stack.parts(weight), stack.parts(grad), vectors[rows], laws.each(), strict=True):
+                sigma = reference.spectral_norm(w.to(values.sigma.dtype), own, dim)
+                parts.append(reference.normalize_backward(g, w, own, sigma, dim, *law))
+                if j in its_gains:
+                    gain_parts.append(reference.gain_backward(g, w, sigma))
+            found[j] = stack.join(parts)
+            if gain_parts:
+                of_gains[j] = torch.cat(gain_parts)
+        return found + [_like(of_gains.get(j), gain) for j, gain in its_gains.items()]
 
 
 def _ranges(sizes: Sequence[int], count: int) -> list[slice]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from bssn_fast.calls.arguments import check_weight
 from bssn_fast.calls.contents import contents_of, version
 from bssn_fast.calls.estimation import BELONGING, STILL_BELONGING, are_units, belong, estimate_vectors, write
 from bssn_fast.calls.guard import Guard
-from bssn_fast.calls.member import Member, gains_of
+from bssn_fast.calls.member import Measured, Member, gains_of
 from bssn_fast.calls.normalizer import Normalizer, Values
 from bssn_fast.distributed.sharded import is_sharded, refuse_flattened, refuse_gain, refuse_sharded
 from bssn_fast.layout import compute_dtype, fits_kernels, has_its_memory, is_dense, is_plain, result_dtype
@@ -113,7 +114,8 @@ class Plan:
         self._signature = signature(weights)
         self.settings = members[0].settings
         self._normalizer = self._for_kernels(weights) if fits_kernels(weights[0], members[0].dim) else None
-        self._measured = [m.measured for m in members]
+        firsts = accumulate((m.settings.stack.n for m in members), initial=0)
+        self._measured = [(m.measured, Measured.at(j, m.settings.stack)) for m, j in zip(members, firsts, strict=False)]
         self.learned = any(m.gain is not None for m in members)
         self._unchecked = True
         self._stored = [(m._buffers, name) for m in members for name in m.vector_names]
@@ -139,7 +141,8 @@ class Plan:
             weights,
             [m.dim for m in self.members],
             [m.two_sided for m in self.members],
-            laws=[m.settings.law for m in self.members],
+            laws=[law for m in self.members for law in m.settings.laws],
+            stacks=[m.settings.stack for m in self.members],
             eps=self.settings.eps,
             backend=self.settings.backend,
             gradient_groups=self.settings.gradient_groups,
@@ -188,8 +191,8 @@ class Plan:
             self._mend(weights, own, kept, iterate)
         n = self.settings.n_power_iterations if iterate else 0
         values = normalizer.compute(weights, own, n, dtype, gains, readable=readable)
-        for j, measured in enumerate(self._measured):
-            measured.sigma, measured.index = values.sigma, j
+        for measured, index in self._measured:
+            measured.sigma, measured.index = values.sigma, index
         if keep:
             self._kept = _Kept.of(weights, own, gains, dtype, values)
         return _attached(normalizer, values, weights, gains, protect, readable)
@@ -258,7 +261,8 @@ class Plan:
                 if chosen is None:
                     at_least = new.part_to_ask_for(member.seen, by_contents)
             if good and at_least:
-                good = belong(weight, own, member.dim, self.settings.eps, at_least=at_least)
+                stack = member.settings.stack
+                good = belong(weight, own, member.dim, self.settings.eps, at_least=at_least, stack=stack)
             if not good:
                 write(own, self._estimated(member, weight, own))
                 new = Seen.of(weight, own)
@@ -266,8 +270,8 @@ class Plan:
                 member.seen = new
 
     def _estimated(self, member: Member, weight: Tensor, hints: list[Tensor]) -> list[Tensor]:
-        s = self.settings
-        return estimate_vectors(weight, member.dim, member.two_sided, hints=hints, eps=s.eps, backend=s.backend)
+        s, sides = member.settings, (member.dim, member.two_sided)
+        return estimate_vectors(weight, *sides, hints=hints, eps=s.eps, backend=s.backend, stack=s.stack)
 
 
 class Plans:
@@ -359,12 +363,13 @@ class _Kept:
         return now is None or now[:n] != before[:n], now is None or now[n : n + m] != before[n : n + m]
 
 
-def checked_vectors(vectors: list[Tensor], weight: Tensor, sizes: Sequence[int], name: str) -> list[Tensor]:
+def checked_vectors(member: Member, vectors: list[Tensor], weight: Tensor) -> list[Tensor]:
     """Return the vectors in the dtype, on the device and in the layout that the weight needs: the same if they fit.
 
     Raises ValueError if their sizes do not belong to the weight's shape, RuntimeError if their memory is gone.
     """
-    if [tuple(v.shape) for v in vectors] != [(size,) for size in sizes]:
+    stack, name = member.settings.stack, member.name
+    if [tuple(v.shape) for v in vectors] != stack.vector_shapes(weight.shape, member.dim, member.two_sided):
         raise ValueError(
             f"bssn_fast: {name}: a weight of shape {tuple(weight.shape)} does not fit its layer's vectors, which are "
             "those of another shape. Call bssn_fast.remove before a weight changes shape, and apply again"

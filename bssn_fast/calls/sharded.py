@@ -35,11 +35,12 @@ from bssn_fast.distributed.sharded import (
     local_of,
     placements_of,
     refuse_gain,
+    refuse_stack,
     refuse_unfit,
     refuse_ungathered,
 )
 from bssn_fast.laws import AT_MOST, GAIN
-from bssn_fast.layout import compute_dtype, result_dtype
+from bssn_fast.layout import ONE, compute_dtype, result_dtype
 
 
 def refuse_gains(members: Iterable[Member]) -> None:
@@ -98,6 +99,8 @@ class ShardedPlan:
             refuse_unfit(w, name)
             if self._gathered:
                 refuse_ungathered(w, m, name)
+            if m.settings.stack != ONE:
+                refuse_stack(name)
                 if not is_managed(m):
                     m.placements = placements_of(w)
         self._layers = [

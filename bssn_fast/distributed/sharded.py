@@ -98,6 +98,14 @@ def refuse_gain(name: str) -> None:
     raise TypeError(f"{name}: a sharded weight cannot have a learned gain; give it a `scale` or `at_most`")
 
 
+def refuse_stack(name: str) -> None:
+    """Raise TypeError for the blocks of a weight that is sharded."""
+    raise TypeError(
+        f"{name}: a sharded weight cannot have blocks, as its parts are not theirs. Use fully_shard, which gathers it, "
+        "after bssn_fast.apply, or leave the layer out of tensor parallelism"
+    )
+
+
 def refuse_flattened(weight: Tensor | None, module: object) -> None:
     """Raise TypeError for what FullyShardedDataParallel leaves of a weight outside the forward of its own wrapper."""
     if (weight is None or weight.ndim < 2) and is_managed(module):

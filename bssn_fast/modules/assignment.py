@@ -1,40 +1,89 @@
-"""Which law each weight gets: what `apply` was told for all layers, or for some by their names."""
+"""What each weight gets: its law, and its blocks, of what `apply` was told for all layers or for some by names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from torch import nn
 
-from bssn_fast.calls.arguments import positive, refuse_trained
+from bssn_fast.calls.arguments import positive, refuse_trained, whole_number
 from bssn_fast.calls.composite import wants_plain_operations
-from bssn_fast.distributed.sharded import is_sharded, refuse_gain
-from bssn_fast.laws import AT_MOST, CONSTANT, GAIN, Law
-from bssn_fast.modules.places import Norm, Place, named, weight_of
+from bssn_fast.distributed.sharded import is_sharded, refuse_gain, refuse_stack
+from bssn_fast.laws import AT_MOST, CONSTANT, GAIN
+from bssn_fast.layout import ONE, Stack
+from bssn_fast.modules.parametrization import SpectralNormalization
+from bssn_fast.modules.places import LAYER_TYPES, Norm, Place, named, weight_of
 from bssn_fast.modules.settings import VARIANTS
 
 DEFAULT_SCALE = 2**0.5
 """The gain that Kaiming's initialisation has for ReLU. docs/evidence.md: of 0.3 to 4.0, this and 2 trained best."""
 
-Numbers = float | Mapping[str, float] | None
-"""A number for all layers, or numbers by layers' names."""
+Numbers = float | Mapping[str, float | Sequence[float]] | None
+"""A number for all layers, or numbers by layers' names; of a layer with blocks, also one for each of them."""
 
 Learned = Literal["learn"] | Iterable[str] | None
 """All layers, or these."""
+
+
+class Told(NamedTuple):
+    """The law of a weight, whose number may be several: one for each of its blocks."""
+
+    kind: int
+    number: float | tuple[float, ...]
 
 
 class _Given(NamedTuple):
     """An argument of `apply`: the law for all layers, if it has one, and those of single layers."""
 
     argument: str
-    general: Law | None
-    by_name: dict[str, Law]
+    general: Told | None
+    by_name: dict[str, Told]
+
+
+def stacks_of(model: nn.Module, existing: Mapping[Place, Norm], blocks: Mapping[str, int] | None) -> dict[Place, Stack]:
+    """Return which matrices each place's weight holds; raise ValueError or TypeError where it cannot be divided so.
+
+    existing: the places, and what normalises them now. A layer that has blocks keeps them.
+    """
+    stacks = {p: n.settings.stack if isinstance(n, SpectralNormalization) else ONE for p, n in existing.items()}
+    if blocks is not None and not isinstance(blocks, Mapping):
+        raise TypeError(f"blocks must be numbers by names, as {{'attention.in_proj_weight': 3}}, not {blocks!r}")
+    chosen = {(id(p.module), p.tensor_name): p for p in existing}
+    modules = dict(model.named_modules())
+    for name, given in (blocks or {}).items():
+        found = named(name, modules)
+        place, count = chosen.get((id(found.module), found.tensor_name)), whole_number(given)
+        if place is None:
+            raise ValueError(f"blocks names {name!r}, which is not one of the layers to normalise")
+        if count < 1:
+            raise ValueError(f"blocks[{name!r}] must be a whole number of at least 1, not {given!r}")
+        norm = existing[place]
+        weight, dim = weight_of(place, norm)
+        if dim != 0:
+            raise ValueError(f"{name}: blocks are parts of the first dimension, and its output is dimension {dim}")
+        if weight.shape[0] % count:
+            raise ValueError(f"{name}: a weight of shape {tuple(weight.shape)} cannot be divided into {count} blocks")
+        counted = weight.ndim > 2 and weight.shape[0] == count
+        stack = Stack(count, counted and not isinstance(place.module, LAYER_TYPES))
+        if stack != stacks[place] and norm is not None:
+            has = f"{stacks[place].n} blocks" if stacks[place] != ONE else "one matrix"
+            raise ValueError(f"{name}: the weight is normalised as {has} already; remove that normalisation first")
+        if is_sharded(weight) and stack != ONE:
+            refuse_stack(name)
+        stacks[place] = stack
+    return stacks
 
 
 def laws_of(
-    model: nn.Module, places: list[Place], variant: str, *, scale: Numbers, at_most: Numbers, gain: Learned
-) -> dict[Place, Law]:
+    model: nn.Module,
+    stacks: Mapping[Place, Stack],
+    variant: str,
+    *,
+    scale: Numbers,
+    at_most: Numbers,
+    gain: Learned,
+) -> dict[Place, Told]:
     """Return the law of each place; raise ValueError or TypeError for arguments that contradict each other.
 
     A law for single layers goes before one for all.
@@ -53,9 +102,9 @@ def laws_of(
             f"{'sn' if variant == 'ssn' else 'bsn'!r}"
         )
     default = general[0].general if general else None
-    laws = dict.fromkeys(places, default or Law(CONSTANT, DEFAULT_SCALE if scaled else 1.0))
+    laws = dict.fromkeys(stacks, default or Told(CONSTANT, DEFAULT_SCALE if scaled else 1.0))
     givers: dict[Place, str] = {}
-    chosen = {(id(p.module), p.tensor_name): p for p in places}
+    chosen = {(id(p.module), p.tensor_name): p for p in stacks}
     modules = dict(model.named_modules())
     for argument, _, by_name in given:
         for name, law in by_name.items():
@@ -65,20 +114,24 @@ def laws_of(
                 raise ValueError(f"{argument} names {name!r}, which is not one of the layers to normalise")
             if place in givers:
                 raise ValueError(f"{name}: {givers[place]} and {argument} both give the layer a law; keep one of them")
+            if isinstance(law.number, tuple) and (stacks[place] == ONE or len(law.number) != stacks[place].n):
+                has = "one block" if stacks[place] == ONE else f"{stacks[place].n} blocks"
+                raise ValueError(f"{argument}[{name!r}] has {len(law.number)} numbers, and the weight {has}")
             laws[place], givers[place] = law, argument
     return laws
 
 
-def check_laws(laws: Mapping[Place, Law], existing: Mapping[Place, Norm]) -> None:
-    """Raise ValueError for laws that the weights cannot have; existing: what normalises them now."""
+def check_laws(laws: Mapping[Place, Told], stacks: Mapping[Place, Stack], existing: Mapping[Place, Norm]) -> None:
+    """Raise ValueError for laws and blocks that the weights cannot have; existing: what normalises them now."""
     known: dict[tuple[int, int], Place] = {}
     for place, law in laws.items():
         weight, dim = weight_of(place, existing[place])
         other = known.setdefault((id(weight), dim), place)
-        if laws[other] != law:
+        if laws[other] != law or stacks[other] != stacks[place]:
+            what = "another law" if laws[other] != law else "other blocks"
             raise ValueError(
-                f"{place.shown()} shares its weight with {other.shown()}, which was given another law: it can have "
-                "but one. Name both in the same way"
+                f"{place.shown()} shares its weight with {other.shown()}, which was given {what}: both must be the "
+                "same. Name both in the same way"
             )
         if law.kind == GAIN and is_sharded(weight):
             refuse_gain(place.shown())
@@ -93,18 +146,20 @@ def _numbers(argument: str, value: object, kind: int) -> _Given:
         return _Given(argument, None, {})
     if not isinstance(value, Mapping):
         refuse_trained(value, argument)
-        return _Given(argument, Law(kind, positive(value, argument)), {})
+        return _Given(argument, Told(kind, positive(value, argument)), {})
     by_name = {}
     for name, number in value.items():
         if not isinstance(name, str):
             raise TypeError(f"{argument} must have names of layers as keys, not {type(name).__name__}")
-        refuse_trained(number, f"{argument}[{name!r}]")
-        by_name[name] = Law(kind, positive(number, f"{argument}[{name!r}]"))
+        shown = f"{argument}[{name!r}]"
+        refuse_trained(number, shown)
+        several = isinstance(number, (list, tuple))
+        by_name[name] = Told(kind, tuple([positive(n, shown) for n in number]) if several else positive(number, shown))
     return _Given(argument, None, by_name)
 
 
 def _learned(gain: object) -> _Given:
-    law = Law(GAIN, 0.0)
+    law = Told(GAIN, 0.0)
     if gain is None:
         return _Given("gain", None, {})
     if gain == "learn":

@@ -25,7 +25,7 @@ from bssn_fast.distributed.sharded import (
     refuse_flattened,
 )
 from bssn_fast.layout import result_dtype
-from bssn_fast.modules import blocks, recomputation, writes
+from bssn_fast.modules import recomputation, sharing, writes
 from bssn_fast.modules.advice import Advice
 from bssn_fast.modules.call import Call, Caller, Chosen, frame_of_call, interrupts
 from bssn_fast.modules.parametrization import SpectralNormalization, original_of
@@ -173,7 +173,7 @@ class Group:
             self._normalize(call, chosen)
         if self.advice.called(any(m.training for m in self.members), any(chosen.iterating)):
             call.reads = set()
-        if self._shards.groups and not blocks.any_block() and not recomputation.in_backward():
+        if self._shards.groups and not sharing.any_block() and not recomputation.in_backward():
             call.measured = self._shards.measure()
         return call
 
@@ -196,7 +196,7 @@ class Group:
             for m, w in zip(members, weights, strict=True):
                 refuse_flattened(w, m)
         held: set[int] = set()
-        if before is not None or self._shared or blocks.any_block():
+        if before is not None or self._shared or sharing.any_block():
             indices, held = self._found_elsewhere(call, before, indices, weights)
         if len(indices) != len(members):
             members, weights = [members[j] for j in indices], [weights[j] for j in indices]
@@ -222,7 +222,7 @@ class Group:
             ready = before.find(j, weight) if before is not None else None
             if ready is None and len(norm.groups) > 1 and not call.aside and norm.find(weight) is not None:
                 continue  # the layer asks all its groups
-            block = blocks.block_of(norm) if ready is None else None
+            block = sharing.block_of(norm) if ready is None else None
             if block is not None:
                 entry = block.find(norm, weight)
                 if entry is not None:
@@ -255,7 +255,7 @@ class Group:
         plans = self._plans(chosen)
         for plan, part in plans:
             iterate = chosen.iterating[part[0]]
-            cached = [blocks.block_of(chosen.members[p]) for p in part] if blocks.any_block() else []
+            cached = [sharing.block_of(chosen.members[p]) for p in part] if sharing.any_block() else []
             weights = [chosen.weights[p] for p in part]
             known = found_for(self._parent, [chosen.members[p] for p in part]) if self._parent is not None else None
             if known is not None and chosen.vectors is None:
@@ -305,7 +305,7 @@ class Group:
             planned.plans[casts] = plans
         return plans
 
-    def _keep(self, block: blocks.Block | None, call: Call, j: int) -> None:
+    def _keep(self, block: sharing.Block | None, call: Call, j: int) -> None:
         """Keep a result for other calls in the block, unless a backward pass will free its graph."""
         entry = call.entries[j]
         if block is None or entry is None or recomputation.in_backward():

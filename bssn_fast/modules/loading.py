@@ -13,7 +13,7 @@ from bssn_fast.calls.arguments import check_module
 from bssn_fast.calls.estimation import are_units, belong, estimate_vectors
 from bssn_fast.calls.sharded import estimate_sharded
 from bssn_fast.distributed.sharded import is_sharded
-from bssn_fast.layout import compute_dtype, vector_sizes
+from bssn_fast.layout import compute_dtype
 from bssn_fast.modules.parametrization import SpectralNormalization, first_gain, original_of, parametrizations_of
 
 _WRAPPERS = {"module", "_orig_mod"}
@@ -185,7 +185,7 @@ def _of_the_weight_that_stays(
         return fitting
     own = norm.vectors(weight)
     found = [fitting.get(key, v).to(v) for key, v in zip(keys, own, strict=True)]
-    if all(are_units(found)) and belong(weight, found, norm.dim, norm.settings.eps):
+    if all(are_units(found)) and belong(weight, found, norm.dim, norm.settings.eps, stack=norm.settings.stack):
         return fitting
     return {key: v.clone() for key, v in zip(keys, own, strict=True) if key in fitting}
 
@@ -195,18 +195,18 @@ def _complete(state_dict: MutableMapping[str, Any], target: str, norm: SpectralN
     loaded = state_dict.get(f"{target}original")
     keys = [f"{target}0.{name}" for name in norm.vector_names]
     given = [state_dict.get(key) for key in keys]
-    sizes = vector_sizes(weight.shape, norm.dim, norm.two_sided)
+    shapes = norm.settings.stack.vector_shapes(weight.shape, norm.dim, norm.two_sided)
     if is_sharded(weight) and not (isinstance(loaded, Tensor) and is_sharded(loaded)):
         return  # nothing can be said of a part alone, nor can torch load it
     if not isinstance(loaded, Tensor) or loaded.shape != weight.shape:
-        fitting = {key: v for key, v, n in zip(keys, given, sizes, strict=True) if v is not None and v.shape == (n,)}
+        fitting = {key: v for key, v, s in zip(keys, given, shapes, strict=True) if v is not None and v.shape == s}
         state_dict.update(_of_the_weight_that_stays(fitting, keys, norm, weight))
         return  # torch says what is wrong
-    if any(v is not None and tuple(v.shape) != (size,) for v, size in zip(given, sizes, strict=True)):
+    if any(v is not None and tuple(v.shape) != shape for v, shape in zip(given, shapes, strict=True)):
         return
     for j, vector in enumerate(given):
         if vector is not None and compute_dtype(vector.dtype) != vector.dtype and are_units([vector])[0]:
-            given[j] = state_dict[keys[j]] = nn.functional.normalize(vector.float(), dim=0)
+            given[j] = state_dict[keys[j]] = nn.functional.normalize(vector.float(), dim=-1)
     directions = [slice(j, j + 2) for j in range(0, len(keys), 2)]
     missing = [d for d in directions if not all(v is not None and are_units([v])[0] for v in given[d])]
     if not missing:
@@ -223,6 +223,7 @@ def _complete(state_dict: MutableMapping[str, Any], target: str, norm: SpectralN
             hints=given,
             eps=norm.settings.eps,
             backend=norm.settings.backend,
+            stack=norm.settings.stack,
         )
     )
     for direction in missing:
@@ -240,12 +241,19 @@ def _complete_gain(
     if norm.gain is None or key in state_dict or not isinstance(loaded, Tensor) or loaded.shape != weight.shape:
         return
     found = [state_dict.get(f"{target}0.{name}") for name in norm.vector_names]
-    sizes = vector_sizes(weight.shape, norm.dim, norm.two_sided)
-    if is_sharded(loaded) or any(v is None or tuple(v.shape) != (n,) for v, n in zip(found, sizes, strict=True)):
+    stack = norm.settings.stack
+    shapes = stack.vector_shapes(weight.shape, norm.dim, norm.two_sided)
+    if is_sharded(loaded) or any(v is None or tuple(v.shape) != shape for v, shape in zip(found, shapes, strict=True)):
         return  # torch says what is missing
     device = loaded.device if weight.is_meta else weight.device
     w = loaded.detach().to(device, compute_dtype(weight.dtype))
-    vectors = tuple([cast(Tensor, v).detach().to(device, w.dtype) for v in found])
-    in_use = None if plain else reference.multiplier(reference.spectral_norm(w, vectors[:2], norm.dim), 1.0)
-    gain = first_gain(reference.spectral_norm(w, vectors, norm.dim), in_use)
-    state_dict[key] = gain.reshape(1).to(norm.gain.dtype)
+    vectors = [cast(Tensor, v).detach().to(device, w.dtype) for v in found]
+    in_use = None if plain else reference.multiplier(_sigma(norm, w, vectors[:2]), 1.0)
+    gain = first_gain(_sigma(norm, w, vectors), in_use)
+    state_dict[key] = gain.reshape(norm.gain.shape).to(norm.gain.dtype)
+
+
+def _sigma(norm: SpectralNormalization, weight: Tensor, vectors: list[Tensor]) -> Tensor:
+    stack = norm.settings.stack
+    pairs = zip(stack.parts(weight), stack.vectors(vectors), strict=True)
+    return stack.join_numbers([reference.spectral_norm(part, own, norm.dim) for part, own in pairs])

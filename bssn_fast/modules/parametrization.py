@@ -21,8 +21,8 @@ from bssn_fast.calls.plan import Plan, Results, Seen, checked_vectors
 from bssn_fast.calls.sharded import ShardedPlan, plan_for
 from bssn_fast.distributed.sharded import is_sharded, placements_of
 from bssn_fast.laws import AT_MOST, CONSTANT, GAIN
-from bssn_fast.layout import compute_dtype, fits_kernels, needs_two_sides, vector_sizes
-from bssn_fast.modules import blocks, recomputation, writes
+from bssn_fast.layout import ONE, compute_dtype, fits_kernels, needs_two_sides
+from bssn_fast.modules import recomputation, sharing, writes
 from bssn_fast.modules.advice import Advice
 from bssn_fast.modules.call import Call, Caller, Source, in_module_call, leads_to, serves
 from bssn_fast.modules.settings import VARIANTS, Settings
@@ -51,7 +51,8 @@ class SpectralNormalization(nn.Module):
 
     Buffers, in float32 (float64 for float64 weights, complex for complex ones), also after `.half()`: `_u` [c_out] and
     `_v` [c_in k], the names of torch.nn.utils.parametrizations.spectral_norm; for two directions also `_u_in` [c_in]
-    and `_v_in` [c_out k]. A weight of one dimension has none.
+    and `_v_in` [c_out k]. A weight of one dimension has none. A weight that holds n matrices has n of each, `_u`
+    [n, c_out] for instance, and `gain` [n].
     """
 
     _u: Tensor
@@ -101,28 +102,28 @@ class SpectralNormalization(nn.Module):
         known: the first vectors, in the order of `vector_names`, if they do not come from the buffers.
         in_use: what the weight has been multiplied by so far, if not by these settings' predecessors.
         """
-        new_gain = settings.kind == GAIN and self.gain is None
+        stack, new_gain = settings.stack, settings.kind == GAIN and self.gain is None
         if new_gain and "settings" in vars(self):
             self.evaluate(weight)
             in_use = self.multiplier_of(self.sigma_of(weight))
-        two_sided = VARIANTS[settings.variant][0] and needs_two_sides(weight.shape, self.dim)
+        two_sided = VARIANTS[settings.variant][0] and needs_two_sides(stack.shape(weight.shape), self.dim)
         known = known or self._stored()
-        sizes = vector_sizes(weight.shape, self.dim, two_sided)
-        names = ("_u", "_v", "_u_in", "_v_in")[: len(sizes)]
+        shapes = stack.vector_shapes(weight.shape, self.dim, two_sided)
+        names = ("_u", "_v", "_u_in", "_v_in")[: len(shapes)]
         kept = [vector.detach().clone() for vector in known[: len(names)]]
-        new = [*(k.clone() for k in kept), *(random_direction(weight, size) for size in sizes[len(kept) :])]
+        new = [*(k.clone() for k in kept), *(random_direction(weight, shape) for shape in shapes[len(kept) :])]
         for name in self.vector_names:
             del self._buffers[name]
         if settings.kind != GAIN:
             self.gain = None
         elif new_gain:
-            one = torch.ones(1, dtype=_real(compute_dtype(weight.dtype)), device=weight.device)
+            one = torch.ones(stack.n, dtype=_real(compute_dtype(weight.dtype)), device=weight.device)
             self.gain = nn.Parameter(one, requires_grad=weight.requires_grad)
         self.settings, self.two_sided, self.vector_names = settings, two_sided, names
         self.placements = placements_of(weight)
         for name, vector in zip(names, new, strict=True):
             self.register_buffer(name, vector)
-        block = blocks.block_of(self)
+        block = sharing.block_of(self)
         if block is not None:  # it may have a result of the settings before
             block.forget(self)
         if composite.wants_plain_operations([weight]) and not is_sharded(weight):
@@ -138,7 +139,9 @@ class SpectralNormalization(nn.Module):
     def multiplier_of(self, sigma: Tensor) -> Tensor:
         """Return g(sigma)."""
         scale, gain = self.settings.scale, self.gain
-        number = scale if gain is None else gain.detach().to(sigma.device, sigma.dtype)
+        number = sigma.new_tensor(scale) if isinstance(scale, tuple) else scale
+        if gain is not None:
+            number = gain.detach().to(sigma.device, sigma.dtype)
         return reference.multiplier(sigma, number, self.settings.kind == AT_MOST)
 
     def begin_with(self, weight: Tensor) -> None:
@@ -167,9 +170,10 @@ class SpectralNormalization(nn.Module):
         if not fits_kernels(weight, self.dim):
             return composite.normalize(self, weight.detach(), n_power_iterations)[0]
         s, gains = self.settings, [] if self.gain is None else [self.gain]
-        normalizer = Normalizer([weight], [self.dim], [self.two_sided], laws=[s.law], eps=s.eps, backend=s.backend)
+        sides = [self.dim], [self.two_sided]
+        normalizer = Normalizer([weight], *sides, laws=s.laws, eps=s.eps, backend=s.backend, stacks=[s.stack])
         values = normalizer.compute([weight.detach()], self.vectors(weight), n_power_iterations, weight.dtype, gains)
-        self.measured.sigma, self.measured.index = values.sigma, 0
+        self.measured.sigma, self.measured.index = values.sigma, Measured.at(0, s.stack)
         return values.normalized[0]
 
     def evaluate(self, weight: Tensor) -> Tensor:
@@ -193,8 +197,7 @@ class SpectralNormalization(nn.Module):
     def vectors(self, weight: Tensor) -> list[Tensor]:
         """Return the buffers u_out, v_out[, u_in, v_in], made to fit the weight's dtype and device."""
         found = self._stored()
-        sizes = vector_sizes(weight.shape, self.dim, self.two_sided)
-        checked = checked_vectors(found, weight, sizes, self.name)
+        checked = checked_vectors(self, found, weight)
         if checked is not found:
             for name, vector in zip(self.vector_names, checked, strict=True):
                 self._buffers[name] = vector
@@ -253,7 +256,7 @@ class SpectralNormalization(nn.Module):
             ready = self.find_recorded(weight)
         if ready is not None:
             return ready
-        block = blocks.block_of(self) if blocks.any_block() else None
+        block = sharing.block_of(self) if sharing.any_block() else None
         backward = recomputation.in_backward()
         if block is not None and (entry := block.find(self, weight)) is not None:
             if entry.source is not None and self.training and recomputation.maybe_in_checkpoint():
@@ -273,7 +276,7 @@ class SpectralNormalization(nn.Module):
                 writes.watch(self, layer, weight, normalized)
         return normalized
 
-    def _normalize_alone(self, weight: Tensor, block: blocks.Block | None, backward: bool, inside: bool) -> Results:
+    def _normalize_alone(self, weight: Tensor, block: sharing.Block | None, backward: bool, inside: bool) -> Results:
         """Normalise this layer by itself, and let checkpoints know its vectors."""
         iterate = self.training and not backward and not self.iterated_in_call(weight)
         if block is not None:
@@ -316,7 +319,8 @@ class SpectralNormalization(nn.Module):
         if is_sharded(weight):
             ShardedPlan([self], [weight]).estimate_alone(weight)
         elif not composite.wants_plain_operations([weight]):
-            found = estimate_vectors(weight, self.dim, self.two_sided, hints=vectors, eps=s.eps, backend=s.backend)
+            sides = self.dim, self.two_sided
+            found = estimate_vectors(weight, *sides, hints=vectors, eps=s.eps, backend=s.backend, stack=s.stack)
             write(vectors, found)
 
     def right_inverse(self, value: Tensor) -> Tensor:
@@ -326,9 +330,12 @@ class SpectralNormalization(nn.Module):
     def extra_repr(self) -> str:
         variant, scale, eps, n_power_iterations, *_ = self.settings
         shown = f"{variant!r}, dim={self.dim}, n_power_iterations={n_power_iterations}, eps={eps}"
+        if self.settings.stack != ONE:
+            shown += f", blocks={self.settings.stack.n}"
+        number = f"[{', '.join(f'{c:.4g}' for c in scale)}]" if isinstance(scale, tuple) else f"{scale:.4g}"
         if self.settings.kind != CONSTANT:
-            return shown + (f", at_most={scale:.4g}" if self.settings.kind == AT_MOST else ", gain='learn'")
-        return f"{shown}, scale={scale:.4g}" if VARIANTS[variant][1] else shown
+            return shown + (f", at_most={number}" if self.settings.kind == AT_MOST else ", gain='learn'")
+        return f"{shown}, scale={number}" if VARIANTS[variant][1] else shown
 
     def _replicate_for_data_parallel(self) -> SpectralNormalization:
         raise RuntimeError(

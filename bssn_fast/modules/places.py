@@ -58,8 +58,12 @@ def choose(
     names: Iterable[str] | None,
     filter_fn: Callable[[str, nn.Module], bool] | None,
     only: str | None = None,
+    more: Iterable[str] = (),
 ) -> list[Place]:
-    """Return the weights to normalise, each once; raise ValueError or TypeError if there are none, or no such names."""
+    """Return the weights to normalise, each once; raise ValueError or TypeError if there are none, or no such names.
+
+    more: names of weights that are taken too, where the layers are not chosen by names.
+    """
     modules = dict(model.named_modules())
     if only not in (None, "normalized"):
         raise ValueError(f"only must be 'normalized' or None, not {only!r}")
@@ -82,6 +86,8 @@ def choose(
         places = [named(name, modules) for name in names]
     if filter_fn is not None:
         places = [p for p in places if filter_fn(p.name, p.module)]
+    if names is None and only is None:
+        places += [named(name, modules) for name in more]
     if not places:
         raise ValueError(
             f"nothing to normalise: no layer of {type(model).__name__} matched; look at `names`, `filter_fn`, `only` "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bssn_fast.laws import AT_MOST, CONSTANT, Law
+from bssn_fast.laws import AT_MOST, CONSTANT, GAIN, Law
+from bssn_fast.layout import ONE, Stack
 
 VARIANTS = {
     # name: (both directions, multiplied by a constant)
@@ -19,7 +20,7 @@ class Settings(NamedTuple):
     """What `apply` was told for a layer; its arguments' meanings are documented there."""
 
     variant: str
-    scale: float
+    scale: float | tuple[float, ...]
     eps: float
     n_power_iterations: int
     update: str
@@ -27,20 +28,25 @@ class Settings(NamedTuple):
     gradient_groups: int
     sharded: str = "auto"
     kind: int = CONSTANT
-    """Of the law (laws.py), whose number is the scale."""
+    """Of the law (laws.py), whose number is the scale; several numbers for several matrices."""
+    stack: Stack = ONE
 
     @property
-    def law(self) -> Law:
-        return Law(self.kind, self.scale)
+    def laws(self) -> list[Law]:
+        """The laws of the matrices that the weight holds."""
+        numbers = self.scale if isinstance(self.scale, tuple) else (self.scale,) * self.stack.n
+        return [Law(self.kind, number) for number in numbers]
 
     @property
     def like_torch(self) -> bool:
         """Whether the weight is that of torch's spectral norm."""
-        return self.variant == "sn" and self.kind == CONSTANT
+        return self.variant == "sn" and self.kind == CONSTANT and self.stack == ONE
 
-    def shown(self) -> str:
-        """Return the variant with its law, for tables."""
-        if self.kind != CONSTANT:
-            sides = "bsn" if VARIANTS[self.variant][0] else "sn"
-            return f"{sides} at most {self.scale:.4g}" if self.kind == AT_MOST else f"{sides} x learned gain"
-        return f"{self.variant} x {self.scale:.4g}" if VARIANTS[self.variant][1] else self.variant
+    def shown(self) -> list[str]:
+        """Return the variant with its law, for tables, of each matrix that the weight holds."""
+        sides, scaled = VARIANTS[self.variant]
+        if self.kind == AT_MOST:
+            return [f"{'bsn' if sides else 'sn'} at most {law.number:.4g}" for law in self.laws]
+        if self.kind == GAIN:
+            return [f"{'bsn' if sides else 'sn'} x learned gain"] * self.stack.n
+        return [f"{self.variant} x {law.number:.4g}" if scaled else self.variant for law in self.laws]

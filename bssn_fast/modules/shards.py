@@ -15,6 +15,7 @@ from torch import Tensor
 from bssn_fast.calls.plan import partition, signature
 from bssn_fast.calls.sharded import Found, ShardedPlan
 from bssn_fast.distributed.sharded import is_sharded
+from bssn_fast.layout import ONE
 from bssn_fast.modules.parametrization import SpectralNormalization, original_of
 
 
@@ -32,7 +33,11 @@ def wants_reduction(norm: SpectralNormalization, weight: Tensor) -> bool:
     are parts again, of tensor parallelism. Then every submodule would send messages of its own.
     """
     how = norm.settings.sharded
-    return is_sharded(weight) and (how == "reduce" or (how == "auto" and bool(norm.placements)))
+    return (
+        is_sharded(weight)
+        and norm.settings.stack == ONE
+        and (how == "reduce" or (how == "auto" and bool(norm.placements)))
+    )
 
 
 class Shards:

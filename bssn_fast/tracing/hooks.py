@@ -19,7 +19,7 @@ from bssn_fast.calls.arguments import check_weight
 from bssn_fast.calls.member import Member, gains_of
 from bssn_fast.calls.plan import checked_vectors, partition
 from bssn_fast.distributed.sharded import refuse_traced
-from bssn_fast.layout import fits_kernels, result_dtype, vector_sizes
+from bssn_fast.layout import fits_kernels, result_dtype
 from bssn_fast.tracing.node import normalize
 from bssn_fast.tracing.recording import Traced, is_exporting
 
@@ -93,8 +93,10 @@ def _normalize(members: list[Any], weights: list[Tensor], *, iterate: bool) -> l
         vectors,
         [m.dim for m in members],
         [m.two_sided for m in members],
-        [m.settings.law.kind for m in members],
-        [m.settings.law.number for m in members],
+        [m.settings.stack.n for m in members],
+        [m.settings.stack.bare for m in members],
+        [law.kind for m in members for law in m.settings.laws],
+        [law.number for m in members for law in m.settings.laws],
         gains_of(members),
         settings.eps,
         n,
@@ -107,8 +109,7 @@ def _normalize(members: list[Any], weights: list[Tensor], *, iterate: bool) -> l
 
 def _vectors(member: Layer, weight: Tensor) -> list[Tensor]:
     vectors = [cast(Tensor, member._buffers[name]) for name in member.vector_names]
-    sizes = vector_sizes(weight.shape, member.dim, member.two_sided)
-    checked = checked_vectors(vectors, weight, sizes, member.name)
+    checked = checked_vectors(member, vectors, weight)
     # Asked of the tensors: torch 2.11's compiler cannot tell whether two lists are the same.
     if any(new is not old for new, old in zip(checked, vectors, strict=True)):
         raise RuntimeError(

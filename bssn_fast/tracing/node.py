@@ -14,6 +14,7 @@ from torch._higher_order_ops.wrap import TagActivationCheckpoint
 
 from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.laws import Law
+from bssn_fast.layout import Stack
 
 
 @torch.compiler.allow_in_graph
@@ -22,6 +23,8 @@ def normalize(
     vectors: list[Tensor],
     dims: list[int],
     two_sided: list[bool],
+    counts: list[int],
+    bare: list[bool],
     kinds: list[int],
     numbers: list[float],
     gains: list[Tensor],
@@ -31,16 +34,19 @@ def normalize(
     backend: str,
     gradient_groups: int,
 ) -> tuple[Tensor, ...]:
-    """Return the normalised weights, with a graph, and then sigma [n]; `Normalizer` documents the arguments."""
+    """Return the normalised weights, with a graph, and then sigma; `Normalizer` documents the arguments.
+
+    counts, bare: of each weight, its `layout.Stack`.
+    """
     if n_power_iterations and _in_checkpoint():
         raise RuntimeError(
             "bssn_fast: torch.utils.checkpoint around the normalisation of weights cannot be compiled, as the backward "
             "pass would iterate again and find other weights. Use it inside the module given to bssn_fast.apply, "
             "around parts of it, or leave the call of the checkpoint out of what is compiled"
         )
-    laws = list(map(Law, kinds, numbers))
+    laws, stacks = list(map(Law, kinds, numbers)), list(map(Stack, counts, bare))
     normalizer = Normalizer(
-        weights, dims, two_sided, laws=laws, eps=eps, backend=backend, gradient_groups=gradient_groups
+        weights, dims, two_sided, laws=laws, eps=eps, backend=backend, gradient_groups=gradient_groups, stacks=stacks
     )
     values = normalizer.compute(weights, vectors, n_power_iterations, dtype, gains)
     return (*normalizer.attach(values, weights, gains), values.sigma)

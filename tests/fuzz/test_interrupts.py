@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import bssn_fast
-from bssn_fast.modules import blocks
+from bssn_fast.modules import sharing
 from bssn_fast.modules.group import groups_of
 
 MOST = 10 * FACTOR
@@ -25,7 +25,7 @@ errors = pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def check(model, where, x):
     assert torch.is_grad_enabled(), where
     try:
-        assert not any(b.running() for b in blocks._blocks), "a block is still there"
+        assert not any(b.running() for b in sharing._blocks), "a block is still there"
         assert_right(model, x)
         assert in_use(model) == []
     except Exception as fault:
