@@ -354,6 +354,10 @@ def refusals() -> dict[str, str]:
     x = distribute_tensor(torch.ones(1, 4), mesh, [Replicate()])
     refuse("compiled", lambda: torch.compile(lambda: model(x), backend="eager", fullgraph=True)())
     refuse("gain", lambda: bssn_fast.apply(layer(Shard(0)), "sn", gain="learn"))
+    refuse("blocks", lambda: bssn_fast.apply(layer(Shard(0)), "sn", blocks={"0": 2}))
+    model = bssn_fast.apply(nn.Sequential(nn.Linear(4, 4)), "sn", blocks={"0": 2})
+    model[0].parametrizations.weight.original = weight
+    refuse("blocks of what was sharded later", lambda: model(torch.ones(1, 4)))
     refuse("gain of a function", lambda: gain_of_a_function(weight))
     refuse("measured", lambda: bssn_fast.spectral_norms(layer(Shard(0))))
     refuse("projected", lambda: bssn_fast.Projection(layer(Shard(0)), radius=1.0))

@@ -181,6 +181,8 @@ def test_refusals_name_the_layer_and_what_to_do(ranks):
             ("vector", "0.bias: ", "leave the layer out"),
             ("functional", "weights[0]: ", "full_tensor()"),
             ("gain", "0: ", "`scale` or `at_most`"),
+            ("blocks", "0: ", "Use fully_shard"),
+            ("blocks of what was sharded later", "bssn_fast: 0: ", "Use fully_shard"),
             ("gain of a function", "gains[0]", "full_tensor()"),
             ("measured", "0: ", "full_tensor()"),
             ("projected", "0: ", "full_tensor()"),
