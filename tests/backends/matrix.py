@@ -70,7 +70,7 @@ class Case:
     n_power_iterations: int = 1
     dims: tuple[int, ...] | None = None  # alternating by default
     layers: tuple[int, ...] | None = None  # of the backward; all by default
-    offset: int = 0  # elements by which weights and gradients miss the alignment of an allocation
+    offset: int = 0  # elements by which weights, gradients and results miss the alignment of an allocation
     magnitude: float = 1.0
     scale: float = 1.3
     mixed_laws: bool = False  # scale / sigma, a slack bound, a tight one and a gain by turns
@@ -195,13 +195,16 @@ MARGIN = 64
 class Poisoned:
     """Tensors like others, full of NaN, with NaN before and behind them, where nothing may be written."""
 
-    def __init__(self, like: list[Tensor], dtype: torch.dtype) -> None:
-        self.rooms = [torch.full((t.numel() + 2 * MARGIN,), float("nan"), dtype=dtype, device=t.device) for t in like]
-        self.tensors = [r.as_strided(t.shape, t.stride(), MARGIN) for r, t in zip(self.rooms, like, strict=True)]
+    def __init__(self, like: list[Tensor], dtype: torch.dtype, offset: int = 0) -> None:
+        sizes, self.begin = [t.numel() + 2 * MARGIN + offset for t in like], MARGIN + offset
+        self.rooms = [
+            torch.full((n,), float("nan"), dtype=dtype, device=t.device) for n, t in zip(sizes, like, strict=True)
+        ]
+        self.tensors = [r.as_strided(t.shape, t.stride(), self.begin) for r, t in zip(self.rooms, like, strict=True)]
 
     def check(self) -> None:
         for room in self.rooms:
-            assert room[:MARGIN].isnan().all(), "written before the beginning"
+            assert room[: self.begin].isnan().all(), "written before the beginning"
             assert room[-MARGIN:].isnan().all(), "written behind the end"
 
 
@@ -213,7 +216,7 @@ def run(backend: str, case: Case, x: Inputs, result_dtype: torch.dtype | None = 
     batch = Batch.of(x.weights, dims, both)
     before = [t.clone() for t in (*x.weights, *x.grads)]
     vectors = [v.clone() for v in x.vectors]
-    out = Poisoned(x.weights, result_dtype)
+    out = Poisoned(x.weights, result_dtype, case.offset)
     memory = Poisoned([torch.empty(batch.snapshot_size, device=device), torch.empty(len(dims), device=device)], working)
     snapshot, sigma = memory.tensors
     laws = Laws.of(case.law_list).with_gains(x.gains)
@@ -221,7 +224,7 @@ def run(backend: str, case: Case, x: Inputs, result_dtype: torch.dtype | None = 
         batch, x.weights, vectors, laws, case.eps, case.n_power_iterations, out.tensors, snapshot, sigma,
         backend,
     )  # fmt: skip
-    grad_out = Poisoned([x.weights[j] for j in layers], x.weights[0].dtype)
+    grad_out = Poisoned([x.weights[j] for j in layers], x.weights[0].dtype, case.offset)
     gained = [j for j in layers if laws.kinds[j] == GAIN]
     gain_out = Poisoned([torch.empty(len(gained), device=device)], working)
     grad_gains = gain_out.tensors[0] if gained else None

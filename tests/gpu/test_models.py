@@ -46,6 +46,28 @@ def test_training_is_that_of_the_cpu(backend, variant, channels_last):
         torch.testing.assert_close(found_vectors[name].cpu(), vector, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("variant", ["sn", "bssn"])
+def test_blocks_are_those_of_the_cpu(backend, variant):
+    """Blocks of 15 and 45 elements, which begin at any address."""
+    plain = torch.nn.Sequential(torch.nn.Conv2d(5, 9, (3, 1)), torch.nn.Flatten(), torch.nn.Linear(5, 9))
+    blocks, x = {"0": 3, "2": 3}, torch.randn(9, 5)
+    on_cpu = bssn_fast.apply(copy.deepcopy(plain), variant, blocks=blocks, backend="reference")
+    on_gpu = bssn_fast.apply(copy.deepcopy(plain), variant, blocks=blocks, backend=backend)
+    on_gpu.load_state_dict(on_cpu.state_dict())
+    on_gpu.cuda()
+    for net, device in ((on_cpu, "cpu"), (on_gpu, "cuda")):
+        with bssn_fast.cached(net):
+            (net[2](x.to(device)).square().sum() + (net[0].weight ** 2).sum()).backward()
+    for name in ("0", "2"):
+        for a, b in zip(on_cpu.get_submodule(name).parameters(), on_gpu.get_submodule(name).parameters(), strict=True):
+            if a.grad is not None:
+                torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            bssn_fast.sigma(on_gpu)[name].cpu(), bssn_fast.sigma(on_cpu)[name], rtol=1e-5, atol=0
+        )
+    assert vectors_of(on_gpu)["2._u"].shape == (3, 3)
+
+
 def test_autocast(backend):
     model = bssn_fast.apply(Net(), backend=backend).cuda()
     with torch.autocast("cuda", dtype=torch.bfloat16):
