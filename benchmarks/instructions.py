@@ -7,6 +7,7 @@ Times of microseconds are noisy; counted instructions are not. What a step of 20
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import subprocess
@@ -45,6 +46,7 @@ def train(norm: str, steps: int) -> None:
         bssn_fast.apply(model, "sn")
     parameters = list(model.parameters())  # which are looked for once, as an optimizer does
     grads = [torch.ones(WIDTH, WIDTH) for _ in range(LAYERS)]
+    gc.freeze()  # or a collection now and then would look at all that torch has imported
     for _ in range(steps):
         torch.autograd.backward(model(), grads)
         for parameter in parameters:

@@ -27,7 +27,7 @@ def arguments(x):
 
 def arguments_of_ops(x):
     (batch, weights, vectors, laws, *rest), (_, grads, _, layers, _, *rest_of_backward) = arguments(x)
-    geometry = batch.dims, batch.two_sided, laws.kinds, laws.numbers, laws.gains
+    geometry = batch.dims, batch.two_sided, [], [], laws.kinds, laws.numbers, laws.gains
     return (weights, vectors, *geometry, *rest), (grads, weights, layers, *geometry, *rest_of_backward)
 
 
@@ -39,6 +39,25 @@ def test_opcheck(backend):
         found = torch.library.opcheck(op, (*given[:-1], backend))
         assert len(found) == 4
         assert set(found.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("backend", ["reference", ""])
+def test_opcheck_of_blocks(backend):
+    """Of two and of three matrices of 3 x 4, the first dimension of the latter only counting them."""
+    weights, rows = [torch.randn(6, 4), torch.randn(3, 3, 4)], 5
+    vectors = [torch.nn.functional.normalize(torch.randn(n, size), dim=1) for n in (2, 3) for size in (3, 4)]
+    geometry = [0, 0], [False, False], [2, 3], [False, True], [0] * rows, [1.0] * rows, []
+    snapshot, sigma = torch.empty(8 * rows), torch.empty(rows)
+    outputs = [torch.empty_like(w) for w in weights]
+    forward = (weights, vectors, *geometry, 1e-12, 1, outputs, snapshot, sigma, backend)
+    backward = ([torch.ones(3, 3, 4)], weights, [1], *geometry, snapshot, sigma, [torch.empty(3, 3, 4)], None, backend)
+    for op, given in ((ops.normalize_op, forward), (ops.normalize_backward_op, backward)):
+        assert set(torch.library.opcheck(op, given).values()) == {"SUCCESS"}
+    ops.normalize_op(*forward)
+    expected = torch.linalg.matrix_norm(torch.cat([weights[0].view(2, 3, 4), weights[1]]), 2)
+    for _ in range(200):
+        ops.normalize_op(*forward)
+    torch.testing.assert_close(sigma, expected, rtol=1e-4, atol=0)
 
 
 def test_fake_tensors_compute_nothing(monkeypatch):
