@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,7 +82,7 @@ def train(call: nn.Module, model: nn.Module, steps: int, *, split: bool = False,
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-    mean = torch.stack(losses)
+    mean = torch.stack(losses) if losses else torch.zeros(0)
     if split:
         dist.all_reduce(mean)
         mean /= world
@@ -93,9 +94,9 @@ def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
-def alone(steps: int, share: bool = False, recompute: bool = False) -> Result:
+def alone(steps: int, share: bool = False, recompute: bool = False, **settings: Any) -> Result:
     torch.manual_seed(0)
-    model = critic()
+    model = critic(**settings)
     model.recompute = recompute
     return train(model, model, steps, share=share)
 
@@ -168,9 +169,12 @@ def train_with_inputs(
     return {name: v.detach().clone() for name, v in model.state_dict().items()}
 
 
-def ddp(steps: int, outer: bool, split: bool, gradient_groups: int) -> Result:
+LAWS: dict[str, Any] = {"variant": "bsn", "gain": ["first", "head"], "at_most": {"blocks.0.0": 0.5}}
+
+
+def ddp(steps: int, outer: bool, split: bool, **settings: Any) -> Result:
     torch.manual_seed(dist.get_rank())  # DDP begins with rank 0's parameters and buffers
-    model = critic(gradient_groups=gradient_groups)
+    model = critic(**settings)
     wrapped = DistributedDataParallel(Outer(model) if outer else model)
     return train(wrapped, model, steps, split=split)
 
@@ -338,6 +342,10 @@ def refusals() -> dict[str, str]:
     said["read after unshard"] = str(tuple(model.first.weight.shape))
     refuse("apply while unsharded", lambda: bssn_fast.apply(model, "sn"))
     refuse("remove while unsharded", lambda: bssn_fast.remove(model))
+    model = critic(variant="sn", gain=["blocks.1.0"])
+    fully_shard(model.blocks[1])
+    fully_shard(model)
+    refuse("gain in a sharded block", lambda: model(batches(1)[0][0]))
     refuse("apply after DDP", lambda: bssn_fast.apply(DistributedDataParallel(Critic())))
     for nested in (False, True):
         model = critic()

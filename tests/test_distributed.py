@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import distributed_runs as runs
 import pytest
 import torch
@@ -44,7 +46,7 @@ def assert_trained(result):
 )
 def test_ddp_with_the_same_data_is_one_process(ranks, outer, gradient_groups):
     """Default flags: buffers are broadcast at each forward."""
-    results = ranks.run(runs.ddp, 50, outer, False, gradient_groups)
+    results = ranks.run(functools.partial(runs.ddp, gradient_groups=gradient_groups), 50, outer, False)
     if outer:
         assert_bit_equal(results[1:], results[0])  # the outer module's parameter is trained, too
         return
@@ -52,9 +54,19 @@ def test_ddp_with_the_same_data_is_one_process(ranks, outer, gradient_groups):
 
 
 def test_ddp_with_half_the_data_each_is_one_process(ranks):
-    results = ranks.run(runs.ddp, 50, False, True, 1)
+    results = ranks.run(runs.ddp, 50, False, True)
     expected = runs.alone(50)
     assert_trained(expected)
+    assert_bit_equal(results[1:], results[0])
+    assert_close(results, expected)
+
+
+def test_ddp_with_gains_bounds_and_blocks_is_one_process(ranks):
+    results = ranks.run(functools.partial(runs.ddp, **runs.LAWS), 50, False, True)
+    expected = runs.alone(50, **runs.LAWS)
+    before = {name: gain for name, gain in runs.alone(0, **runs.LAWS).items() if name.endswith("gain")}
+    assert sorted(map(len, before.values())) == [1, 3]
+    assert all((expected[name] - gain).abs().max() > 1e-2 for name, gain in before.items()), "gains are trained"
     assert_bit_equal(results[1:], results[0])
     assert_close(results, expected)
 
@@ -127,6 +139,7 @@ def test_refusals_name_the_layer_and_what_to_do(ranks):
         for what in ("apply after fully_shard", "apply while unsharded", "remove while unsharded"):
             assert said[what].startswith("first: FSDP manages the weight.")
         assert said["read after unshard"] == "(6, 3, 3, 3)"
+        assert "blocks.1.0: a sharded weight cannot have a learned gain" in said["gain in a sharded block"]
         assert "before wrapping in DistributedDataParallel" in said["apply after DDP"]
         assert "Use fully_shard" in said["FullyShardedDataParallel False"]
         assert "Use fully_shard" in said["FullyShardedDataParallel True"]
