@@ -303,25 +303,22 @@ class Normalizer:
     ) -> list[Tensor | None]:
         """The same in torch operations, for gradients of gradients: sigma = <S, W> is a function of W."""
         found: list[Tensor | None] = [None] * len(weights)
-        of_gains: dict[int, Tensor] = {}
         its_gains = dict(zip(self._gained, gains, strict=True))
+        of_gains: dict[int, Tensor] = {}
         vectors = self.batch.rows.snapshot_views(values.snapshot)
-        for j, (weight, grad, stack, dim) in enumerate(zip(weights, grads, self._stacks, self.batch.dims, strict=True)):
+        for j, (weight, grad, stack) in enumerate(zip(weights, grads, self._stacks, strict=True)):
             if grad is None:
                 continue
-            rows = self._rows(slice(j, j + 1))
+            rows, dim = self._rows(slice(j, j + 1)), self.batch.dims[j]
             laws = self.laws.part(range(rows.start, rows.stop))
-            if j in its_gains:
-                laws = laws.with_gains(its_gains[j].reshape(-1).split(1))
+            laws = laws.with_gains(its_gains[j].reshape(-1).split(1)) if j in its_gains else laws
             parts, gain_parts = [], []
             for w, g, own, law in zip(stack.parts(weight), stack.parts(grad), vectors[rows], laws.each(), strict=True):
                 sigma = reference.spectral_norm(w.to(values.sigma.dtype), own, dim)
                 parts.append(reference.normalize_backward(g, w, own, sigma, dim, *law))
-                if j in its_gains:
-                    gain_parts.append(reference.gain_backward(g, w, sigma))
+                gain_parts += [reference.gain_backward(g, w, sigma)] if j in its_gains else []
             found[j] = stack.join(parts)
-            if gain_parts:
-                of_gains[j] = torch.cat(gain_parts)
+            of_gains.update({j: torch.cat(gain_parts)} if gain_parts else {})
         return found + [_like(of_gains.get(j), gain) for j, gain in its_gains.items()]
 
 
