@@ -16,7 +16,7 @@ from bssn_fast.calls.arguments import check_module, check_settings, whole_number
 from bssn_fast.layout import ONE
 from bssn_fast.modules import sharing
 from bssn_fast.modules.advice import Advice
-from bssn_fast.modules.assignment import Learned, Numbers, check_laws, laws_of, stacks_of
+from bssn_fast.modules.assignment import Learned, Numbers, check_laws, checked_blocks, laws_of, stacks_of
 from bssn_fast.modules.call import Caller
 from bssn_fast.modules.changes import all_or_nothing
 from bssn_fast.modules.group import Group, groups_of
@@ -135,12 +135,13 @@ def apply(
             "call bssn_fast.apply before wrapping in DistributedDataParallel, which keeps only those buffers equal on "
             "all ranks that are there when it is made"
         )
-    places = choose(model, names, filter_fn, only, more=blocks if isinstance(blocks, Mapping) else ())
+    divided = checked_blocks(blocks)
+    places = choose(model, names, filter_fn, only, more=divided)
     existing = {}
     for place in places:
         existing[place] = check(place)
         backends.get(backend, weight_of(place, existing[place])[0].device)
-    stacks = stacks_of(model, existing, blocks)
+    stacks = stacks_of(model, existing, divided)
     laws = laws_of(model, stacks, variant, scale=scale, at_most=at_most, gain=gain)
     check_laws(laws, stacks, existing)
     if sharded == "reduce" and any(stack != ONE for stack in stacks.values()):

@@ -200,6 +200,7 @@ BAD = [
     (lambda: Net(), {"blocks": {"nothing": 2}}, "no module or parameter named 'nothing'"),
     (lambda: Net(), {"blocks": {"first": 0}}, r"blocks\['first'\] must be a whole number of at least 1, not 0"),
     (lambda: Net(), {"blocks": {"first": 2.0}}, "must be a whole number"),
+    (lambda: Net(), {"blocks": {3: 2}}, "blocks must be numbers by names"),
     (lambda: Net(), {"blocks": 2}, "blocks must be numbers by names"),
     (
         lambda: Net(),

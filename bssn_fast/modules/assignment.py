@@ -41,23 +41,31 @@ class _Given(NamedTuple):
     by_name: dict[str, Told]
 
 
-def stacks_of(model: nn.Module, existing: Mapping[Place, Norm], blocks: Mapping[str, int] | None) -> dict[Place, Stack]:
+def checked_blocks(blocks: object) -> dict[str, int]:
+    """Return how many blocks are asked for by name; raise ValueError or TypeError for what is no such mapping."""
+    if blocks is None:
+        return {}
+    if not isinstance(blocks, Mapping) or not all(isinstance(name, str) for name in blocks):
+        raise TypeError(f"blocks must be numbers by names, as {{'attention.in_proj_weight': 3}}, not {blocks!r}")
+    for name, given in blocks.items():
+        if whole_number(given) < 1:
+            raise ValueError(f"blocks[{name!r}] must be a whole number of at least 1, not {given!r}")
+    return {name: whole_number(given) for name, given in blocks.items()}
+
+
+def stacks_of(model: nn.Module, existing: Mapping[Place, Norm], blocks: Mapping[str, int]) -> dict[Place, Stack]:
     """Return which matrices each place's weight holds; raise ValueError or TypeError where it cannot be divided so.
 
     existing: the places, and what normalises them now. A layer that has blocks keeps them.
     """
     stacks = {p: n.settings.stack if isinstance(n, SpectralNormalization) else ONE for p, n in existing.items()}
-    if blocks is not None and not isinstance(blocks, Mapping):
-        raise TypeError(f"blocks must be numbers by names, as {{'attention.in_proj_weight': 3}}, not {blocks!r}")
     chosen = {(id(p.module), p.tensor_name): p for p in existing}
     modules = dict(model.named_modules())
-    for name, given in (blocks or {}).items():
+    for name, count in blocks.items():
         found = named(name, modules)
-        place, count = chosen.get((id(found.module), found.tensor_name)), whole_number(given)
+        place = chosen.get((id(found.module), found.tensor_name))
         if place is None:
             raise ValueError(f"blocks names {name!r}, which is not one of the layers to normalise")
-        if count < 1:
-            raise ValueError(f"blocks[{name!r}] must be a whole number of at least 1, not {given!r}")
         norm = existing[place]
         weight, dim = weight_of(place, norm)
         if dim != 0:
