@@ -12,6 +12,8 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 HUGE = 1e150
 """Stands for infinity within scipy, which interpolates between resamples and squares them."""
+INFINITE = HUGE**0.1
+"""From here on numbers are infinite: geometric means of several pairs, of which one is, exceed it too."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def median_interval(values: Sequence[float]) -> Interval:
 
 def _known(x: float) -> float:
     """Return what stands for infinity as infinity, and one over it as 0."""
-    return float("inf") if x > HUGE**0.5 else 0.0 if 0 < x < HUGE**-0.5 else float(x)
+    return float("inf") if x > INFINITE else 0.0 if 0 < x < 1 / INFINITE else float(x)
 
 
 @dataclass(frozen=True)

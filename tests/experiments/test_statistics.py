@@ -38,3 +38,9 @@ def test_diverged_runs_lose_pairs_and_draw_among_themselves() -> None:
     assert (result.ratio.low, result.ratio.high) == (0.0, math.inf)
     with pytest.raises(ValueError, match="differ in number"):
         compare([1.0], [1.0], seeds=[0, 1])
+
+
+def test_one_diverged_run_of_several_pairs_of_a_seed():
+    """The mean of the ratios is that of an infinity, however many others there are."""
+    result = compare([1.0] * 6, [2.0, 2.0, math.inf] * 2, seeds=[0, 0, 0, 1, 1, 1])
+    assert str(result.ratio) == "0 [0, 0]"
