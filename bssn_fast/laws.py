@@ -23,7 +23,7 @@ CONSTANT, AT_MOST, GAIN = range(3)
 
 
 class Law(NamedTuple):
-    """The law of one weight."""
+    """The law of one weight, or of one of the matrices that a weight holds."""
 
     kind: int = CONSTANT
     number: float = 1.0
@@ -31,7 +31,7 @@ class Law(NamedTuple):
 
 
 class Laws:
-    """The laws of the weights of a call, and the gains' tensors [1], in the compute dtype, in the weights' order.
+    """The laws of the matrices of a call, and the gains' tensors [1], in the compute dtype, in the matrices' order.
 
     `Laws.of` returns the same object for the same laws, without tensors.
     """

@@ -8,7 +8,7 @@ output is dimension 0 or 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from math import prod
@@ -46,27 +46,38 @@ def vector_sizes(shape: Sequence[int], dim: int, two_sided: bool) -> tuple[int, 
 
 
 class Stack(NamedTuple):
-    """The matrices that a weight holds, as equal parts of its first dimension; each is normalised by itself."""
+    """The matrices that a weight holds, n equal parts of its first dimension; each is normalised by itself.
+
+    What `apply` calls the weight's blocks.
+    """
 
     n: int = 1
-    bare: bool = False
-    """Whether the first dimension only counts them: each is W[j] then, and else W[j * m : (j + 1) * m]."""
+    indexed: bool = False
+    """Whether the first dimension does nothing but number them: each is W[j] then, else W[j * m : (j + 1) * m]."""
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a weight of this shape can be divided so."""
+        return shape[0] == self.n if self.indexed else shape[0] % self.n == 0
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of each matrix, of the weight's."""
-        return tuple(shape[1:]) if self.bare else (shape[0] // self.n, *shape[1:])
+        return tuple(shape[1:]) if self.indexed else (shape[0] // self.n, *shape[1:])
 
     def parts(self, weight: Tensor) -> Sequence[Tensor]:
         """Return the matrices as views of the weight, or of a tensor of its shape."""
         if self == ONE:
             return (weight,)
-        return weight.unbind(0) if self.bare else weight.chunk(self.n)
+        return weight.unbind(0) if self.indexed else weight.chunk(self.n)
+
+    def numbered(self, weight: Tensor) -> Tensor:
+        """Return the weight as [n, *matrix], for functions that torch.vmap calls with each matrix."""
+        return weight if self.indexed else weight.unflatten(0, (self.n, -1))
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Return a tensor of the weight's shape that holds the parts."""
         if self == ONE:
             return parts[0]
-        return torch.stack(list(parts)) if self.bare else torch.cat(list(parts))
+        return torch.stack(list(parts)) if self.indexed else torch.cat(list(parts))
 
     def vector_shapes(self, shape: Sequence[int], dim: int, two_sided: bool) -> list[tuple[int, ...]]:
         """Return the shapes of a weight's vectors: [size], or [n, size] where it holds several matrices."""
@@ -78,6 +89,10 @@ class Stack(NamedTuple):
         if self == ONE or not vectors:
             return [tuple(vectors)] * self.n
         return list(zip(*[v.unbind(0) for v in vectors], strict=True))
+
+    def each(self, weight: Tensor, vectors: Sequence[Tensor]) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Yield each matrix with its vectors."""
+        return zip(self.parts(weight), self.vectors(vectors), strict=True)
 
     def join_vectors(self, vectors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Return the weight's vectors, of each matrix's."""
@@ -133,7 +148,8 @@ class Batch:
     """The geometry of the weights of one call, and where their normalised copies lie in one flat buffer.
 
     stacks: of each weight; none where each weight is one matrix.
-    rows: the geometry of the single matrices, which is what kernels see: this one, if no weight holds several.
+    rows: the geometry of the single matrices, one row of a kernel's table each: this one, if no weight holds several.
+    first_rows: of each weight, the index of its first matrix in `rows`; last, the number of all.
 
     Whoever keeps things for a geometry, by this object, finds them again at the next call: `of` returns the same one
     for the same weights, or others like them.
@@ -154,13 +170,13 @@ class Batch:
         stacks: tuple[Stack, ...] = (),
     ) -> None:
         self.shapes, self.strides, self.dims, self.two_sided, self.stacks = shapes, strides, dims, two_sided, stacks
-        self.rows, self.first_rows = self, list(range(len(shapes) + 1))  # each weight's first one, and their number
+        self.rows, self.first_rows = self, list(range(len(shapes) + 1))
         if stacks:
             counts = [stack.n for stack in stacks]
             self.first_rows = list(accumulate(counts, initial=0))
             fields = zip(
                 [stack.shape(shape) for stack, shape in zip(stacks, shapes, strict=True)],
-                [stride[stack.bare :] for stack, stride in zip(stacks, strides, strict=True)],
+                [stride[stack.indexed :] for stack, stride in zip(stacks, strides, strict=True)],
                 dims,
                 two_sided,
                 strict=True,

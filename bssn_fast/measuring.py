@@ -39,6 +39,8 @@ class SpectralNorms(NamedTuple):
     bound: on the operator norm of the layer, sqrt(k) min(s_out, s_in), which is s_out where k = 1. It holds for
         convolutions of any stride and dilation (Singla and Feizi, "Fantastic Four", ICLR 2021, theorem 1; with groups
         too, whose operators are parts of those of the matrices), padded with zeros or circularly; infinite for others.
+        Of a layer with blocks it is each block's own. All of it has at most the largest of them where blocks are a
+        convolution's groups, which see different inputs, and sqrt(n) times the largest where they see the same.
     """
 
     s_out: Tensor
@@ -57,7 +59,7 @@ class _Measured(NamedTuple):
     def matrices(self) -> list[tuple[Tensor, list[Tensor]]]:
         """Return what the weight holds, each with its vectors."""
         weight = made_dense(self.weight, self.stack)
-        return [(w, list(v)) for w, v in zip(self.stack.parts(weight), self.stack.vectors(self.vectors), strict=True)]
+        return [(w, list(own)) for w, own in self.stack.each(weight, self.vectors)]
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from bssn_fast.calls.arguments import check_module, check_settings, whole_number
 from bssn_fast.layout import ONE
 from bssn_fast.modules import sharing
 from bssn_fast.modules.advice import Advice
-from bssn_fast.modules.assignment import Learned, Numbers, check_laws, checked_blocks, laws_of, stacks_of
+from bssn_fast.modules.assignment import Learned, Numbers, check_laws, laws_of
+from bssn_fast.modules.blocks import checked_blocks, stacks_of
 from bssn_fast.modules.call import Caller
 from bssn_fast.modules.changes import all_or_nothing
 from bssn_fast.modules.group import Group, groups_of
@@ -67,10 +68,10 @@ def apply(
     """Divide the weights of a model's layers by their spectral norms, in place.
 
     Takes all convolution, transposed convolution, linear and embedding layers, or those that `names` or `filter_fn`
-    choose. Layers that carry one of torch's spectral norms are converted with their vectors, in place
-    where other parametrizations follow. Layers normalised by an
-    earlier `apply` get the new settings. Parameters stay the same objects: an optimizer built before stays valid. A
-    Parameter that several layers share is normalised once, with the vectors of the first.
+    choose. Layers that carry one of torch's spectral norms are converted with their vectors, in place where other
+    parametrizations follow. Layers normalised by an earlier `apply`, and parameters that were named to it, get the new
+    settings. Parameters stay the same objects: an optimizer built before stays valid. A Parameter that several layers
+    share is normalised once, with the vectors of the first.
 
     Complex weights, weights of one dimension, and converted weights whose output dimension is neither 0 nor 1 are
     normalised one by one, in plain torch operations.
@@ -94,9 +95,9 @@ def apply(
             train it. With n blocks it is [n].
         blocks: of layers and parameters by name, as in `names`: how many matrices the weight holds, as equal parts of
             its first dimension, {"attention.in_proj_weight": 3} for queries, keys and values. Each is divided by a
-            sigma of its own. Of a parameter [n, c_out, ...] with n blocks, the first dimension only counts them.
-            Parameters that are named here are normalised too, unless `names` or `only` chooses. A layer keeps its
-            blocks when it is normalised anew.
+            sigma of its own. A parameter [n, c_out, ...] that is no convolution's weight holds n matrices, and its
+            first dimension only numbers them. Parameters that are named here are normalised too, unless `names` or
+            `only` chooses. A layer keeps its blocks when it is normalised anew.
         n_power_iterations: at each normalisation in training. By default 1, or that of a converted layer.
         eps: smallest length that a vector is divided by. By default 1e-12, or that of a converted layer.
         names: only these layers, as in `model.named_modules()`, or single parameters of any module, as in
@@ -147,7 +148,7 @@ def apply(
     if sharded == "reduce" and any(stack != ONE for stack in stacks.values()):
         raise ValueError("blocks are normalised once the weight is gathered; use sharded='auto' or 'gather'")
     if names is None and filter_fn is None and only is None:
-        tell_of_added(places)
+        tell_of_added([place for place in places if stacks[place] == ONE])
     with all_or_nothing(model):
         told = {p: settings._replace(kind=law.kind, scale=law.number, stack=stacks[p]) for p, law in laws.items()}
         _put_on(model, existing, told)
@@ -186,8 +187,9 @@ def spectral_norm(
     settings = _settings("sn", n_power_iterations, eps, "access", "", 1, "auto")
     place = own_place(module, name, dim)
     existing = {place: check(place)}
+    stacks = stacks_of(module, existing, {})
     with all_or_nothing(module):
-        _put_on(module, existing, {place: settings})
+        _put_on(module, existing, {place: settings._replace(stack=stacks[place])})
     return module
 
 

@@ -2,7 +2,7 @@
 
 Both write into tensors that the caller has allocated, so that their fake kernels have nothing to do. All weights of
 a call share device and dtype. Autograd lies outside, in `calls.normalizer`. A weight that holds several matrices
-(`counts`, `bare`: a `layout.Stack` each, none where all weights are one matrix) is taken apart here: backends see
+(`counts`, `indexed`: a `layout.Stack` each, none where all weights are one matrix) is taken apart here: backends see
 matrices.
 """
 
@@ -22,13 +22,13 @@ from bssn_fast.layout import PLAIN_CLASSES, Batch, Stack
 _library = torch.library.Library("bssn_fast", "DEF")
 
 _library.define(
-    "normalize(Tensor[] weights, Tensor(a!)[] vectors, int[] dims, bool[] two_sided, int[] counts, bool[] bare, "
+    "normalize(Tensor[] weights, Tensor(a!)[] vectors, int[] dims, bool[] two_sided, int[] counts, bool[] indexed, "
     "int[] kinds, float[] numbers, Tensor[] gains, float eps, int n_power_iterations, Tensor(b!)[] normalized, "
     "Tensor(c!) snapshot, Tensor(d!) sigma, str backend) -> ()"
 )
 _library.define(
     "normalize_backward(Tensor[] grads, Tensor[] weights, int[] layers, int[] dims, bool[] two_sided, "
-    "int[] counts, bool[] bare, int[] kinds, float[] numbers, Tensor[] gains, Tensor snapshot, Tensor sigma, "
+    "int[] counts, bool[] indexed, int[] kinds, float[] numbers, Tensor[] gains, Tensor snapshot, Tensor sigma, "
     "Tensor(a!)[] grad_weights, Tensor(b!)? grad_gains, str backend) -> ()"
 )
 
@@ -39,7 +39,7 @@ def _normalize(
     dims: list[int],
     two_sided: list[bool],
     counts: list[int],
-    bare: list[bool],
+    indexed: list[bool],
     kinds: list[int],
     numbers: list[float],
     gains: list[Tensor],
@@ -51,7 +51,7 @@ def _normalize(
     backend: str,
 ) -> None:
     """Normalise n weights. `backends` documents the arguments."""
-    batch, laws = Batch.of(weights, dims, two_sided, list(map(Stack, counts, bare))), _laws(kinds, numbers, gains)
+    batch, laws = Batch.of(weights, dims, two_sided, list(map(Stack, counts, indexed))), _laws(kinds, numbers, gains)
     _forward(batch, weights, vectors, laws, eps, n_power_iterations, normalized, snapshot, sigma, backend)
 
 
@@ -62,7 +62,7 @@ def _normalize_backward(
     dims: list[int],
     two_sided: list[bool],
     counts: list[int],
-    bare: list[bool],
+    indexed: list[bool],
     kinds: list[int],
     numbers: list[float],
     gains: list[Tensor],
@@ -73,7 +73,7 @@ def _normalize_backward(
     backend: str,
 ) -> None:
     """Gradients of the weights of some of n layers. `backends` documents the arguments."""
-    batch = Batch.of(weights, dims, two_sided, list(map(Stack, counts, bare)))
+    batch = Batch.of(weights, dims, two_sided, list(map(Stack, counts, indexed)))
     outputs = snapshot, sigma, grad_weights, grad_gains
     _backward(batch, grads, weights, layers, _laws(kinds, numbers, gains), *outputs, backend)
 
@@ -125,8 +125,8 @@ def _laws(kinds: Sequence[int], numbers: Sequence[float], gains: Sequence[Tensor
 
 
 def _flat(batch: Batch, laws: Laws) -> tuple[object, ...]:
-    counts, bare = [stack.n for stack in batch.stacks], [stack.bare for stack in batch.stacks]
-    geometry = list(batch.dims), list(batch.two_sided), counts, bare
+    counts, indexed = [stack.n for stack in batch.stacks], [stack.indexed for stack in batch.stacks]
+    geometry = list(batch.dims), list(batch.two_sided), counts, indexed
     return *geometry, list(laws.kinds), list(laws.numbers), list(laws.gains)
 
 

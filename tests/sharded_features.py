@@ -14,8 +14,8 @@ from sharded_runs import TENSOR_PARALLEL, Network, Result, batches, sharded_netw
 from support import vectors_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
 
@@ -186,6 +186,26 @@ def double_backward(sharded: bool) -> Result:
     (second,) = torch.autograd.grad(full(first.square().sum()), original, create_graph=True)
     (third,) = torch.autograd.grad(full(second.square().mean()), original)
     return {"first": full(first.detach()), "second": full(second.detach()), "third": full(third)}
+
+
+def fully_sharded_after_a_call(how: str) -> Result:
+    """Weights of a normalised model become DTensors; it is called once, and then given to fully_shard.
+
+    FSDP's own pieces must then be told from those of tensor parallelism.
+    """
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "tensor"))
+    model = bssn_fast.apply(nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 2, bias=False)), sharded=how)
+    for layer, dim in zip(model, (0, 1), strict=True):
+        placed = distribute_tensor(layer.parametrizations.weight.original.detach(), mesh["tensor"], [Shard(dim)])
+        layer.parametrizations.weight.original = nn.Parameter(placed)
+    x = distribute_tensor(torch.ones(3, 4), mesh["tensor"], [Replicate()])
+    model(x)
+    for module in (*model, model):
+        fully_shard(module, mesh=mesh["data"])
+    loss = model(x).square().mean()
+    loss.backward()
+    return {"loss": full(loss.detach()), **vectors_of(model)}
 
 
 def corners(how: str) -> Result:

@@ -110,8 +110,8 @@ class Plain(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         s = self.settings
-        n, (blocks, bare) = s.n_power_iterations if self.training else 0, s.stack
-        if blocks == 1 and not bare:
+        n, (blocks, indexed) = s.n_power_iterations if self.training else 0, s.stack
+        if blocks == 1 and not indexed:
             result, self.vectors, self.sigma = reference.normalize(
                 weight, self.vectors, self.dim, scale=s.scale, eps=s.eps, n_power_iterations=n
             )
@@ -119,7 +119,7 @@ class Plain(nn.Module):
         rows = weight.shape[0] // blocks
         found = [
             reference.normalize(
-                weight[j] if bare else weight[j * rows : (j + 1) * rows],
+                weight[j] if indexed else weight[j * rows : (j + 1) * rows],
                 tuple(v[j] for v in self.vectors),
                 0,
                 scale=law.number,

@@ -197,6 +197,17 @@ def test_which_weights_are_taken():
 BAD = [
     (lambda: Net(), {"blocks": {"head": 2}}, "head: a weight of shape .1, 64. cannot be divided into 2 blocks"),
     (lambda: Net(), {"blocks": {"body.3": 2}}, "body.3: blocks are parts of the first dimension, and its output is"),
+    (
+        lambda: Blocks(),
+        {"blocks": {"experts.weight": 2}},
+        "experts: .* into 2 blocks; give as many as its first dimension, 3",
+    ),
+    (lambda: Net(), {"blocks": {"head": 1, "head.weight": 1}}, "blocks names head twice, as 'head' and 'head.weight'"),
+    (
+        lambda: nn.Linear(4, 3),
+        {"blocks": {"": 2}},
+        "Linear: a weight of shape .3, 4. cannot be divided into 2 blocks; give",
+    ),
     (lambda: Net(), {"blocks": {"nothing": 2}}, "no module or parameter named 'nothing'"),
     (lambda: Net(), {"blocks": {"first": 0}}, r"blocks\['first'\] must be a whole number of at least 1, not 0"),
     (lambda: Net(), {"blocks": {"first": 2.0}}, "must be a whole number"),
@@ -222,12 +233,12 @@ BAD = [
     (
         lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 4))),
         {"blocks": {"0": 2}},
-        "0: the weight is normalised as one matrix already; remove that normalisation first",
+        "0: the weight is normalised as one block already; take torch's spectral norm off first",
     ),
     (
         lambda: bssn_fast.apply(nn.Sequential(nn.Linear(4, 4)), blocks={"0": 2}),
         {"blocks": {"0": 4}},
-        "0: the weight is normalised as 2 blocks already",
+        "0: the weight is normalised as 2 blocks already; call bssn_fast.remove, and apply again",
     ),
 ]
 
@@ -263,3 +274,78 @@ def test_a_mixture_with_layers_without_blocks_keeps_their_numbers():
         net(x)
     for name in ("head", "embed", "body.1", "body.3"):
         assert torch.equal(bssn_fast.sigma(first)[name], bssn_fast.sigma(second)[name])
+
+
+def test_a_weight_that_is_given_another_shape():
+    """Its blocks would be others; those of experts are numbered by the first dimension."""
+    model = blocks()
+    model(inputs())
+    vectors = vectors_of(model)
+    for layer, shape in (
+        (model.qkv, (8, 5)),
+        (model.qkv, (12, 5)),
+        (model.experts, (2, 5, 4)),
+        (model.experts, (4, 5, 4)),
+    ):
+        before = original(layer)
+        layer.parametrizations.weight.original = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+        for call in (lambda: model(inputs()), lambda layer=layer: layer.weight):
+            with pytest.raises(ValueError, match="does not fit its layer's vectors"):
+                call()
+        layer.parametrizations.weight.original = before
+    assert same(vectors, vectors_of(model))
+
+
+def test_matrices_of_modules_that_are_layers_too():
+    """Only of a convolution's own weight are further dimensions kernel positions."""
+
+    class Adapted(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.adapters = nn.Parameter(torch.randn(3, 2, 4))
+
+    class Batched(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.weight = nn.Parameter(torch.randn(3, 2, 4))
+
+        def forward(self, x):
+            return x @ self.weight.mT
+
+    for model, name in ((Adapted(), "adapters"), (Batched(), "weight")):
+        bssn_fast.apply(model, "sn", names=[name], blocks={name: 3})
+        for _ in range(200):
+            model(torch.randn(2, 4))
+        weight = model.parametrizations[name].original.detach()
+        (found,) = bssn_fast.sigma(model).values()
+        torch.testing.assert_close(found, torch.linalg.matrix_norm(weight, 2))
+
+
+def test_parameters_that_were_named_before_get_the_new_settings(launches):
+    model = blocks("sn")
+    attention = bssn_fast.apply(nn.MultiheadAttention(8, 2), "sn", blocks={"in_proj_weight": 3})
+    bssn_fast.apply(model, "ssn"), bssn_fast.apply(attention, "ssn")
+    for net in (model, attention):
+        assert {p.settings.variant for p in net.modules() if hasattr(p, "settings")} == {"ssn"}
+    launches.clear()
+    model(inputs())
+    assert launches == [(9, 1)]
+
+
+def test_the_other_functions_keep_blocks():
+    model = blocks("bssn")
+    before = norm_of(model.qkv)._u.clone()
+    bssn_fast.spectral_norm(model.qkv)
+    assert torch.equal(norm_of(model.qkv)._u, before)
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    bssn_fast.apply(tied, "sn", names=["0"], blocks={"0": 2})
+    bssn_fast.apply(tied, "bsn", names=["1"])
+    assert norm_of(tied[0]) is norm_of(tied[1])
+    assert bssn_fast.sigma(tied)["1"].shape == (2,)
+
+
+def test_numbers_in_tensors_and_arrays():
+    for numbers in (torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0.5, 1.0, 2.0]).numpy()):
+        model = blocks("bssn", scale={"qkv": numbers})
+        assert norm_of(model.qkv).settings.scale == (0.5, 1.0, 2.0)

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from block_models import Blocks, blocks, inputs
+from block_models import BLOCKS, Blocks, blocks, inputs
 from compiling import as_model, as_part, fresh_compiler
 from support import assert_same_gradients, norm_of, original, plain_copy, same, vectors_of
 from torch import nn
@@ -168,3 +168,46 @@ def test_exported():
     x = inputs(dtype=torch.float32)
     exported = torch.export.export(model, (x,)).module()
     torch.testing.assert_close(exported(x), model(x))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+def test_checkpoints_of_other_blocks_are_refused_before_anything_is_loaded(strict, assign):
+    whole = bssn_fast.apply(Blocks().double(), "sn", names=["conv", "qkv", "experts.weight", "head"])
+    others = bssn_fast.apply(Blocks().double(), "sn", blocks={**BLOCKS, "qkv": 9})
+    for saved, model in ((whole, blocks("sn")), (blocks("sn"), whole), (others, blocks("sn"))):
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises(RuntimeError, match=r"the checkpoint's vectors are those of . blocks, and the layer has"):
+            model.load_state_dict(saved.state_dict(), strict=strict, assign=assign)
+        changed = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+        assert "qkv" not in changed
+        state = {k: v for k, v in saved.state_dict().items() if "_u" not in k and "_v" not in k}
+        model.load_state_dict(state)
+        x = inputs()
+        assert torch.equal(original(model.qkv), original(saved.qkv))
+        assert model(x).isfinite().all()
+
+
+def test_one_question_to_the_device_whatever_the_blocks(monkeypatch):
+    """Whether vectors still belong is asked for all blocks at once."""
+    asked = 0
+    convert = torch.Tensor.__bool__
+
+    def counting(self):
+        nonlocal asked
+        asked += 1
+        return convert(self)
+
+    counts = []
+    for n in (2, 64):
+        model = bssn_fast.apply(nn.Linear(6, 128), "bssn", blocks={"": n})
+        for _ in range(30):
+            model(torch.randn(2, 6))
+        with torch.no_grad():
+            original(model).add_(1e-4 * torch.randn(128, 6))
+        asked = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "__bool__", counting)
+            model.eval()(torch.randn(2, 6))
+        counts.append(asked)
+    assert counts[0] == counts[1] > 0

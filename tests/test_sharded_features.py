@@ -7,7 +7,11 @@ import sharded_features as features
 import torch
 import torch.distributed
 from ranks import Ranks
+from support import vectors_of
 from test_sharded import assert_bit_equal, assert_one_process
+from torch import nn
+
+import bssn_fast
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
@@ -76,3 +80,14 @@ def test_gradients_of_gradients(ranks):
     for found in ranks.run(features.double_backward, True):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("how", ["auto", "gather"])
+def test_fully_shard_after_a_call_with_tensor_parallelism(ranks, how):
+    torch.manual_seed(0)
+    model = bssn_fast.apply(nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 2, bias=False)))
+    model(torch.ones(3, 4))
+    expected = {"loss": model(torch.ones(3, 4)).square().mean().detach(), **vectors_of(model)}
+    for found in ranks.run(features.fully_sharded_after_a_call, how):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, msg=lambda m, name=name: f"{name}: {m}")

@@ -85,21 +85,17 @@ def normalize(
     used = [v.clone() for v in stored] if vectors is None else list(vectors)  # a graph keeps them
     if n_power_iterations and used:
         constant = weight.detach().to(compute_dtype(weight.dtype))  # no_grad would let forward-mode derivatives pass
-        each = stack.vectors(used)
         for _ in range(n_power_iterations):
-            pairs = zip(stack.parts(constant), each, strict=True)
-            each = [reference.power_iteration(part, own, member.dim, s.eps) for part, own in pairs]
-        used = stack.join_vectors(each)
+            pairs = stack.each(constant, used)
+            used = stack.join_vectors([reference.power_iteration(w, own, member.dim, s.eps) for w, own in pairs])
         for old, new in zip(stored, used, strict=True):
             _write(old, new)
     numbers: Sequence[float | Tensor] = [law.number for law in s.laws]
     if member.gain is not None:
         numbers = member.gain.to(used[0].real.dtype if used else member.gain.dtype).split(1)
     found = [
-        reference.normalize(
-            part, own, member.dim, scale=number, at_most=s.kind == AT_MOST, eps=s.eps, n_power_iterations=0
-        )
-        for part, own, number in zip(stack.parts(weight), stack.vectors(used), numbers, strict=True)
+        reference.normalize(w, own, member.dim, scale=c, at_most=s.kind == AT_MOST, eps=s.eps, n_power_iterations=0)
+        for (w, own), c in zip(stack.each(weight, used), numbers, strict=True)
     ]
     member.measured.sigma = None  # whoever asks for it computes it
     if not torch.compiler.is_compiling() and not wants_plain_operations([weight]):

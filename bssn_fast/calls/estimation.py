@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -71,17 +72,20 @@ def belong(
     weight is new. What a step of training, or slow convergence, leaves to be done is far less, and is left to the
     iterations to come.
     """
+    if not vectors:
+        return True
+
+    def good(w: Tensor, *own: Tensor) -> Tensor:
+        found = []
+        for j in range(0, len(own), 2):  # the input side is the output side of the other dimension
+            side, pair = (dim if j == 0 else input_dimension(dim)), own[j : j + 2]
+            now = reference.spectral_norm(w, pair, side).abs()
+            then = reference.spectral_norm(w, reference.power_iteration(w, pair, side, eps), side).abs()
+            found.append(~(now < at_least * then))  # true where a weight is not finite
+        return torch.stack(found).all()
+
     w = weight.detach().to(compute_dtype(weight.dtype))
-    if stack != ONE:
-        pairs = zip(stack.parts(w), stack.vectors(vectors), strict=True)
-        return all(belong(part, own, dim, eps, at_least=at_least) for part, own in pairs)
-    for j in range(0, len(vectors), 2):  # the input side is the output side of the other dimension
-        side, pair = (dim if j == 0 else input_dimension(dim)), tuple(vectors[j : j + 2])
-        now = reference.spectral_norm(w, pair, side).abs()
-        then = reference.spectral_norm(w, reference.power_iteration(w, pair, side, eps), side).abs()
-        if float(now) < at_least * float(then):  # False where a weight is not finite
-            return False
-    return True
+    return bool(good(w, *vectors) if stack == ONE else torch.vmap(good)(stack.numbered(w), *vectors).all())
 
 
 def random_direction(weight: Tensor, shape: Sequence[int]) -> Tensor:
@@ -109,15 +113,13 @@ def estimate_vectors(
     hints: where to start, in the same order, as far as known; of any length and dtype.
     """
     weight = weight.detach()
-    if stack != ONE:
-        own = [[h[j] if h is not None and len(h) == stack.n else None for h in hints] for j in range(stack.n)]
-        parts = zip(stack.parts(weight), own, strict=True)
-        return stack.join_vectors(
-            [estimate_vectors(part, dim, two_sided, hints=h, eps=eps, backend=backend) for part, h in parts]
-        )
-    vectors = start_vectors(weight, dim, two_sided, hints)
+    starts = []
+    for j, part in enumerate(stack.parts(weight)):
+        own = hints if stack == ONE else [None if h is None or len(h) != stack.n else h[j] for h in hints]
+        starts.append(start_vectors(part, dim, two_sided, own))
+    vectors = stack.join_vectors(starts)
     if vectors:
-        until_it_stands_still(_iterations(weight, dim, vectors, eps, backend))
+        until_it_stands_still(_iterations(weight, dim, vectors, eps, backend, stack))
     return vectors
 
 
@@ -144,30 +146,35 @@ def start_vectors(weight: Tensor, dim: int, two_sided: bool, hints: Sequence[Ten
     return vectors
 
 
-def until_it_stands_still(iterate: Callable[[int], float]) -> None:
-    """Make power iterations until sigma stands still: `iterate` makes so many and returns it.
+def until_it_stands_still(iterate: Callable[[int], Sequence[float]]) -> None:
+    """Make power iterations until sigmas stand still: `iterate` makes so many and returns them.
 
-    Each round does twice as many as the one before, until one brings less than 0.2%. As the error falls at least as 1/n
-    on the spectra of random matrices, it is then no larger than that.
+    Each round does twice as many as the one before, until one brings none of them 0.2%. As the error falls at least as
+    1/n on the spectra of random matrices, it is then no larger than that.
     """
-    n, before = _FIRST_ROUND, 0.0
-    while n <= _MOST_IN_A_ROUND:
-        sigma = iterate(n)
-        if not sigma > before * (1 + _STANDING_STILL):  # also where it is not a number
+    n, before = _FIRST_ROUND, iterate(_FIRST_ROUND)
+    while n < _MOST_IN_A_ROUND and any(sigma > 0 for sigma in before):
+        n *= 2
+        now = iterate(n)
+        if not any(s > old * (1 + _STANDING_STILL) for s, old in zip(now, before, strict=True)):  # also of no number
             break
-        n, before = 2 * n, sigma
+        before = now
 
 
-def _iterations(weight: Tensor, dim: int, vectors: list[Tensor], eps: float, backend: str) -> Callable[[int], float]:
-    """Return what makes so many power iterations, in place, and returns sigma."""
+def _iterations(
+    weight: Tensor, dim: int, vectors: list[Tensor], eps: float, backend: str, stack: Stack
+) -> Callable[[int], Sequence[float]]:
+    """Return what makes so many power iterations, in place, and returns the sigma of each matrix."""
     if fits_kernels(weight, dim):
-        normalizer = Normalizer([weight], [dim], [len(vectors) == 4], laws=[Law()], eps=eps, backend=backend)
-        return lambda n: float(normalizer.compute([weight], vectors, n, weight.dtype).sigma[0])
+        laws, stacks, two_sided = [Law()] * stack.n, [stack], [len(vectors) == 4]
+        normalizer = Normalizer([weight], [dim], two_sided, laws=laws, eps=eps, backend=backend, stacks=stacks)
+        return lambda n: cast(list[float], normalizer.compute([weight], vectors, n, weight.dtype).sigma.tolist())
     w = weight.to(vectors[0].dtype)
 
-    def iterate(n: int) -> float:
+    def iterate(n: int) -> list[float]:
         for _ in range(n):
-            vectors[:] = reference.power_iteration(w, tuple(vectors), dim, eps)
-        return float(reference.spectral_norm(w, tuple(vectors), dim).abs())
+            each = stack.each(w, vectors)
+            vectors[:] = stack.join_vectors([reference.power_iteration(m, own, dim, eps) for m, own in each])
+        return [float(reference.spectral_norm(m, own, dim).abs()) for m, own in stack.each(w, vectors)]
 
     return iterate

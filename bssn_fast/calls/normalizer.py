@@ -316,9 +316,11 @@ class Normalizer:
             for w, g, own, law in zip(stack.parts(weight), stack.parts(grad), vectors[rows], laws.each(), strict=True):
                 sigma = reference.spectral_norm(w.to(values.sigma.dtype), own, dim)
                 parts.append(reference.normalize_backward(g, w, own, sigma, dim, *law))
-                gain_parts += [reference.gain_backward(g, w, sigma)] if j in its_gains else []
+                if j in its_gains:
+                    gain_parts.append(reference.gain_backward(g, w, sigma))
             found[j] = stack.join(parts)
-            of_gains.update({j: torch.cat(gain_parts)} if gain_parts else {})
+            if gain_parts:
+                of_gains[j] = torch.cat(gain_parts)
         return found + [_like(of_gains.get(j), gain) for j, gain in its_gains.items()]
 
 
@@ -337,7 +339,7 @@ def _in_one_buffer(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _number(gain: Tensor, like: Tensor) -> Tensor:
-    """Return a gain [1] as the kernels read it."""
+    """Return a gain, or those of a weight's matrices, as the kernels read them."""
     if gain.dtype == like.dtype and gain.device == like.device and has_plain_memory(gain):
         return gain
     return gain.detach().to(like.device, like.dtype).resolve_neg()  # torch refuses to copy from freed memory

@@ -369,7 +369,8 @@ def checked_vectors(member: Member, vectors: list[Tensor], weight: Tensor) -> li
     Raises ValueError if their sizes do not belong to the weight's shape, RuntimeError if their memory is gone.
     """
     stack, name = member.settings.stack, member.name
-    if [tuple(v.shape) for v in vectors] != stack.vector_shapes(weight.shape, member.dim, member.two_sided):
+    shapes = stack.vector_shapes(weight.shape, member.dim, member.two_sided)
+    if not stack.fits(weight.shape) or [tuple(v.shape) for v in vectors] != shapes:
         raise ValueError(
             f"bssn_fast: {name}: a weight of shape {tuple(weight.shape)} does not fit its layer's vectors, which are "
             "those of another shape. Call bssn_fast.remove before a weight changes shape, and apply again"

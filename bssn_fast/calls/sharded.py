@@ -99,10 +99,10 @@ class ShardedPlan:
             refuse_unfit(w, name)
             if self._gathered:
                 refuse_ungathered(w, m, name)
-            if m.settings.stack != ONE:
-                refuse_stack(name)
                 if not is_managed(m):
                     m.placements = placements_of(w)
+            if m.settings.stack != ONE:
+                refuse_stack(name)
         self._layers = [
             Layer(Part(w), m.dim, m.two_sided, m.settings.eps) for m, w in zip(self.members, weights, strict=True)
         ]
@@ -282,9 +282,9 @@ class ShardedPlan:
         m, alone = self.members[j], Layers([self._layers[j]], [self._dtypes[j]])
         vectors = [tuple(start_vectors(weight, m.dim, m.two_sided, hints))]
 
-        def iterate(n: int) -> float:
+        def iterate(n: int) -> list[float]:
             vectors[:], sides = alone.iterate([local], vectors, n)
-            return float(sides[0].mean())
+            return [float(sides[0].mean())]
 
         until_it_stands_still(iterate)
         return vectors[0]

@@ -1,4 +1,4 @@
-"""What each weight gets: its law, and its blocks, of what `apply` was told for all layers or for some by names."""
+"""Which law each weight gets: what `apply` was told for all layers, or for some by their names."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from bssn_fast.calls.arguments import positive, refuse_trained, whole_number
+from bssn_fast.calls.arguments import positive, refuse_trained
 from bssn_fast.calls.composite import wants_plain_operations
-from bssn_fast.distributed.sharded import is_sharded, refuse_gain, refuse_stack
+from bssn_fast.distributed.sharded import is_sharded, refuse_gain
 from bssn_fast.laws import AT_MOST, CONSTANT, GAIN
 from bssn_fast.layout import ONE, Stack
-from bssn_fast.modules.parametrization import SpectralNormalization
-from bssn_fast.modules.places import LAYER_TYPES, Norm, Place, named, weight_of
+from bssn_fast.modules.blocks import shown_blocks
+from bssn_fast.modules.places import Norm, Place, named, weight_of
 from bssn_fast.modules.settings import VARIANTS
 
 DEFAULT_SCALE = 2**0.5
@@ -26,8 +26,8 @@ Learned = Literal["learn"] | Iterable[str] | None
 """All layers, or these."""
 
 
-class Told(NamedTuple):
-    """The law of a weight, whose number may be several: one for each of its blocks."""
+class WeightLaw(NamedTuple):
+    """The law of a weight: its kind (laws.py), and its number or one for each of the weight's blocks."""
 
     kind: int
     number: float | tuple[float, ...]
@@ -37,50 +37,8 @@ class _Given(NamedTuple):
     """An argument of `apply`: the law for all layers, if it has one, and those of single layers."""
 
     argument: str
-    general: Told | None
-    by_name: dict[str, Told]
-
-
-def checked_blocks(blocks: object) -> dict[str, int]:
-    """Return how many blocks are asked for by name; raise ValueError or TypeError for what is no such mapping."""
-    if blocks is None:
-        return {}
-    if not isinstance(blocks, Mapping) or not all(isinstance(name, str) for name in blocks):
-        raise TypeError(f"blocks must be numbers by names, as {{'attention.in_proj_weight': 3}}, not {blocks!r}")
-    for name, given in blocks.items():
-        if whole_number(given) < 1:
-            raise ValueError(f"blocks[{name!r}] must be a whole number of at least 1, not {given!r}")
-    return {name: whole_number(given) for name, given in blocks.items()}
-
-
-def stacks_of(model: nn.Module, existing: Mapping[Place, Norm], blocks: Mapping[str, int]) -> dict[Place, Stack]:
-    """Return which matrices each place's weight holds; raise ValueError or TypeError where it cannot be divided so.
-
-    existing: the places, and what normalises them now. A layer that has blocks keeps them.
-    """
-    stacks = {p: n.settings.stack if isinstance(n, SpectralNormalization) else ONE for p, n in existing.items()}
-    chosen = {(id(p.module), p.tensor_name): p for p in existing}
-    modules = dict(model.named_modules())
-    for name, count in blocks.items():
-        found = named(name, modules)
-        place = chosen.get((id(found.module), found.tensor_name))
-        if place is None:
-            raise ValueError(f"blocks names {name!r}, which is not one of the layers to normalise")
-        norm = existing[place]
-        weight, dim = weight_of(place, norm)
-        if dim != 0:
-            raise ValueError(f"{name}: blocks are parts of the first dimension, and its output is dimension {dim}")
-        if weight.shape[0] % count:
-            raise ValueError(f"{name}: a weight of shape {tuple(weight.shape)} cannot be divided into {count} blocks")
-        counted = weight.ndim > 2 and weight.shape[0] == count
-        stack = Stack(count, counted and not isinstance(place.module, LAYER_TYPES))
-        if stack != stacks[place] and norm is not None:
-            has = f"{stacks[place].n} blocks" if stacks[place] != ONE else "one matrix"
-            raise ValueError(f"{name}: the weight is normalised as {has} already; remove that normalisation first")
-        if is_sharded(weight) and stack != ONE:
-            refuse_stack(name)
-        stacks[place] = stack
-    return stacks
+    general: WeightLaw | None
+    by_name: dict[str, WeightLaw]
 
 
 def laws_of(
@@ -91,7 +49,7 @@ def laws_of(
     scale: Numbers,
     at_most: Numbers,
     gain: Learned,
-) -> dict[Place, Told]:
+) -> dict[Place, WeightLaw]:
     """Return the law of each place; raise ValueError or TypeError for arguments that contradict each other.
 
     A law for single layers goes before one for all.
@@ -110,7 +68,7 @@ def laws_of(
             f"{'sn' if variant == 'ssn' else 'bsn'!r}"
         )
     default = general[0].general if general else None
-    laws = dict.fromkeys(stacks, default or Told(CONSTANT, DEFAULT_SCALE if scaled else 1.0))
+    laws = dict.fromkeys(stacks, default or WeightLaw(CONSTANT, DEFAULT_SCALE if scaled else 1.0))
     givers: dict[Place, str] = {}
     chosen = {(id(p.module), p.tensor_name): p for p in stacks}
     modules = dict(model.named_modules())
@@ -123,13 +81,13 @@ def laws_of(
             if place in givers:
                 raise ValueError(f"{name}: {givers[place]} and {argument} both give the layer a law; keep one of them")
             if isinstance(law.number, tuple) and (stacks[place] == ONE or len(law.number) != stacks[place].n):
-                has = "one block" if stacks[place] == ONE else f"{stacks[place].n} blocks"
+                has = shown_blocks(stacks[place])
                 raise ValueError(f"{argument}[{name!r}] has {len(law.number)} numbers, and the weight {has}")
             laws[place], givers[place] = law, argument
     return laws
 
 
-def check_laws(laws: Mapping[Place, Told], stacks: Mapping[Place, Stack], existing: Mapping[Place, Norm]) -> None:
+def check_laws(laws: Mapping[Place, WeightLaw], stacks: Mapping[Place, Stack], existing: Mapping[Place, Norm]) -> None:
     """Raise ValueError for laws and blocks that the weights cannot have; existing: what normalises them now."""
     known: dict[tuple[int, int], Place] = {}
     for place, law in laws.items():
@@ -154,20 +112,24 @@ def _numbers(argument: str, value: object, kind: int) -> _Given:
         return _Given(argument, None, {})
     if not isinstance(value, Mapping):
         refuse_trained(value, argument)
-        return _Given(argument, Told(kind, positive(value, argument)), {})
+        return _Given(argument, WeightLaw(kind, positive(value, argument)), {})
     by_name = {}
     for name, number in value.items():
         if not isinstance(name, str):
             raise TypeError(f"{argument} must have names of layers as keys, not {type(name).__name__}")
         shown = f"{argument}[{name!r}]"
         refuse_trained(number, shown)
+        if getattr(number, "ndim", 0) == 1:  # a tensor or an array
+            number = number.tolist()
         several = isinstance(number, (list, tuple))
-        by_name[name] = Told(kind, tuple([positive(n, shown) for n in number]) if several else positive(number, shown))
+        by_name[name] = WeightLaw(
+            kind, tuple([positive(n, shown) for n in number]) if several else positive(number, shown)
+        )
     return _Given(argument, None, by_name)
 
 
 def _learned(gain: object) -> _Given:
-    law = Told(GAIN, 0.0)
+    law = WeightLaw(GAIN, 0.0)
     if gain is None:
         return _Given("gain", None, {})
     if gain == "learn":

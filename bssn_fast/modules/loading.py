@@ -146,6 +146,7 @@ def _translate(
             for key in [k for k in (f"{target}0._u", f"{target}0._v") if k in state_dict]:
                 if not norm.vector_names:  # torch's hook has vectors for a weight of one dimension too
                     del state_dict[key]
+            _refuse_other_blocks(state_dict, target, norm, weight)
             _complete(state_dict, target, norm, weight)
             _complete_gain(state_dict, target, norm, weight, plain)
 
@@ -188,6 +189,24 @@ def _of_the_weight_that_stays(
     if all(are_units(found)) and belong(weight, found, norm.dim, norm.settings.eps, stack=norm.settings.stack):
         return fitting
     return {key: v.clone() for key, v in zip(keys, own, strict=True) if key in fitting}
+
+
+def _refuse_other_blocks(
+    state_dict: MutableMapping[str, Any], target: str, norm: SpectralNormalization, weight: Tensor
+) -> None:
+    """Raise RuntimeError for vectors of other blocks than the layer's, before anything is loaded."""
+    for name, shape in zip(
+        norm.vector_names, norm.settings.stack.vector_shapes(weight.shape, norm.dim, norm.two_sided), strict=True
+    ):
+        vector = state_dict.get(f"{target}0.{name}")
+        found = shape if vector is None else tuple(vector.shape)
+        if len(found) in (1, 2) and found[:-1] != shape[:-1]:
+            n = found[0] if len(found) == 2 else 1
+            raise RuntimeError(
+                f"{norm.name}: the checkpoint's vectors are those of {n} blocks, and the layer has "
+                f"{norm.settings.stack.n}. Call bssn_fast.apply with the same blocks before loading, or delete the "
+                f"vectors {target}0.{norm.vector_names[0]} and so on, and the gain, from the checkpoint"
+            )
 
 
 def _complete(state_dict: MutableMapping[str, Any], target: str, norm: SpectralNormalization, weight: Tensor) -> None:
@@ -255,5 +274,4 @@ def _complete_gain(
 
 def _sigma(norm: SpectralNormalization, weight: Tensor, vectors: list[Tensor]) -> Tensor:
     stack = norm.settings.stack
-    pairs = zip(stack.parts(weight), stack.vectors(vectors), strict=True)
-    return stack.join_numbers([reference.spectral_norm(part, own, norm.dim) for part, own in pairs])
+    return stack.join_numbers([reference.spectral_norm(w, own, norm.dim) for w, own in stack.each(weight, vectors)])

@@ -73,6 +73,10 @@ def choose(
         places = [Place(_shown(n, t), m, t) for n, m in modules.items() for t in convert.carried(m)]
     elif names is None:
         places = [Place(n, m) for n, m in modules.items() if isinstance(m, LAYER_TYPES)]
+        if filter_fn is None:  # parameters that were named to an earlier call
+            ours = {(n, t) for n, m in modules.items() for t, of_torch in convert.carried(m).items() if not of_torch}
+            layers = {(p.name, p.tensor_name) for p in places}
+            places += [Place(_shown(n, t), modules[n], t) for n, t in sorted(ours - layers)]
     elif isinstance(names, str):
         raise TypeError(f"names must be a list of layer names; write names=[{names!r}]")
     else:

@@ -94,7 +94,7 @@ def _normalize(members: list[Any], weights: list[Tensor], *, iterate: bool) -> l
         [m.dim for m in members],
         [m.two_sided for m in members],
         [m.settings.stack.n for m in members],
-        [m.settings.stack.bare for m in members],
+        [m.settings.stack.indexed for m in members],
         [law.kind for m in members for law in m.settings.laws],
         [law.number for m in members for law in m.settings.laws],
         gains_of(members),

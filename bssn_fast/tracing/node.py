@@ -24,7 +24,7 @@ def normalize(
     dims: list[int],
     two_sided: list[bool],
     counts: list[int],
-    bare: list[bool],
+    indexed: list[bool],
     kinds: list[int],
     numbers: list[float],
     gains: list[Tensor],
@@ -36,7 +36,7 @@ def normalize(
 ) -> tuple[Tensor, ...]:
     """Return the normalised weights, with a graph, and then sigma; `Normalizer` documents the arguments.
 
-    counts, bare: of each weight, its `layout.Stack`.
+    counts, indexed: of each weight, its `layout.Stack`.
     """
     if n_power_iterations and _in_checkpoint():
         raise RuntimeError(
@@ -44,7 +44,7 @@ def normalize(
             "pass would iterate again and find other weights. Use it inside the module given to bssn_fast.apply, "
             "around parts of it, or leave the call of the checkpoint out of what is compiled"
         )
-    laws, stacks = list(map(Law, kinds, numbers)), list(map(Stack, counts, bare))
+    laws, stacks = list(map(Law, kinds, numbers)), list(map(Stack, counts, indexed))
     normalizer = Normalizer(
         weights, dims, two_sided, laws=laws, eps=eps, backend=backend, gradient_groups=gradient_groups, stacks=stacks
     )
