@@ -156,10 +156,12 @@ def scale_table(frames: Frames, profile: Profile) -> str:
 
 
 def comparison_table(frames: Frames, profile: Profile) -> str:
-    """Claims 4 and 5: variants paired by seed, for each kind of images, over all learning rates, and BSSN's scales."""
+    """Claims 4 and 5: variants paired by seed, for each kind of images and learning rate, and BSSN's scales."""
     rows = []
     groups = dict(list(study(frames.trainings, "variants").groupby("data", sort=False)))
-    if len(study(frames.trainings, "rates")):
+    rates = study(frames.trainings, "rates")
+    groups |= {f"{profile.base.data}, learning rate {rate:g}": part for rate, part in rates.groupby("rate")}
+    if len(rates):
         groups[f"{profile.base.data}, all learning rates"] = all_rates(frames, profile)
     for title, part in groups.items():
         by_norm = {NAMES[norm]: mine for norm, mine in part.groupby("norm")}
