@@ -266,7 +266,7 @@ def cached(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     Raises ValueError if no layer of the model is normalised.
     """
     norms = list({id(p): p for _, p in _normalized_layers(model, "cached")}.values())
-    return recording.share(norms) if is_dynamo_compiling() else sharing.share(norms)
+    return recording.Share(norms) if is_dynamo_compiling() else sharing.share(norms)
 
 
 def sigma(model: nn.Module) -> dict[str, Tensor]:

@@ -33,6 +33,18 @@ def as_part(model, **options):
     return compiled(lambda *args: model(*args), **options)
 
 
+def keeps_reasons():
+    """Whether what code says when it raises an exception while it is compiled reaches the user: not with torch 2.6."""
+
+    def refuse(x):
+        raise RuntimeError("the reason")
+
+    try:
+        compiled(lambda x: refuse(x))(torch.ones(1))
+    except Exception as error:
+        return "the reason" in str(error)
+
+
 both_ways = pytest.mark.parametrize("ways", [as_model, as_part])
 
 

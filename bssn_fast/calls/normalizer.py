@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bssn_fast import ops, reference
-from bssn_fast.calls.composite import has_tangents
+from bssn_fast.calls.composite import has_tangents, in_mode
 from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.hooks import past_hooks
 from bssn_fast.calls.memory import Pool
@@ -96,7 +96,8 @@ class Normalizer:
 
         readable: kernels can read the weights, as a guard says; otherwise it is found out.
         """
-        if torch.is_inference_mode_enabled():  # what is kept of this call may be needed outside
+        # What is kept of this call may be needed outside. A compiler keeps nothing, and torch 2.6's could not follow.
+        if torch.is_inference_mode_enabled() and not in_mode():
             with torch.inference_mode(False):
                 return self.compute(weights, vectors, n_power_iterations, dtype, gains, readable=readable)
         batch, device, working = self.batch, weights[0].device, compute_dtype(weights[0].dtype)

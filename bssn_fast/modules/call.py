@@ -19,6 +19,7 @@ from bssn_fast.calls.plan import Plans, Results
 from bssn_fast.layout import result_dtype
 from bssn_fast.modules import recomputation
 from bssn_fast.modules.advice import Advice
+from bssn_fast.tracing.recording import WRAPPER, called_eagerly
 
 _CALL = nn.Module._call_impl.__code__
 
@@ -26,6 +27,8 @@ _CALL = nn.Module._call_impl.__code__
 def frame_of_call() -> FrameType:
     """Return the frame of the module call whose hook has called the caller."""
     frame = sys._getframe(2)
+    if frame.f_code is WRAPPER and frame.f_back is not None:
+        frame = frame.f_back
     outer = frame.f_back
     return outer if frame.f_code is not _CALL and outer is not None and outer.f_code is _CALL else frame
 
@@ -144,6 +147,7 @@ class Call:
         """Note with which gains the results of the layers with these indices were made."""
         self.gains.update({j: (g, version(g)) for j, g in zip(indices, gains, strict=True) if g is not None})
 
+    @called_eagerly
     def find(self, j: int, weight: Tensor, reader: object = None) -> Tensor | None:
         """Return the j-th layer's result if it is that of this weight as it is now, with a graph if one is wanted.
 

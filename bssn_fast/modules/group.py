@@ -30,7 +30,7 @@ from bssn_fast.modules.advice import Advice
 from bssn_fast.modules.call import Call, Caller, Chosen, frame_of_call, interrupts
 from bssn_fast.modules.parametrization import SpectralNormalization, original_of
 from bssn_fast.modules.shards import Shards, found_for
-from bssn_fast.tracing.recording import call_eagerly, is_exporting
+from bssn_fast.tracing.recording import called_eagerly, is_exporting
 
 
 class Group:
@@ -122,6 +122,7 @@ class Group:
             for handle in self._handles:
                 handle.remove()
 
+    @called_eagerly
     def begin(self, model: nn.Module, args: object) -> None:
         """Before a call of the model: normalise what no call around this one has normalised already."""
         if is_dynamo_compiling() or is_exporting():
@@ -349,6 +350,7 @@ class Group:
         self.advice.model_called = True
         hooks.begin(self, self.members, [original_of(layer) for layer in self.layers()])
 
+    @called_eagerly
     def end(self, model: nn.Module, args: object, output: object) -> None:
         """After a call of the model, whether or not it succeeded: end the use of its results."""
         if is_dynamo_compiling():
@@ -380,9 +382,6 @@ class Group:
 
 _ELSEWHERE = torch.empty(0, device="meta")
 """In place of a weight that is no parameter, as one that is pruned."""
-
-
-call_eagerly(Group.begin, Group.end)
 
 
 def groups_of(model: nn.Module) -> Iterator[Group]:

@@ -24,9 +24,9 @@ from bssn_fast.laws import AT_MOST, CONSTANT, GAIN
 from bssn_fast.layout import ONE, compute_dtype, fits_kernels, needs_two_sides
 from bssn_fast.modules import recomputation, sharing, writes
 from bssn_fast.modules.advice import Advice
-from bssn_fast.modules.call import Call, Caller, Source, in_module_call, leads_to, serves
+from bssn_fast.modules.call import Caller, Source, in_module_call, leads_to, serves
 from bssn_fast.modules.settings import VARIANTS, Settings
-from bssn_fast.tracing.recording import Traced, call_eagerly, is_exporting
+from bssn_fast.tracing.recording import Traced, called_eagerly, is_exporting
 
 FIRST_ITERATIONS = 15
 """Power iterations on random first vectors: as many as torch's parametrization does."""
@@ -198,7 +198,7 @@ class SpectralNormalization(nn.Module):
         """Return the buffers u_out, v_out[, u_in, v_in], made to fit the weight's dtype and device."""
         found = self._stored()
         checked = checked_vectors(self, found, weight)
-        if checked is not found:
+        if any(new is not old for new, old in zip(checked, found, strict=True)):  # a compiler cannot ask the lists
             for name, vector in zip(self.vector_names, checked, strict=True):
                 self._buffers[name] = vector
         return checked
@@ -240,10 +240,12 @@ class SpectralNormalization(nn.Module):
                 return True
         return False
 
+    @called_eagerly
     def forward(self, weight: Tensor) -> Tensor:
         """Return the normalised weight: the one of the current model call, or one made for this access alone."""
         return self.normalized(weight, None)
 
+    @called_eagerly
     def normalized(self, weight: Tensor, layer: object) -> Tensor:
         """Return the same for a reader of the layer, torch's list of parametrizations, that holds this one alone."""
         if is_dynamo_compiling() or is_exporting():
@@ -359,9 +361,6 @@ class SpectralNormalization(nn.Module):
 
 def _real(dtype: torch.dtype) -> torch.dtype:
     return dtype.to_real() if dtype.is_complex else dtype
-
-
-call_eagerly(Call.find, SpectralNormalization.forward, SpectralNormalization.normalized)
 
 
 def parametrizations_of(module: nn.Module, tensor_name: str) -> ParametrizationList:

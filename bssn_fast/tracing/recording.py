@@ -5,9 +5,10 @@ Imports nothing of torch's compiler, which takes long to load.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from types import CodeType
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -51,30 +52,62 @@ def traced_result(norm: Any) -> Tensor | None:
     return None
 
 
-def call_eagerly(*functions: Callable[..., Any]) -> None:
-    """Have torch.compile leave functions alone where nothing that it compiles calls them.
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def called_eagerly(function: Function) -> Function:
+    """Have torch.compile leave a function alone where nothing that it compiles calls it.
 
     So it is with hooks of a compiled module, and with weights that are read after a graph break. torch would make a
-    graph of each function, in which layers that are not used get gradients of zeros. That is what happens with versions
-    of torch that do not have what is asked for here.
+    graph of the function, in which layers that are not used get gradients of zeros.
     """
     try:
         from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
-    except ImportError:
-        return
-    for function in functions:
-        set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    except ImportError:  # torch 2.6
+        return _without_compiler(function)
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return function
 
 
-@contextlib.contextmanager
-def share(norms: Sequence[Any]) -> Iterator[None]:
+def _without_compiler(function: Function) -> Function:
+    """Return the function in a wrapper that switches the compiler off: torch 2.6 can only skip a function's own code.
+
+    torch.compiler.disable would not do: compiled code cannot call what that returns.
+    """
+    frames: Any = torch._C._dynamo.eval_frame
+
+    @functools.wraps(function)
+    def eager(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return function(*args, **kwargs)
+        compiler = frames.set_eval_frame(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            frames.set_eval_frame(compiler)
+
+    wrapped = cast(Function, eager)
+    frames.skip_code(wrapped.__code__)
+    return wrapped
+
+
+WRAPPER: CodeType = cast(Any, called_eagerly(lambda: None)).__code__
+"""The code of `called_eagerly`'s wrapper, where it makes one, for those who look at the stack."""
+
+
+class Share:  # a class: torch 2.6's compiler knows no generators that contextlib decorates
     """Begin and end a block of `bssn_fast.cached` that lies in compiled code."""
-    outer = [norm.traced.in_block for norm in norms]
-    for norm in norms:
-        norm.traced.in_block = True
-    try:
-        yield
-    finally:
-        for norm, inside in zip(norms, outer, strict=True):
+
+    def __init__(self, norms: Sequence[Any]) -> None:
+        self.norms = norms
+        self.outer: list[bool] = []
+
+    def __enter__(self) -> None:
+        self.outer = [norm.traced.in_block for norm in self.norms]
+        for norm in self.norms:
+            norm.traced.in_block = True
+
+    def __exit__(self, *_: object) -> None:
+        for norm, inside in zip(self.norms, self.outer, strict=True):
             norm.traced.in_block = inside
             norm.traced.iterated = norm.traced.iterated and inside

@@ -342,7 +342,8 @@ class CompiledPair(Pair):
 def test_states_of_compiled_models(seed):
     torch._dynamo.reset()
     runs = [train, evaluate, evaluate_with_gradients, without_gradients_in_training, two_forwards, read_alone, step]
-    with torch._dynamo.config.patch(recompile_limit=64):
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # torch 2.6
+    with torch._dynamo.config.patch({limit: 64}):
         attempt(seed, 10, pair=CompiledPair(seed), runs=runs, others=[])
 
 
