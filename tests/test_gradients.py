@@ -295,6 +295,20 @@ def test_weights_laid_out_anew_before_the_backward_pass_are_refused(change):
         loss.backward()
 
 
+@pytest.mark.parametrize(
+    "hooks", [nullcontext, lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)]
+)
+def test_weights_changed_before_the_backward_pass_are_refused(hooks):
+    """Also where hooks see what is saved, as in a checkpoint: torch itself does not look then."""
+    model = bssn_fast.apply(Net())
+    with hooks():
+        loss = model(images()).sum()
+    with torch.no_grad():
+        original(model.body[1]).mul_(1.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("layers", [["body.1"], [""]])
 def test_another_precision_before_the_backward_pass_is_refused(layers, dtype):

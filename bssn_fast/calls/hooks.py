@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _top: Callable[[bool], tuple[Any, ...] | None] | None = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", None
@@ -26,4 +27,20 @@ def past_hooks() -> contextlib.AbstractContextManager[None]:
     """
     if innermost() is None:
         return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    return torch.autograd.graph.saved_tensors_hooks(_with_version, _unchanged)
+
+
+def _with_version(x: Tensor) -> tuple[Tensor, int]:
+    return x, x._version
+
+
+def _unchanged(kept: tuple[Tensor, int]) -> Tensor:
+    """Return what was saved. torch, which compares the versions of what it saves, does not where there are hooks."""
+    x, version = kept
+    if x._version != version:
+        raise RuntimeError(
+            "bssn_fast: a variable needed for gradient computation has been modified by an inplace operation: "
+            f"it has shape {tuple(x.shape)} and version {x._version}, expected version {version}. Run the backward "
+            "pass before changing weights"
+        )
+    return x
