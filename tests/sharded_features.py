@@ -184,7 +184,7 @@ def double_backward(sharded: bool) -> Result:
     loss = full(weight.square().mul(probe).sum()) + full(weight.sin().mul(probe).sum())
     (first,) = torch.autograd.grad(loss, original, create_graph=True)
     (second,) = torch.autograd.grad(full(first.square().sum()), original, create_graph=True)
-    (third,) = torch.autograd.grad(full(second.square().mean()), original)
+    (third,) = torch.autograd.grad(full(second.square().sum()), original)
     return {"first": full(first.detach()), "second": full(second.detach()), "third": full(third)}
 
 

@@ -151,7 +151,7 @@ def test_distributed_checkpoints(pair, tmp_path):
     ours(images(4, torch.float64)).square().mean().backward()
     optimizer.step()
     model, state = get_state_dict(ours, optimizer)
-    checkpoints.save({"model": model, "optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+    checkpoints.save({"model": model, "optimizer": state}, checkpoint_id=tmp_path)
     for other in (copy.deepcopy(ours), theirs):
         with torch.no_grad():
             for p in other.parameters():
@@ -159,7 +159,7 @@ def test_distributed_checkpoints(pair, tmp_path):
         again = torch.optim.Adam(other.parameters(), 1e-3)
         model, state = get_state_dict(other, again)
         loaded = {"model": model, "optimizer": state}
-        checkpoints.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+        checkpoints.load(loaded, checkpoint_id=tmp_path)
         set_state_dict(other, again, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
         twin = copy.deepcopy(ours)
         for net in (other, twin):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import FSDP2_ON_CPUS, WITHOUT_FSDP2
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -48,6 +49,7 @@ def test_ddp_ends_all_threads_of_its_process_group_before_python_ends(tmp_path):
     assert "gloo" not in printed
 
 
+@pytest.mark.skipif(not FSDP2_ON_CPUS, reason=WITHOUT_FSDP2)
 def test_sharded():
     done = subprocess.run([sys.executable, str(EXAMPLES / "sharded.py")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fuzzing import FACTOR, Small, assert_right, close, inputs, small
 from interrupts import moments
+from ranks import FSDP2_ON_CPUS, WITHOUT_FSDP2
 from support import in_use, norms, original
 from torch import nn
 from torch.nn.utils import parametrize
@@ -116,6 +117,7 @@ class Blocks(nn.Module):
 
 @errors
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.skipif(not FSDP2_ON_CPUS, reason=WITHOUT_FSDP2)
 @pytest.mark.parametrize("opcodes", [False, True], ids=["lines", "bytecodes"])
 def test_while_layers_go_over_to_the_modules_that_gather_them(one_process, error, opcodes):
     """At the first call of a model whose parts are sharded: afterwards each layer iterates once in a call."""
