@@ -32,6 +32,12 @@ def test_links_lead_to_files(document):
             assert (document.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_begin_after_an_empty_line(document):
+    """Or after a heading: the site shows them as text otherwise."""
+    assert not re.search(r"^[^|#<\n].*\n\|.*\n\|[-:| ]+\|$", document.read_text(), flags=re.MULTILINE)
+
+
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_examples_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
