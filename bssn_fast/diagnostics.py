@@ -128,7 +128,7 @@ def _weights(model: nn.Module) -> dict[str, tuple[Tensor, SpectralNormalization 
 class History:
     """Collects what `measure` returns during a training, for TensorBoard and for a plot.
 
-    Example:
+    Examples:
         >>> history = bssn_fast.diagnostics.History()
         >>> history.record(discriminator, step)  # after backward, now and then
         >>> history.plot("discriminator.png")

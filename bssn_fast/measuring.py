@@ -94,7 +94,7 @@ def spectral_norms(
 
     Raises ValueError or TypeError for layers that cannot be measured, which are named.
 
-    Example:
+    Examples:
         >>> warm = {}
         >>> norms = bssn_fast.spectral_norms(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), vectors=warm)
         >>> norms["0"].bound >= norms["0"].s_out

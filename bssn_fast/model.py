@@ -124,7 +124,7 @@ def apply(
     Raises ValueError, TypeError or BackendUnavailableError for settings out of range, when no layer matches, and for
     layers that cannot be normalised, which the message names. The model is then unchanged.
 
-    Example:
+    Examples:
         >>> d = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.LazyLinear(1))
         >>> _ = d(torch.zeros(1, 3, 8, 8))
         >>> d = bssn_fast.apply(d, "bssn", scale=1.2)
@@ -180,7 +180,7 @@ def spectral_norm(
     Raises ValueError or TypeError if there is no such parameter, for settings out of range, and for what `apply`
     refuses; IndexError if there is no such dimension. The module is then unchanged.
 
-    Example:
+    Examples:
         >>> layer = bssn_fast.spectral_norm(torch.nn.Linear(20, 40))
     """
     check_module(module, "spectral_norm")

@@ -82,7 +82,7 @@ class Projection:
 
     Raises ValueError or TypeError for weights that cannot be projected, which are named.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> projection = bssn_fast.Projection(optimizer, radius=1.0)

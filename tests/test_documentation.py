@@ -33,9 +33,11 @@ def test_links_lead_to_files(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_tables_begin_after_an_empty_line(document):
-    """Or after a heading: the site shows them as text otherwise."""
-    assert not re.search(r"^[^|#<\n].*\n\|.*\n\|[-:| ]+\|$", document.read_text(), flags=re.MULTILINE)
+def test_tables_and_lists_begin_after_an_empty_line(document):
+    """Tables also after a heading. The site shows others as text."""
+    text = document.read_text()
+    assert not re.search(r"^[^|#<\n].*\n\|.*\n\|[-:| ]+\|$", text, flags=re.MULTILINE)
+    assert not re.search(r"^```\n- ", text, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
