@@ -127,7 +127,7 @@ class Plain(nn.Module):
                 eps=s.eps,
                 n_power_iterations=n,
             )
-            for j, law in enumerate(s.laws)
+            for j, law in enumerate(s.laws())
         ]
         parts, vectors, sigma = zip(*found, strict=True)
         self.vectors = tuple(torch.stack(each) for each in zip(*vectors, strict=True))

@@ -90,7 +90,7 @@ def normalize(
             used = stack.join_vectors([reference.power_iteration(w, own, member.dim, s.eps) for w, own in pairs])
         for old, new in zip(stored, used, strict=True):
             _write(old, new)
-    numbers: Sequence[float | Tensor] = [law.number for law in s.laws]
+    numbers: Sequence[float | Tensor] = [law.number for law in s.laws()]
     if member.gain is not None:
         numbers = member.gain.to(used[0].real.dtype if used else member.gain.dtype).split(1)
     found = [

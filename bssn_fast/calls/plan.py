@@ -141,7 +141,7 @@ class Plan:
             weights,
             [m.dim for m in self.members],
             [m.two_sided for m in self.members],
-            laws=[law for m in self.members for law in m.settings.laws],
+            laws=[law for m in self.members for law in m.settings.laws()],
             stacks=[m.settings.stack for m in self.members],
             eps=self.settings.eps,
             backend=self.settings.backend,

@@ -171,7 +171,7 @@ class SpectralNormalization(nn.Module):
             return composite.normalize(self, weight.detach(), n_power_iterations)[0]
         s, gains = self.settings, [] if self.gain is None else [self.gain]
         sides = [self.dim], [self.two_sided]
-        normalizer = Normalizer([weight], *sides, laws=s.laws, eps=s.eps, backend=s.backend, stacks=[s.stack])
+        normalizer = Normalizer([weight], *sides, laws=s.laws(), eps=s.eps, backend=s.backend, stacks=[s.stack])
         values = normalizer.compute([weight.detach()], self.vectors(weight), n_power_iterations, weight.dtype, gains)
         self.measured.sigma, self.measured.index = values.sigma, Measured.at(0, s.stack)
         return values.normalized[0]

@@ -31,9 +31,8 @@ class Settings(NamedTuple):
     """Of the law (laws.py), whose number is the scale; several numbers for several matrices."""
     stack: Stack = ONE
 
-    @property
-    def laws(self) -> list[Law]:
-        """The laws of the matrices that the weight holds."""
+    def laws(self) -> list[Law]:  # no property: torch 2.6's compiler knows none of a named tuple
+        """Return the laws of the matrices that the weight holds."""
         numbers = self.scale if isinstance(self.scale, tuple) else (self.scale,) * self.stack.n
         return [Law(self.kind, number) for number in numbers]
 
@@ -46,7 +45,7 @@ class Settings(NamedTuple):
         """Return the variant with its law, for tables, of each matrix that the weight holds."""
         sides, scaled = VARIANTS[self.variant]
         if self.kind == AT_MOST:
-            return [f"{'bsn' if sides else 'sn'} at most {law.number:.4g}" for law in self.laws]
+            return [f"{'bsn' if sides else 'sn'} at most {law.number:.4g}" for law in self.laws()]
         if self.kind == GAIN:
             return [f"{'bsn' if sides else 'sn'} x learned gain"] * self.stack.n
-        return [f"{self.variant} x {law.number:.4g}" if scaled else self.variant for law in self.laws]
+        return [f"{self.variant} x {law.number:.4g}" if scaled else self.variant for law in self.laws()]
