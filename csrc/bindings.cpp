@@ -1,8 +1,9 @@
 // The extension module bssn_fast._C. Addresses and sizes are plain integers and nothing of torch is included, so that
 // one build serves every version of torch. All checks of tensors are made in Python before.
+#include "from_python.h"
+// All others follow Python's headers, which define what the system's mean.
 #include "cpu/cpu.h"
 #include "cpu/parallel.h"
-#include "from_python.h"
 #ifdef BSSN_WITH_CUDA
 #include "cuda/cuda.h"
 #endif

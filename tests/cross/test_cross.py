@@ -6,6 +6,7 @@ builds its C++ library for each platform.
 
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ TARGETS = (
 )
 
 pytest.importorskip("ziglang", reason="ziglang is not installed")
+
+
+@pytest.mark.skipif(sysconfig.get_platform() != "linux-x86_64", reason="Python's headers are those of this platform")
+def test_the_whole_module_compiles_for_an_older_glibc(tmp_path: Path) -> None:
+    """As CONTRIBUTING.md has `make wheel` do it."""
+    compiler = [sys.executable, "-m", "ziglang", "c++", "-target", TARGETS[0]]
+    flags = ["-O1", "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{sysconfig.get_path('include')}"]
+    command = [*compiler, *flags, "-c", str(CSRC / "bindings.cpp"), "-o", str(tmp_path / "object.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("target", TARGETS)
