@@ -87,7 +87,8 @@ docs: env
 	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict $(ARGS)
 
 # Of all architectures unless BSSN_FAST_CUDA_ARCHS names some. A system whose glibc is newer than 2.28 makes a wheel that
-# auditwheel refuses: run this in the image manylinux_2_28 of the Python packaging authority, with a CUDA toolkit in it.
+# auditwheel refuses: run this in the image manylinux_2_28 of the Python packaging authority, with a CUDA toolkit in it, or
+# with zig, as CONTRIBUTING.md has it.
 wheel: export BSSN_FAST_CUDA_ARCHS ?= all
 wheel: export BSSN_FAST_STRICT = 1
 wheel: env
