@@ -180,7 +180,8 @@ def finish(run: Run, seconds: float, out: Path) -> None:
     title = f"{run.settings.data}, {report.describe(run.settings)}"
     report.save_grid(run.sample(report.grid_labels(len(classes))), out / "samples.png")
     report.save_curves(run.history, title, out / "curves.png")
-    quality = metrics.evaluate(run.images, run.sample(run.images.labels, seed=1)) if len(classes) > 1 else None
+    judged = len(classes) > 1 and int(run.images.labels.bincount().min()) > 1  # by a classifier of the real images
+    quality = metrics.evaluate(run.images, run.sample(run.images.labels, seed=1)) if judged else None
     files = [out / name for name in ("samples.png", "curves.png", "checkpoint.pt")]
     report.print_summary(run.settings, run.steps_done, seconds, quality, files)
 

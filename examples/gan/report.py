@@ -18,7 +18,12 @@ matplotlib.use("Agg")  # files only: works without a display
 
 
 def grid_labels(n_classes: int, rows: int = 8, columns: int = 10) -> Tensor:
-    """Return the labels [rows * columns] of a grid, row by row: each column shows one class, as far as they go."""
+    """Return the labels [rows * columns] of a grid, row by row.
+
+    Each column shows one class; where there are more classes than columns, they come one after another.
+    """
+    if n_classes > columns:
+        return torch.arange(rows * columns) % n_classes
     return (torch.arange(columns) % n_classes).repeat(rows)
 
 

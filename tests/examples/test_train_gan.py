@@ -281,3 +281,4 @@ def test_grid_places_images_row_by_row(tmp_path: Path) -> None:
 def test_grid_labels_give_each_column_a_class() -> None:
     assert report.grid_labels(10, rows=2).tolist() == [*range(10), *range(10)]
     assert report.grid_labels(3, rows=1).tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    assert report.grid_labels(15, rows=2).tolist() == [*range(15), *range(5)]

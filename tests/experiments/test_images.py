@@ -33,6 +33,16 @@ def test_emoji_are_distinct_pictures_on_white() -> None:
     assert data.load("emoji", 64, "").pixels.shape[-1] == 64
 
 
+def test_smileys_are_faces_each_in_a_class_of_its_own() -> None:
+    images = data.load("smileys", 32, "")
+    assert len(images.pixels) == len(images.classes) == len(set(images.classes)) > 90
+    assert images.labels.tolist() == list(range(len(images.classes)))
+    assert "grinning face" in images.classes
+    middle = images.pixels[:, :, 12:20, 12:20].mean((2, 3))
+    yellow = (middle[:, 0] > 0.3) & (middle[:, 2] < middle[:, 0] - 0.5)
+    assert yellow.double().mean() > 0.7
+
+
 def test_mnist_is_framed_not_stretched() -> None:
     frame = data.load("mnist", 32, "").pixels
     assert (frame[:, :, [0, 1, -2, -1]] == -1).all()
