@@ -86,7 +86,9 @@ def print_summary(settings: Settings, steps: int, seconds: float, quality: Quali
     console = Console()
     console.print(table)
     if quality is None:
-        console.print("No Frechet distance: its features come from a classifier, and the data has one class only.")
+        console.print(
+            "No Frechet distance: its features come from a classifier, which needs classes of several images."
+        )
     else:
         console.print(
             "These figures use a small classifier trained here on the real images: they compare runs of this script "
