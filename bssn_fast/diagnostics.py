@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from math import sqrt
 from os import PathLike
 from typing import Any, NamedTuple, Protocol, cast
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from bssn_fast.calls.arguments import check_module
 from bssn_fast.distributed.sharded import whole_of
-from bssn_fast.layout import ONE, channels
+from bssn_fast.layout import ONE, Stack, channels
 from bssn_fast.modules.convert import WEIGHT
 from bssn_fast.modules.parametrization import SpectralNormalization
 from bssn_fast.modules.places import LAYER_TYPES, Place, normalized_places, refuse_others, weight_of
@@ -84,8 +85,8 @@ def measure(model: nn.Module) -> dict[str, Measured]:
         stack = ONE if norm is None else norm.settings.stack
         sigma = torch.ones_like(nothing) if norm is None else norm.sigma_of(weight).double()
         factor = torch.ones_like(sigma) if norm is None else norm.multiplier_of(sigma)
-        grads = [None] * stack.n if weight.grad is None else stack.parts(weight.grad)
-        each = zip(stack.parts(weight), grads, sigma.reshape(-1), factor.reshape(-1), strict=True)
+        grads = [None] * stack.n if weight.grad is None else _parts(weight.grad, stack)
+        each = zip(_parts(weight, stack), grads, sigma.reshape(-1), factor.reshape(-1), strict=True)
         for j, (part, grad, its_sigma, its_factor) in enumerate(each):
             values.append(nothing.to(weight.device) if grad is None else _exact(grad).norm())
             values += [its_sigma, _exact(part).var(correction=0) * its_factor.square()]
@@ -96,6 +97,11 @@ def measure(model: nn.Module) -> dict[str, Measured]:
         name: Measured(g if has_gradient else None, s if normalized else None, v)
         for (name, has_gradient, normalized), (g, s, v) in zip(shown, numbers, strict=True)
     }
+
+
+def _parts(tensor: Tensor, stack: Stack) -> Sequence[Tensor]:
+    """Return the matrices of a weight or its gradient; where several are sharded, all ranks gather them."""
+    return stack.parts(tensor if stack == ONE else whole_of(tensor))
 
 
 def _exact(tensor: Tensor) -> Tensor:

@@ -126,6 +126,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 or dtype.is_complex else torch.float32
 
 
+def _aligned(size: int) -> int:
+    """Return how many elements a vector takes in a snapshot."""
+    return -(-size // VECTOR_ALIGNMENT) * VECTOR_ALIGNMENT
+
+
 def _snapshot_offsets(
     shapes: tuple[tuple[int, ...], ...], dims: tuple[int, ...], two_sided: tuple[bool, ...]
 ) -> tuple[tuple[tuple[int, ...], ...], int]:
@@ -135,7 +140,7 @@ def _snapshot_offsets(
         starts = []
         for size in vector_sizes(shape, dim, both):
             starts.append(end)
-            end += -(-size // VECTOR_ALIGNMENT) * VECTOR_ALIGNMENT
+            end += _aligned(size)
         offsets.append(tuple(starts))
     return tuple(offsets), end
 
@@ -155,6 +160,7 @@ class Batch:
     for the same weights, or others like them.
     """
 
+    rows: Batch
     snapshot_offsets: tuple[tuple[int, ...], ...]
     snapshot_size: int
 
@@ -183,9 +189,8 @@ class Batch:
             )
             repeated = [row for row, count in zip(fields, counts, strict=True) for _ in range(count)]
             self.rows = Batch(*zip(*repeated, strict=True))
-            rows: Batch = self.rows
-            of_rows, self.snapshot_size = rows.snapshot_offsets, rows.snapshot_size
-            self.snapshot_offsets = tuple([of_rows[first] for first in self.first_rows[:-1]])
+            self.snapshot_size = self.rows.snapshot_size
+            self.snapshot_offsets = tuple([self.rows.snapshot_offsets[first] for first in self.first_rows[:-1]])
         else:
             self.snapshot_offsets, self.snapshot_size = _snapshot_offsets(shapes, dims, two_sided)
         self.starts, self.size = [], 0
@@ -241,7 +246,7 @@ class Batch:
             rows, found = self.rows.snapshot_views(snapshot), []
             for j, stack in enumerate(self.stacks):
                 own = rows[self.first_rows[j] : self.first_rows[j + 1]]
-                length = sum(-(-len(v) // VECTOR_ALIGNMENT) * VECTOR_ALIGNMENT for v in own[0])
+                length = sum(_aligned(len(v)) for v in own[0])
                 found.append(
                     own[0] if stack == ONE else tuple([v.as_strided((stack.n, len(v)), (length, 1)) for v in own[0]])
                 )

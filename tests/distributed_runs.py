@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from block_models import Experts
 from support import vectors_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -18,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import bssn_fast
+import bssn_fast.diagnostics
 
 BATCH = 4
 Result = dict[str, Tensor]
@@ -314,6 +316,17 @@ def fsdp_evaluation(how: str) -> tuple[list[Tensor], list[Tensor]]:
                 if dist.get_rank() == 0:  # it holds the first rows
                     p.to_local().view(-1)[1] += 0.1
     return found, expected
+
+
+def fsdp_diagnostics(sharded: bool) -> Result:
+    """What is measured after a backward pass, of a layer with two blocks, one with none, and three experts."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4), Experts()).double()
+    bssn_fast.apply(model, blocks={"0": 2, "2.weight": 3})
+    [fully_shard(module) for module in ((*model, model) if sharded else ())]
+    model(torch.ones(2, 5, dtype=torch.float64)).square().mean().backward()
+    measured = bssn_fast.diagnostics.measure(model)
+    return {f"{name}.{key}": torch.tensor(v) for name, m in measured.items() for key, v in m._asdict().items()}
 
 
 def original_weights(model: nn.Module) -> list[Tensor]:

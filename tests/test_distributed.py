@@ -132,6 +132,15 @@ def test_fsdp_evaluation_sees_every_change(ranks, how):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_fsdp_diagnostics_are_those_of_one_process(ranks):
+    expected = runs.fsdp_diagnostics(False)
+    assert {"0[0].sigma", "0[1].gradient", "1.variance", "2[2].gradient"} < expected.keys()
+    for found in ranks.run(runs.fsdp_diagnostics, True):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, msg=lambda m, name=name: f"{name}: {m}")
+
+
 def test_refusals_name_the_layer_and_what_to_do(ranks):
     for said in ranks.run(runs.refusals):
         for what, layer in (("read before the first call", "first"), ("read after a call", "blocks.1.0")):

@@ -37,7 +37,7 @@ _HINT = 10
 def are_units(vectors: Sequence[Tensor]) -> list[bool]:
     """Whether vectors of one dtype have length 1, up to rounding in it; waits for the device once.
 
-    Of several vectors in one tensor [count, size], whether all have.
+    Of n vectors in one tensor [n, size], whether all have.
     """
     if any(v.ndim > 1 for v in vectors):
         units = iter(are_units([row for v in vectors for row in (v if v.ndim > 1 else [v])]))
@@ -91,7 +91,7 @@ def belong(
 def random_direction(weight: Tensor, shape: Sequence[int]) -> Tensor:
     """Return a random unit vector [size] as torch draws its u and v: one normal_ on the weight's device.
 
-    Or several at once, [count, size].
+    Or n at once, [n, size].
     """
     vector = torch.empty(shape, dtype=compute_dtype(weight.dtype), device=weight.device).normal_(0, 1)
     return torch.nn.functional.normalize(vector, dim=-1, eps=1e-12)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bssn_fast import ops, reference
-from bssn_fast.calls.composite import has_tangents, in_mode
+from bssn_fast.calls.composite import in_mode
+from bssn_fast.calls.gradients import all_plain, have_memory, like, with_strides
 from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.hooks import past_hooks
 from bssn_fast.calls.memory import Pool
@@ -25,7 +26,6 @@ from bssn_fast.layout import (
     has_plain_memory,
     is_plain,
     made_dense,
-    same_strides,
 )
 
 _AS_SOON_AS_POSSIBLE = 2**63 - 1
@@ -200,7 +200,7 @@ class Normalizer:
     ) -> list[Tensor | None]:
         """Return dL/dW, and then dL/dgamma of the gains, where grads, dL/d(normalised weight), are given."""
         known = self._right_grads.holds(grads)
-        if not known and not _have_memory(grads):
+        if not known and not have_memory(grads):
             return self.differentiable_gradients(values, weights, gains, grads)
         batch, sigma = self.batch, values.sigma
         weights = self._as_in_forward(weights, sigma)
@@ -237,7 +237,7 @@ class Normalizer:
             found[j] = result
         if gains:
             parts = {} if grad_gains is None else dict(zip(gained, grad_gains.split(sizes), strict=True))
-            found += [_like(parts.get(j), gain) for j, gain in zip(self._gained, gains, strict=True)]
+            found += [like(parts.get(j), gain) for j, gain in zip(self._gained, gains, strict=True)]
         return found
 
     def needed(self, wanted: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -276,9 +276,9 @@ class Normalizer:
         recorded: a compiler follows, to which they are no numbers.
         """
         given = [g for g in grads if g is not None]
-        plain = recorded or _all_plain(given)
+        plain = recorded or all_plain(given)
         found = [
-            g if g.stride() == strides and (plain or is_plain(g)) else _with_strides(g, w)
+            g if g.stride() == strides and (plain or is_plain(g)) else with_strides(g, w)
             for g, w, strides in zip(grads, weights, self.batch.strides, strict=True)
             if g is not None
         ]
@@ -322,7 +322,7 @@ class Normalizer:
             found[j] = stack.join(parts)
             if gain_parts:
                 of_gains[j] = torch.cat(gain_parts)
-        return found + [_like(of_gains.get(j), gain) for j, gain in its_gains.items()]
+        return found + [like(of_gains.get(j), gain) for j, gain in its_gains.items()]
 
 
 def _ranges(sizes: Sequence[int], count: int) -> list[slice]:
@@ -344,18 +344,6 @@ def _number(gain: Tensor, like: Tensor) -> Tensor:
     if gain.dtype == like.dtype and gain.device == like.device and has_plain_memory(gain):
         return gain
     return gain.detach().to(like.device, like.dtype).resolve_neg()  # torch refuses to copy from freed memory
-
-
-def _like(grad: Tensor | None, gain: Tensor) -> Tensor | None:
-    """Return a gain's gradient in its dtype and on its device."""
-    return None if grad is None else grad.to(gain.device, gain.dtype).reshape(gain.shape)
-
-
-def _with_strides(grad: Tensor, weight: Tensor) -> Tensor:
-    """Return the gradient laid out in memory as its weight is."""
-    if same_strides(grad, weight) and is_plain(grad):
-        return grad
-    return torch.empty_strided(weight.shape, weight.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
 class _Attach(torch.autograd.Function):
@@ -382,19 +370,6 @@ class _Attach(torch.autograd.Function):
         differentiate = normalizer.differentiable_gradients if torch.is_grad_enabled() else normalizer.gradients
         saved, n = ctx.saved_tensors, len(grads)
         return None, None, *differentiate(ctx.values, saved[:n], saved[n:], wanted)
-
-
-def _all_plain(grads: Sequence[Tensor]) -> bool:
-    """Whether gradients are for certain what their memory says; `is_plain` tells of each, and takes longer."""
-    return {Tensor}.issuperset(map(type, grads)) and not (
-        any(map(Tensor.is_neg, grads)) or any(map(torch._is_zerotensor, grads))
-    )
-
-
-def _have_memory(grads: Sequence[Tensor | None]) -> bool:
-    """Whether kernels can read the gradients: not where vmap runs a backward pass for many of them at a time."""
-    given = [g for g in grads if g is not None]
-    return all(map(torch._C._has_storage, given)) and not has_tangents(given)
 
 
 _apply_directly = super(torch.autograd.Function, _Attach).apply
