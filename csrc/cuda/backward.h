@@ -32,7 +32,7 @@ BSSN_HD double dot_elements(const W* weight, const G* grad, uint32_t first, uint
       GradPiece g[kAhead];
       BSSN_UNROLL
       for (int a = 0; a < kAhead; ++a) {
-        w[a] = weights[lesser(x + a * kBackwardThreads, pieces_end - 1)];
+        w[a] = load_once(weights + lesser(x + a * kBackwardThreads, pieces_end - 1));
         g[a] = grads[lesser(x + a * kBackwardThreads, pieces_end - 1)];
       }
       BSSN_UNROLL
@@ -102,7 +102,7 @@ BSSN_HD void write_gradient(const BackwardLayer& layer, const BackwardRecord& re
     for (uint32_t x = first / kPiece + thread; x < pieces_end; x += kBackwardThreads * kAhead) {
       GradPiece g[kAhead];
       BSSN_UNROLL
-      for (int a = 0; a < kAhead; ++a) g[a] = grads[lesser(x + a * kBackwardThreads, pieces_end - 1)];
+      for (int a = 0; a < kAhead; ++a) g[a] = load_once(grads + lesser(x + a * kBackwardThreads, pieces_end - 1));
       BSSN_UNROLL
       for (int a = 0; a < kAhead; ++a) {
         if (x + a * kBackwardThreads < pieces_end) {
@@ -113,7 +113,7 @@ BSSN_HD void write_gradient(const BackwardLayer& layer, const BackwardRecord& re
             result.set(j, value(g[a].get(j), place));
             place.to_next(layer);
           }
-          outputs[x + a * kBackwardThreads] = result;
+          store_once(outputs + x + a * kBackwardThreads, result);
         }
       }
     }
@@ -163,9 +163,12 @@ BSSN_HD void backward_ticket(Block& block, const Args& args, uint32_t ticket) {
   const Segment segment = segment_of(args.segments, call.n_segments, ticket);
   const int index = segment.layer();
   const BackwardLayer& layer = args.layers[index];
-  const uint32_t tile = ticket - segment.first, first = tile * call.tile_elements;
+  // The gradient is written from its end: what was read last is the likeliest to be in the cache still.
+  const bool writes = segment.phase() == 1;
+  const uint32_t tile = writes ? layer.tiles - 1 - (ticket - segment.first) : ticket - segment.first;
+  const uint32_t first = tile * call.tile_elements;
   const uint32_t end = layer.size - first < call.tile_elements ? layer.size : first + call.tile_elements;
-  if (segment.phase() == 0) {
+  if (!writes) {
     dot_tile<W>(block, call, layer, index, tile, first, end);
     return;
   }

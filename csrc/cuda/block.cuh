@@ -26,6 +26,47 @@ class DeviceBlock {
     __syncthreads();
   }
 
+  // The same, without a barrier.
+  template <class F>
+  __device__ __forceinline__ void all(F f) {
+    f(int(threadIdx.x));
+  }
+
+  __device__ __forceinline__ void sync() { __syncthreads(); }
+
+  // Adds up N numbers of each thread, values(thread), over the lanes of a warp whose numbers are equal modulo Classes.
+  // Each class's sums go to out(warp)[class][N].
+  template <int N, int Classes, class Values, class Out>
+  __device__ __forceinline__ void sum_lanes(Values values, Out out) {
+    const int lane = int(threadIdx.x) % 32;
+    const float* const mine = values(int(threadIdx.x));
+    float x[N];
+    BSSN_UNROLL
+    for (int j = 0; j < N; ++j) x[j] = mine[j];
+    int index = 0, count = N;
+    bool writes = true;
+    add_lanes<N, 16, Classes>(x, lane, index, count, writes);
+    if (writes && count > 0) out(int(threadIdx.x) / 32)[lane % Classes * N + index] = x[0];
+  }
+
+  // Adds those sums up over `warps` warps that share a row; to values(thread): the first of all classes, and the others
+  // of the lane's class.
+  template <int N, int Classes, class In, class Values>
+  __device__ __forceinline__ void sum_warps(int warps, In in, Values values) {
+    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+    const float* const parts = in(warp - warp % warps) + (lane < N * Classes ? lane : 0);
+    float sum = 0;
+    BSSN_UNROLL_BY(2)
+    for (int w = 0; w < warps; ++w) sum += parts[w * N * Classes];
+    float* const to = values(int(threadIdx.x));
+    float first = 0;
+    BSSN_UNROLL
+    for (int c = 0; c < Classes; ++c) first += __shfl_sync(~0u, sum, c * N);
+    to[0] = first;
+    BSSN_UNROLL
+    for (int j = 1; j < N; ++j) to[j] = __shfl_sync(~0u, sum, lane % Classes * N + j);
+  }
+
   template <class T>
   __device__ __forceinline__ T* shared(uint32_t offset) {
     return reinterpret_cast<T*>(dynamic_shared + offset);
@@ -38,18 +79,19 @@ class DeviceBlock {
 #endif
   }
 
-  // Until at most `pending` (0 to 3) of the calling thread's groups are on their way.
+  // Until at most `pending` of the calling thread's groups are on their way.
   __device__ __forceinline__ void wait_for_copies(int pending) {
 #if __CUDA_ARCH__ >= 800
-    static_assert(kMaxStages == 4, "one case for each number of groups");
     if (pending == 0) {
       asm volatile("cp.async.wait_group 0;" ::: "memory");
     } else if (pending == 1) {
       asm volatile("cp.async.wait_group 1;" ::: "memory");
     } else if (pending == 2) {
       asm volatile("cp.async.wait_group 2;" ::: "memory");
-    } else {
+    } else if (pending == 3) {
       asm volatile("cp.async.wait_group 3;" ::: "memory");
+    } else {
+      asm volatile("cp.async.wait_group 4;" ::: "memory");
     }
 #endif
   }
@@ -103,6 +145,31 @@ class DeviceBlock {
     const uint32_t value = *word();
     __syncthreads();
     return value;
+  }
+
+  // In each round a lane gives half of its numbers to another and adds what it gets to the other half; once one is left,
+  // all of it. In the end a lane has a sum of number `index`, if count > 0.
+  template <int N, int Offset, int Classes>
+  static __device__ __forceinline__ void add_lanes(float* x, int lane, int& index, int& count, bool& writes) {
+    if constexpr (Offset >= Classes) {
+      const bool upper = (lane & Offset) != 0;
+      constexpr int kHalf = (N + 1) / 2;
+      if constexpr (N > 1) {
+        BSSN_UNROLL
+        for (int j = 0; j < kHalf; ++j) {
+          const float low = x[j], high = j + kHalf < N ? x[j + kHalf] : 0.0f;
+          x[j] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, Offset);
+        }
+        index += upper ? kHalf : 0;
+        count = upper ? count - kHalf : int(lesser(uint32_t(count), uint32_t(kHalf)));
+      } else {
+        x[0] += __shfl_xor_sync(~0u, x[0], Offset);
+        writes = writes && !upper;
+      }
+      add_lanes<kHalf, Offset / 2, Classes>(x, lane, index, count, writes);
+    } else {
+      static_assert(N == 1, "enough lanes");
+    }
   }
 
   // What thread 0 releases includes what the block's other threads wrote before the last barrier.

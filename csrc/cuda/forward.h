@@ -124,7 +124,7 @@ BSSN_HD void scale_elements(const W* weight, N* output, float multiplier, uint32
     for (uint32_t x = first / kPiece + thread; x < pieces_end; x += kThreads * kAhead) {
       Source loaded[kAhead];
       BSSN_UNROLL
-      for (int a = 0; a < kAhead; ++a) loaded[a] = from[lesser(x + a * kThreads, pieces_end - 1)];
+      for (int a = 0; a < kAhead; ++a) loaded[a] = load_once(from + lesser(x + a * kThreads, pieces_end - 1));
       BSSN_UNROLL
       for (int a = 0; a < kAhead; ++a) {
         if (x + a * kThreads < pieces_end) {
@@ -187,7 +187,11 @@ BSSN_HD void forward_ticket(Block& block, const Args& args, uint32_t ticket) {
   const Segment segment = segment_of(args.segments, call.n_segments, ticket);
   const int index = segment.layer(), phase = segment.phase();
   const ForwardLayer& layer = args.layers[index];
+#ifdef BSSN_FWD_REVERSED
+  const uint32_t tile = phase == write ? layer.tiles[write] - 1 - (ticket - segment.first) : ticket - segment.first;
+#else
   const uint32_t tile = ticket - segment.first;
+#endif
   if (phase == power) {
     power_tile<W>(block, call, layer, index, tile);
   } else if (phase == reduce) {

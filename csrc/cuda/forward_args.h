@@ -7,16 +7,17 @@
 namespace bssn::cuda {
 
 constexpr int kForwardBlocks = 1;  // on a multiprocessor at a time
-constexpr int kThreads = 512;      // of a block; 128 registers each, so that one block fills a multiprocessor
+constexpr int kThreads = 256;      // of a block; 255 registers each, so that one block fills a multiprocessor
 constexpr int kMaxPack = 4;        // neighbouring elements of a row that a thread takes at a time
 constexpr int kMaxStages = 4;      // steps of channels in shared memory at a time
+constexpr int kMaxRowStages = 6;   // the same: see rows.h
 constexpr int kMaxGroups = kThreads / 32;
 constexpr int kSumParts = 16;  // partial sums that the last addition of a reduction over threads reads
 
 // Elements of a row that one thread of the staged power iteration can be given, in packs of V. On Turing copies pass
 // through registers, which leaves fewer; its 64 KiB of shared memory do not hold the rows that need more. What decides
 // is what the code was compiled for, not what it runs on.
-constexpr int kFewColumns = 16, kManyColumns = 28;
+constexpr int kFewColumns = 32, kManyColumns = 56;
 constexpr int columns_of_code(int architecture) { return architecture < 80 ? kFewColumns : kManyColumns; }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 template <int V>
@@ -28,7 +29,7 @@ constexpr int kColumns = V == 1 ? kFewColumns : kManyColumns;
 // Of v_out so many lie in registers, and the others in shared memory, as not all GPUs have registers for all of them.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 template <int V>
-constexpr int kVColumns = V == 1 ? kFewColumns : 20;
+constexpr int kVColumns = V == 1 ? kFewColumns : 40;
 #else
 template <int V>
 constexpr int kVColumns = kFewColumns;
@@ -43,8 +44,8 @@ enum Phase : int {
   kPhases = 3
 };
 
-constexpr int kFirsts = 4 * kThreads;         // elements of s and q for a reduce tile
-constexpr int kSplitElements = 6 * kThreads;  // of t and r, of a row that is not staged, for a reduce tile
+constexpr int kFirsts = 8 * kThreads;         // elements of s and q for a reduce tile
+constexpr int kSplitElements = 12 * kThreads;  // of t and r, of a row that is not staged, for a reduce tile
 
 // What the write phase needs to know of a layer.
 struct Record {
@@ -75,12 +76,13 @@ struct ForwardLayer {
   int32_t chunk;             // input channels of a power tile: all where rows are staged
   uint32_t position;         // in the call, and of its sigma
   uint16_t stride;           // elements of a row between neighbouring packs of one thread
+  uint16_t vectors_at;       // in rows.h: where in shared memory v_out and u_in come, in pieces of 16 bytes
   uint16_t column_channels;  // input channels of a reduce tile where rows are not staged
-  uint8_t group_shift;       // 2^this threads share an output channel
-  uint8_t groups;            // of them in a block
-  uint8_t stages;
-  uint8_t q_parts;  // in which the numbers of a group's threads for one q are added up
-  uint8_t slices;   // threads that share an element of a reduce tile
+  uint8_t q_parts;           // in which the numbers of a group's threads for one q are added up
+  uint8_t group_shift : 4;   // 2^this threads share an output channel
+  uint8_t groups : 4;        // of them in a block
+  uint8_t stages : 4;
+  uint8_t slices : 4;        // threads that share an element of a reduce tile
   uint8_t both_sides : 1;
   uint8_t packed : 1;        // staged rows begin at multiples of 16 bytes
   uint8_t kernel_major : 1;  // [o][k][i] rather than [o][i][k]
@@ -88,6 +90,8 @@ struct ForwardLayer {
   uint8_t pieces : 1;        // of 16 bytes, gathered rows that is
   uint8_t more_v : 1;        // rows have more elements than all GPUs have registers for, of v_out
   uint8_t law;               // LawKind
+  uint8_t rows : 4;          // RowKind; 0: power.h
+  uint8_t row_warps : 4;     // that share a row, in rows.h
 
   BSSN_HD bool two_sided() const { return both_sides != 0; }
   BSSN_HD int group_threads() const { return 1 << group_shift; }

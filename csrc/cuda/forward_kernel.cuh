@@ -7,10 +7,19 @@
 
 namespace bssn::cuda {
 
+// No lambda, as the compiler does not inline one of this size, and would put the block's registers into memory.
+template <class W, class Args>
+struct ForwardTicket {
+  const Args& args;
+
+  __device__ __forceinline__ void operator()(DeviceBlock<kThreads>& block, uint32_t ticket) const {
+    forward_ticket<W>(block, args, ticket);
+  }
+};
+
 template <class W, class Args>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_kernel(const __grid_constant__ Args args) {
-  work_through<kThreads>(
-      args.call, [&](DeviceBlock<kThreads>& block, uint32_t ticket) { forward_ticket<W>(block, args, ticket); });
+  work_through<kThreads>(args.call, ForwardTicket<W, Args>{args});
 }
 
 template <class W>

@@ -40,9 +40,9 @@ struct Lane {
   uint32_t packed;  // four numbers
 
   // How many packs, of a row that is staged.
-  BSSN_HD int count() const { return int(packed & 31u); }
+  BSSN_HD int count() const { return int(packed & 63u); }
   // The kernel position of all elements (kernel_major), or of the first.
-  BSSN_HD int position() const { return int(packed >> 5 & 511u); }
+  BSSN_HD int position() const { return int(packed >> 6 & 255u); }
   // For q: the first number, and how many there are.
   BSSN_HD int q_first() const { return int(packed >> 14 & 2047u); }
   BSSN_HD int q_terms() const { return int(packed >> 25); }
@@ -71,9 +71,9 @@ struct Lane {
     const int part = lane / kernel, k = lane - part * kernel, parts = layer.q_parts;
     const int terms = part < parts && part < walk.same_k ? (walk.same_k - 1 - part) / parts + 1 : 0;
     const int first = terms > 0 ? (thread - lane) * V + k * walk.lane_stride_k + part * walk.lane_stride : 0;
-    static_assert(kManyColumns < 32 && kThreads <= 512 && kMaxPack * kThreads <= 2048, "what the fields can hold");
-    packs = packs < 31 ? packs : 31;  // rows that are not staged may have any number
-    packed = uint32_t(packs) | uint32_t(position) << 5 | uint32_t(first) << 14 | uint32_t(terms) << 25;
+    static_assert(kManyColumns < 64 && kThreads <= 256 && kMaxPack * kThreads <= 2048, "what the fields can hold");
+    packs = packs < 63 ? packs : 63;  // rows that are not staged may have any number
+    packed = uint32_t(packs) | uint32_t(position) << 6 | uint32_t(first) << 14 | uint32_t(terms) << 25;
   }
 };
 

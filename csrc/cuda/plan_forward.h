@@ -3,6 +3,7 @@
 
 #include "plan.h"
 #include "power.h"
+#include "rows.h"
 
 namespace bssn::cuda {
 
@@ -34,6 +35,60 @@ inline bool has_pieces(const Layer& layer, int64_t element) {
          (layer.c_out == 1 || fits(layer.stride_out)) && reinterpret_cast<uintptr_t>(layer.weight) % 16 == 0;
 }
 
+// The kind of rows.h for a layer, of those whose lanes have `elements` elements.
+inline RowKind row_kind(const Layer& layer, int64_t elements) {
+  if (elements > kRowElements) return layer.kernel == 9 && !layer.kernel_major() ? rows_9_long : no_rows;
+  if (layer.kernel_major()) return layer.kernel == 9 ? rows_9_kernel_major : no_rows;
+  switch (layer.kernel) {
+    case 1:
+      return rows_1;
+    case 3:
+      return rows_3;
+    case 4:
+      return rows_4;
+    case 9:
+      return rows_9;
+    case 16:
+      return rows_16;
+    default:
+      return no_rows;
+  }
+}
+
+// Gives a layer to rows.h if it can, with as many steps of rows in shared memory as fit. Returns the shared memory that
+// it needs, else 0.
+inline int64_t plan_row_shape(const Layer& layer, int64_t element, int64_t channels, const Device& device,
+                              ForwardLayer& out) {
+  constexpr int64_t kWarps = kThreads / 32;
+  const int64_t room = device.shared_bytes - kAreaAt, row = layer.columns();
+  for (const int64_t elements : {kRowElements, 2 * kRowElements}) {
+    const RowKind kind = row_kind(layer, elements);
+    int64_t warps = 0;
+    with_row_shape(kind, [&](auto shape) {
+      using Shape = decltype(shape);
+      warps = divide_up(row / Shape::kSize, 32 * Shape::kUnits);
+    });
+    if (kind == no_rows || warps > kWarps) continue;
+    const int64_t vectors = round_up(sizeof(float) * (row + layer.c_in), 16);
+    for (int64_t groups = std::min(kWarps / warps, channels); groups > 0; groups /= 2) {
+      const int64_t stage = groups * row * element, steps = divide_up(channels, groups);
+      const int64_t stages = std::min({room / stage, steps, int64_t(kMaxRowStages)});
+      // t, and r for each unit of each group.
+      const int64_t table = int64_t(sizeof(float)) * groups * (row + std::max(layer.c_in, row / 4));
+      if (stages < std::min(steps, int64_t(3)) || std::max(table, vectors + stage) > room) continue;
+      out.rows = uint8_t(kind);
+      out.row_warps = uint8_t(warps);
+      out.groups = uint8_t(groups);
+      out.stages = uint8_t(stages);
+      out.stage_bytes = uint32_t(stage);
+      const int64_t vectors_at = std::min(round_up(stages * stage, 16), (room - vectors) / 16 * 16);
+      out.vectors_at = uint16_t(vectors_at / 16);
+      return kAreaAt + std::max(stages * stage, std::max(table, vectors_at + vectors));
+    }
+  }
+  return 0;
+}
+
 // Chooses how many threads share a row, and how many steps of rows lie in shared memory; leaves stage_bytes 0 if the
 // rows do not fit there. Returns the shared memory that the layer needs.
 inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels, const Device& device, int pack,
@@ -54,7 +109,12 @@ inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels
   out.pieces = out.gathered && has_pieces(layer, element);
   const int64_t length = layer.kernel_major() ? layer.c_in : layer.columns();
   const int most = pack == 1 ? kFewColumns : device.columns;
-  for (const int64_t threads : {32, 64, 128, 256, kThreads}) {
+  if (pack > 1) {
+    if (const int64_t shared = plan_row_shape(layer, element, channels, device, out)) {
+      return std::max(int64_t(kMinShared), shared);
+    }
+  }
+  for (const int64_t threads : {32, 64, 128, kThreads}) {
     const int64_t groups = kThreads / threads, stride = walk(threads).stride;
     const bool is_last = groups == 1;
     if (layer.kernel > threads || stride == 0 || (groups > channels && !is_last)) continue;
@@ -96,7 +156,7 @@ inline void plan_rows(const Layer& layer, int64_t channels, ForwardLayer& out) {
   out.channels = int32_t(std::min(channels, layer.c_out));
   out.tiles[power] = uint32_t(divide_up(layer.c_out, out.channels));
   out.slices = 4;
-  while (out.slices < 16 && out.tiles[power] / out.slices > 8) out.slices *= 2;
+  while (out.slices < kThreads / 32 && out.tiles[power] / out.slices > 8) out.slices *= 2;
 }
 
 // Floats that the power tiles leave for the reduce tiles.

@@ -155,9 +155,27 @@ BSSN_HD void store_once(P* to, const P& value) {
   if constexpr (sizeof(P) == 16) {
     __stcs(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4&>(value));
     return;
+  } else if constexpr (sizeof(P) == 8) {
+    __stcs(reinterpret_cast<uint2*>(to), reinterpret_cast<const uint2&>(value));
+    return;
   }
 #endif
   *to = value;
+}
+
+// The same for reading.
+template <class P>
+BSSN_HD P load_once(const P* from) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(P) == 16) {
+    const uint4 words = __ldcs(reinterpret_cast<const uint4*>(from));
+    return reinterpret_cast<const P&>(words);
+  } else if constexpr (sizeof(P) == 8) {
+    const uint2 words = __ldcs(reinterpret_cast<const uint2*>(from));
+    return reinterpret_cast<const P&>(words);
+  }
+#endif
+  return *from;
 }
 
 // The lesser of two. Loads beyond the end of a tile repeat the last piece instead of being left out: a register array

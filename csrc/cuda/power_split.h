@@ -7,6 +7,7 @@
 #pragma once
 
 #include "power.h"
+#include "rows.h"
 
 namespace bssn::cuda {
 
@@ -175,7 +176,9 @@ BSSN_HD void power_tile(Block& block, const ForwardCall& call, const ForwardLaye
     power_split<W>(block, call, layer, index, tile);
     return;
   }
-  if (layer.packed) {
+  if (layer.rows != no_rows) {
+    power_row_kind<W>(block, call, layer, tile);
+  } else if (layer.packed) {
     power_staged<W, kMaxPack>(block, call, layer, tile);
   } else {
     power_staged<W, 1>(block, call, layer, tile);

@@ -14,7 +14,8 @@ constexpr uint32_t kTotalsAt = kPartsAt + (kThreads / kSumParts + kThreads) * si
 constexpr uint32_t kResultsAt = kTotalsAt + (kThreads + kMaxGroups) * sizeof(float);
 constexpr int kMaxSums = 6;
 constexpr uint32_t kAreaAt = kResultsAt + kMaxSums * (kSumParts + 1) * sizeof(double);  // stages, scratch
-constexpr uint32_t kMinShared = kAreaAt + kMaxSums * kThreads * sizeof(double);
+constexpr uint32_t kMinShared = kAreaAt + 2 * kSplitElements * sizeof(float);
+static_assert(kMinShared >= kAreaAt + kMaxSums * kThreads * sizeof(double), "block_sums");
 static_assert(kResultsAt % 16 == 0 && kAreaAt % 16 == 0, "doubles, and copies of 16 bytes");
 
 // Sums `N` numbers over the threads of a block: get(thread, x) gives the N of one thread. Returns them in shared

@@ -74,6 +74,36 @@ class HostBlock {
     for (int thread = 0; thread < Threads; ++thread) f(last_thread_first ? Threads - 1 - thread : thread);
   }
 
+  template <class F>
+  void all(F f) {
+    each(f);
+  }
+
+  void sync() {}
+
+  template <int N, int Classes, class Values, class Out>
+  void sum_lanes(Values values, Out out) {
+    for (int warp = 0; warp < Threads / 32; ++warp) {
+      std::fill_n(out(warp), N * Classes, 0.0f);
+      for (int lane = 0; lane < 32; ++lane) {
+        for (int j = 0; j < N; ++j) out(warp)[lane % Classes * N + j] += values(32 * warp + lane)[j];
+      }
+    }
+  }
+
+  template <int N, int Classes, class In, class Values>
+  void sum_warps(int warps, In in, Values values) {
+    for (int thread = 0; thread < Threads; ++thread) {
+      const int lane = thread % 32, warp = thread / 32, first = warp - warp % warps;
+      float* const to = values(thread);
+      std::fill_n(to, N, 0.0f);
+      for (int w = first; w < std::min(first + warps, Threads / 32); ++w) {
+        for (int c = 0; c < Classes; ++c) to[0] += in(w)[c * N];
+        for (int j = 1; j < N; ++j) to[j] += in(w)[lane % Classes * N + j];
+      }
+    }
+  }
+
   template <class T>
   T* shared(uint32_t offset) {
     return reinterpret_cast<T*>(shared_ + offset);

@@ -1,0 +1,344 @@
+// The power iteration's pass over W where rows begin at multiples of 16 bytes and kernels have one of a few sizes: the
+// layers that most models consist of. power.h has the formulas, and serves all other rows.
+//
+// One or more warps share a row. A lane has some of its elements, the same in each row, and with them in registers
+// those of v_out and u_in, its sums for t and r, and between s and t the row's elements themselves. So W is read once
+// from shared memory, s and q are added up by shuffles, and a step, one row for each group of warps, needs one barrier.
+#pragma once
+
+#include "staging.h"
+
+namespace bssn::cuda {
+
+// What a lane has of a row: units, `kUnits` of at most `Elements` elements together. A unit is a pack of 4 neighbouring
+// elements, or 4 input channels with all their kernel positions: where the kernel's size is odd, so that the lanes'
+// packs lie in different banks and each unit sees the positions alike; and where channels lie innermost.
+template <int Kernel, bool KernelMajor, int Elements>
+struct RowShape {
+  static constexpr int kKernel = Kernel;
+  static constexpr bool kKernelMajor = KernelMajor;
+  static constexpr bool kWholeChannels = KernelMajor || Kernel % 2 == 1;
+  static constexpr int kPacks = kWholeChannels ? Kernel : 1;  // of a unit
+  static constexpr int kSize = 4 * kPacks;
+  static constexpr int kUnits = Elements / kSize;
+  static constexpr int kChannels = kWholeChannels ? 4 : Kernel < 4 ? 4 / Kernel : 1;      // of a unit
+  static constexpr int kClasses = !kWholeChannels && Kernel > 4 ? Kernel / 4 : 1;         // units that share a channel
+  static constexpr int kPositions = Kernel / kClasses;                                    // of a unit
+  static constexpr bool kKeepsRow = 3 * kUnits * (kSize + kChannels) <= 216;              // in registers
+  static_assert(kUnits > 0 && 32 % kClasses == 0);
+
+  static BSSN_HD constexpr int channel_of(int e) { return KernelMajor ? e % 4 : e / kPositions; }
+  static BSSN_HD constexpr int position_of(int e) { return KernelMajor ? e / 4 : e % kPositions; }
+  // Where a pack of a unit lies in the row.
+  static BSSN_HD int offset(const ForwardLayer& layer, int unit, int pack) {
+    return KernelMajor ? pack * layer.c_in + 4 * unit : unit * kSize + 4 * pack;
+  }
+  static BSSN_HD int units(const ForwardLayer& layer) { return layer.row() / kSize; }
+};
+
+template <class Shape>
+struct RowThread {
+  int unit;   // the lane's first, then every 32nd
+  int group;  // of warps that share a row
+  float v[Shape::kUnits * Shape::kSize], t[Shape::kUnits * Shape::kSize];
+  float u[Shape::kUnits * Shape::kChannels], r[Shape::kUnits * Shape::kChannels];
+  float row[Shape::kKeepsRow ? Shape::kUnits * Shape::kSize : 1];
+  float sums[1 + Shape::kPositions];  // s and q: the lane's part, then of the whole row
+
+  BSSN_HD void take_place(const ForwardLayer& layer, int thread) {
+    const int warp = thread / 32;
+    group = warp / layer.row_warps;
+    unit = (warp - group * layer.row_warps) * Shape::kUnits * 32 + thread % 32;
+  }
+  BSSN_HD bool leads() const { return unit < 32; }  // its row's warps
+};
+
+// v_out, in the order of a row, and then u_in begin to be copied into shared memory.
+template <class Shape>
+BSSN_HD void begin_vectors(const ForwardLayer& layer, float* to, int thread) {
+  const int row = layer.row();
+  if constexpr (Shape::kKernelMajor) {
+    BSSN_UNROLL_BY(1)
+    for (int i = thread; i < layer.c_in; i += kThreads) {
+      BSSN_UNROLL
+      for (int k = 0; k < Shape::kKernel; ++k) {
+        copy_element(to + k * layer.c_in + i, layer.vectors[1] + i * Shape::kKernel + k);
+      }
+    }
+  } else {
+    BSSN_UNROLL_BY(4)
+    for (int x = thread; x < row; x += kThreads) copy_element(to + x, layer.vectors[1] + x);
+  }
+  BSSN_UNROLL_BY(1)
+  for (int i = layer.two_sided() ? thread : layer.c_in; i < layer.c_in; i += kThreads) {
+    copy_element(to + row + i, layer.vectors[2] + i);
+  }
+}
+
+// A lane's part of the vectors: 0 where it has no element, so that what it reads in their place counts for nothing. In
+// one direction u_in is 0, and nothing asks for q and r.
+template <class Shape>
+BSSN_HD void take_vectors(const ForwardLayer& layer, const float* from, RowThread<Shape>& my) {
+  const int units = Shape::units(layer);
+  BSSN_UNROLL
+  for (int j = 0; j < Shape::kUnits; ++j) {
+    const int unit = my.unit + 32 * j;
+    const bool exists = unit < units, has_u = exists && layer.two_sided();
+    const int there = exists ? unit : units - 1;
+    BSSN_UNROLL
+    for (int p = 0; p < Shape::kPacks; ++p) {
+      float* const v = my.v + j * Shape::kSize + 4 * p;
+      load_pack<4>(from + Shape::offset(layer, there, p), v);
+      BSSN_UNROLL
+      for (int e = 0; e < 4; ++e) v[e] = exists ? v[e] : 0.0f;
+    }
+    BSSN_UNROLL
+    for (int c = 0; c < Shape::kChannels; ++c) {
+      const int channel = there * Shape::kChannels / Shape::kClasses + c;
+      my.u[j * Shape::kChannels + c] = has_u ? from[layer.row() + channel] : 0.0f;
+    }
+  }
+}
+
+template <class Shape, class W>
+BSSN_HD void load_unit(const ForwardLayer& layer, const W* row, int unit, float* to) {
+  const int last = Shape::units(layer) - 1, there = unit < last ? unit : last;
+  BSSN_UNROLL
+  for (int p = 0; p < Shape::kPacks; ++p) load_pack<4>(row + Shape::offset(layer, there, p), to + 4 * p);
+}
+
+// A lane's part of s and q.
+template <class Shape, class W>
+BSSN_HD void add_row(const ForwardLayer& layer, const W* row, RowThread<Shape>& my) {
+  constexpr int kParts = Shape::kPositions == 1 ? 4 : Shape::kPositions;  // short chains of additions
+  float s[4] = {}, q[kParts] = {};
+  BSSN_UNROLL
+  for (int j = 0; j < Shape::kUnits; ++j) {
+    float loaded[Shape::kSize];
+    load_unit<Shape>(layer, row, my.unit + 32 * j, loaded);
+    BSSN_UNROLL
+    for (int e = 0; e < Shape::kSize; ++e) {
+      const float w = loaded[e];
+      if constexpr (Shape::kKeepsRow) my.row[j * Shape::kSize + e] = w;
+      s[e % 4] += w * my.v[j * Shape::kSize + e];
+      q[kParts == Shape::kPositions ? Shape::position_of(e) : e % 4] +=
+          w * my.u[j * Shape::kChannels + Shape::channel_of(e)];
+    }
+  }
+  my.sums[0] = (s[0] + s[1]) + (s[2] + s[3]);
+  if constexpr (kParts == Shape::kPositions) {
+    BSSN_UNROLL
+    for (int k = 0; k < Shape::kPositions; ++k) my.sums[1 + k] = q[k];
+  } else {
+    my.sums[1] = (q[0] + q[1]) + (q[2] + q[3]);
+  }
+}
+
+// Adds the row, times s and q, to a lane's t and r.
+template <class Shape, class W>
+BSSN_HD void add_to_columns(const ForwardLayer& layer, const W* row, RowThread<Shape>& my) {
+  BSSN_UNROLL
+  for (int j = 0; j < Shape::kUnits; ++j) {
+    float loaded[Shape::kSize];
+    if constexpr (!Shape::kKeepsRow) load_unit<Shape>(layer, row, my.unit + 32 * j, loaded);
+    BSSN_UNROLL
+    for (int e = 0; e < Shape::kSize; ++e) {
+      const float w = Shape::kKeepsRow ? my.row[j * Shape::kSize + e] : loaded[e];
+      my.t[j * Shape::kSize + e] += my.sums[0] * w;
+      my.r[j * Shape::kChannels + Shape::channel_of(e)] += my.sums[1 + Shape::position_of(e)] * w;
+    }
+  }
+}
+
+// s and q of a row, which all its lanes have.
+template <class Shape>
+BSSN_HD void write_sums(const ForwardLayer& layer, uint32_t o, const RowThread<Shape>& my, int lane) {
+  if (!my.leads()) return;
+  if (lane == 0) layer.snapshot[0][o] = my.sums[0];
+  if (layer.two_sided() && lane < Shape::kClasses) {
+    float* const q = layer.snapshot[3] + int64_t(o) * Shape::kKernel + lane * Shape::kPositions;
+    BSSN_UNROLL
+    for (int k = 0; k < Shape::kPositions; ++k) q[k] = my.sums[1 + k];
+  }
+}
+
+// Adds the groups' t and r up in shared memory, and writes the tile's share.
+template <class Shape, class Block, class Registers>
+BSSN_HD void write_row_share(Block& block, const ForwardLayer& layer, Registers& registers, float* slot) {
+  const int row = layer.row(), groups = layer.groups, units = Shape::units(layer);
+  const int channels = units * Shape::kChannels;  // each as often as units share it
+  float* const table = block.template shared<float>(kAreaAt);
+  float* const r_table = table + groups * row;
+  block.sync();
+  block.each([&](int thread) {
+    const RowThread<Shape>& my = registers[thread];
+    BSSN_UNROLL
+    for (int j = 0; j < Shape::kUnits; ++j) {
+      const int unit = my.unit + 32 * j;
+      if (unit >= units || my.group >= groups) break;
+      BSSN_UNROLL
+      for (int p = 0; p < Shape::kPacks; ++p) {
+        store_pack<4>(my.t + j * Shape::kSize + 4 * p, table + my.group * row + Shape::offset(layer, unit, p));
+      }
+      BSSN_UNROLL
+      for (int c = 0; c < Shape::kChannels; ++c) {
+        r_table[my.group * channels + unit * Shape::kChannels + c] = my.r[j * Shape::kChannels + c];
+      }
+    }
+  });
+  block.each([&](int thread) {
+    BSSN_UNROLL_BY(1)
+    for (int x = 4 * thread; x < row; x += 4 * kThreads) {
+      float sum[4] = {};
+      BSSN_UNROLL_BY(4)
+      for (int g = 0; g < groups; ++g) {
+        float part[4];
+        load_pack<4>(table + g * row + x, part);
+        BSSN_UNROLL
+        for (int e = 0; e < 4; ++e) sum[e] += part[e];
+      }
+      store_pack<4>(sum, slot + x);
+    }
+    BSSN_UNROLL_BY(1)
+    for (int i = layer.two_sided() ? thread : layer.c_in; i < layer.c_in; i += kThreads) {
+      float sum = 0;
+      BSSN_UNROLL_BY(1)
+      for (int g = 0; g < groups; ++g) {
+        BSSN_UNROLL
+        for (int c = 0; c < Shape::kClasses; ++c) sum += r_table[g * channels + i * Shape::kClasses + c];
+      }
+      slot[row + i] = sum;
+    }
+  });
+}
+
+// One tile. A step is a row for each group of warps; `layer.stages` of them lie in shared memory at a time.
+template <class Shape, class W, class Block>
+BSSN_HD void power_rows(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
+  constexpr int kNumbers = 1 + Shape::kPositions, kWarpNumbers = Shape::kClasses * kNumbers;
+  const int groups = layer.groups, stages = layer.stages;
+  const uint32_t first = layer.first_channel(tile), end = layer.end_channel(tile);
+  const int steps = (int(end - first) + groups - 1) / groups;
+  float* const parts = block.template shared<float>(kLanesAt);  // the sums of a step's warps, of two steps at a time
+  static_assert(2 * kWarpNumbers * (kThreads / 32) * sizeof(float) <= kPartsAt - kLanesAt, "shared memory");
+  unsigned char* const area = block.template shared<unsigned char>(kAreaAt);
+  float* const vectors = block.template shared<float>(kAreaAt + 16u * layer.vectors_at);
+
+  typename Block::template PerThread<RowThread<Shape>> registers;
+  block.all([&](int thread) {
+    // What is first written under a condition would keep its registers through the whole kernel.
+    registers[thread] = RowThread<Shape>{};
+    registers[thread].take_place(layer, thread);
+    begin_vectors<Shape>(layer, vectors, thread);
+  });
+  // Steps that have begun to arrive, and how many shall have: at first none where the vectors are to lie.
+  int begun = 0, wanted = int(lesser(16u * layer.vectors_at / layer.stage_bytes, uint32_t(stages)));
+  int begin_stage = 0, stage = -1;
+  for (int n = -1;;) {  // the step whose sums lie in `parts`
+    block.all([&](int thread) {
+      int to = begin_stage;
+      BSSN_UNROLL_BY(1)
+      for (int j = begun; j < wanted; ++j) {
+        const uint32_t from = first + uint32_t(j * groups);
+        if (j < steps) {
+          const int rows = int(lesser(end - from, uint32_t(groups)));
+          begin_rows<W, 4>(layer, from, rows, area + uint32_t(to) * layer.stage_bytes, thread);
+        }
+        block.commit_copies();
+        to = to + 1 == stages ? 0 : to + 1;
+      }
+    });
+    const bool is_late = n + 1 >= begun;  // the next step: no barrier has waited for it
+    begin_stage += wanted - begun;
+    begin_stage -= begin_stage < stages ? 0 : stages;
+    begun = wanted;
+    const auto parts_of = [&](int warp) { return parts + ((n & 1) * (kThreads / 32) + warp) * kWarpNumbers; };
+    const auto sums_of = [&](int thread) { return registers[thread].sums; };
+    const auto channel = [&](int thread) { return first + uint32_t(n * groups + registers[thread].group); };
+    const auto is_at_work = [&](int thread) { return registers[thread].group < groups && channel(thread) < end; };
+    const auto row = [&](int thread) {
+      const W* const rows = reinterpret_cast<const W*>(area + uint32_t(stage) * layer.stage_bytes);
+      return rows + registers[thread].group * layer.row();
+    };
+    if (n >= 0) {
+      block.template sum_warps<kNumbers, Shape::kClasses>(layer.row_warps, parts_of, sums_of);
+      block.all([&](int thread) {
+        if (!is_at_work(thread)) return;
+        write_sums<Shape>(layer, channel(thread), registers[thread], thread % 32);
+        if (call.update) add_to_columns<Shape>(layer, row(thread), registers[thread]);
+      });
+    }
+    if (++n == steps) break;
+    stage = stage + 1 == stages ? 0 : stage + 1;
+    if (n == 0 || is_late) {
+      block.each([&](int) { block.wait_for_copies(begun - n - 1); });
+    }
+    if (n == 0) {
+      block.each([&](int thread) { take_vectors<Shape>(layer, vectors, registers[thread]); });
+    }
+    block.all([&](int thread) {
+      if (is_at_work(thread)) add_row<Shape>(layer, row(thread), registers[thread]);
+    });
+    block.template sum_lanes<kNumbers, Shape::kClasses>(sums_of, parts_of);
+    // Behind this barrier the sums can be read, and the next step's rows if they had begun; and if the row is in
+    // registers its place can be filled again.
+    block.each([&](int) {
+      if (begun > n + 1) block.wait_for_copies(begun - n - 2);
+    });
+    wanted = n + stages + (Shape::kKeepsRow ? 1 : 0);
+  }
+  if (call.update) write_row_share<Shape>(block, layer, registers, call.slot(layer, tile));
+}
+
+// The shapes that there are; what is not among them is power.h's.
+enum RowKind : uint8_t { no_rows = 0, rows_1, rows_3, rows_4, rows_9, rows_16, rows_9_kernel_major, rows_9_long };
+
+constexpr int kRowElements = 36;  // of a lane: four channels of 3x3
+
+// Calls f with the shape of a kind.
+template <class F>
+BSSN_HD void with_row_shape(RowKind kind, F f) {
+  switch (kind) {
+    case rows_1:
+      return f(RowShape<1, false, kRowElements>{});
+    case rows_3:
+      return f(RowShape<3, false, kRowElements>{});
+    case rows_4:
+      return f(RowShape<4, false, kRowElements>{});
+    case rows_9:
+      return f(RowShape<9, false, kRowElements>{});
+    case rows_16:
+      return f(RowShape<16, false, kRowElements>{});
+    case rows_9_kernel_major:
+      return f(RowShape<9, true, kRowElements>{});
+    case rows_9_long:
+      return f(RowShape<9, false, 2 * kRowElements>{});
+    default:
+      return;
+  }
+}
+
+// One tile of any kind of rows. (A function that is given the shape's case would not be inlined.)
+template <class W, class Block>
+BSSN_HD void power_row_kind(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
+  switch (RowKind(layer.rows)) {
+    case rows_1:
+      return power_rows<RowShape<1, false, kRowElements>, W>(block, call, layer, tile);
+    case rows_3:
+      return power_rows<RowShape<3, false, kRowElements>, W>(block, call, layer, tile);
+    case rows_4:
+      return power_rows<RowShape<4, false, kRowElements>, W>(block, call, layer, tile);
+    case rows_9:
+      return power_rows<RowShape<9, false, kRowElements>, W>(block, call, layer, tile);
+    case rows_16:
+      return power_rows<RowShape<16, false, kRowElements>, W>(block, call, layer, tile);
+    case rows_9_kernel_major:
+      return power_rows<RowShape<9, true, kRowElements>, W>(block, call, layer, tile);
+    case rows_9_long:
+      return power_rows<RowShape<9, false, 2 * kRowElements>, W>(block, call, layer, tile);
+    default:
+      return;
+  }
+}
+
+}  // namespace bssn::cuda
