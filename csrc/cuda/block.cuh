@@ -10,6 +10,9 @@ extern __shared__ __align__(16) unsigned char dynamic_shared[];
 template <int Threads>
 class DeviceBlock {
  public:
+  // Of a launch whose tickets begin with this one.
+  __device__ __forceinline__ explicit DeviceBlock(uint32_t first_ticket) : first_ticket_(first_ticket) {}
+
   static constexpr int kThreads = Threads;
 
   // A thread's registers; on the CPU, an array over the threads.
@@ -124,8 +127,15 @@ class DeviceBlock {
   }
 
   __device__ __forceinline__ uint32_t hand_out_ticket() {
-    if (threadIdx.x == 0) *word() = ticket_;
+    if (threadIdx.x == 0) *word() = first_ticket_ + ticket_;
     return broadcast();
+  }
+
+  // The next ticket, for all threads, while the one in hand is still being worked on. Behind a barrier.
+  __device__ __forceinline__ uint32_t next_ticket() {
+    if (threadIdx.x == 0) *word() = first_ticket_ + ticket_;
+    __syncthreads();
+    return *word();
   }
 
   // Four numbers at a multiple of 16 bytes, past the first-level cache, for what is read once.
@@ -135,7 +145,8 @@ class DeviceBlock {
   }
 
  private:
-  uint32_t ticket_ = 0;  // thread 0's
+  const uint32_t first_ticket_;
+  uint32_t ticket_ = 0;  // thread 0's, counted from the first
 
   __device__ __forceinline__ uint32_t* word() { return reinterpret_cast<uint32_t*>(dynamic_shared); }
 

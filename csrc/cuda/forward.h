@@ -57,7 +57,7 @@ BSSN_HD const double* sums_of_columns(Block& block, const ForwardCall& call, con
     const int quad = thread % quads, slice = thread / quads, x = first + 4 * quad;
     float sum[4] = {};
     if (x + 4 <= size) {
-      BSSN_UNROLL_BY(4)
+      BSSN_UNROLL_BY(8)
       for (uint32_t share = slice; share < shares; share += slices) {
         const Pack<float, 4> pack = block.load_l2(slots + uint64_t(share) * share_size + x);
         for (int j = 0; j < 4; ++j) sum[j] += pack.get(j);
@@ -112,7 +112,7 @@ BSSN_HD void reduce_tile(Block& block, const ForwardCall& call, const ForwardLay
 // Scales elements [first, end) in memory order, which W and the result share. Aligned: in pieces of 16 bytes of W.
 template <class W, class N>
 BSSN_HD void scale_elements(const W* weight, N* output, float multiplier, uint32_t first, uint32_t end, int thread) {
-  constexpr int kPiece = 16 / int(sizeof(W)), kAhead = 8;
+  constexpr int kPiece = 16 / int(sizeof(W)), kAhead = 16;
   using Source = Pack<W, kPiece>;
   using Target = Pack<N, kPiece>;
   uint32_t done = first;
@@ -193,7 +193,7 @@ BSSN_HD void forward_ticket(Block& block, const Args& args, uint32_t ticket) {
   const uint32_t tile = ticket - segment.first;
 #endif
   if (phase == power) {
-    power_tile<W>(block, call, layer, index, tile);
+    power_tile<W>(block, args, layer, index, tile);
   } else if (phase == reduce) {
     reduce_tile<W>(block, call, layer, index, tile);
   } else {

@@ -3,10 +3,8 @@
 
 #include "backward_args.h"
 #include "plan.h"
+#include <cstdlib>
 
-#ifndef BSSN_BWD_TILE
-#define BSSN_BWD_TILE 16384
-#endif
 namespace bssn::cuda {
 
 // What adding up one number of each thread takes; more, and fewer blocks fit on a multiprocessor.
@@ -41,7 +39,7 @@ inline Plan plan_backward(const std::vector<Layer>& layers, const Device& device
   const int n = int(layers.size());
   Plan plan = {0, counter_bytes(n), 0, 0, kBackwardShared, {}};
   call.n_segments = n * kBackwardPhases;
-  call.tile_elements = flat_tile(total, device, BSSN_BWD_TILE);
+  call.tile_elements = flat_tile(total, device, std::getenv("BSSN_BWD_TILE") ? std::atoi(std::getenv("BSSN_BWD_TILE")) : 16384);
   uint32_t tiles = 0;
   std::vector<std::array<Stage, kBackwardPhases>> stages;
   for (int j = 0; j < n; ++j) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "staging.h"
+#include "tickets.h"
 
 namespace bssn::cuda {
 
@@ -65,8 +66,11 @@ BSSN_HD void begin_vectors(const ForwardLayer& layer, float* to, int thread) {
         copy_element(to + k * layer.c_in + i, layer.vectors[1] + i * Shape::kKernel + k);
       }
     }
+  } else if (reinterpret_cast<uintptr_t>(layer.vectors[1]) % 16 == 0) {
+    BSSN_UNROLL_BY(1)
+    for (int x = 4 * thread; x < row; x += 4 * kThreads) copy16(to + x, layer.vectors[1] + x);
   } else {
-    BSSN_UNROLL_BY(4)
+    BSSN_UNROLL_BY(1)
     for (int x = thread; x < row; x += kThreads) copy_element(to + x, layer.vectors[1] + x);
   }
   BSSN_UNROLL_BY(1)
@@ -169,7 +173,6 @@ BSSN_HD void write_row_share(Block& block, const ForwardLayer& layer, Registers&
   const int channels = units * Shape::kChannels;  // each as often as units share it
   float* const table = block.template shared<float>(kAreaAt);
   float* const r_table = table + groups * row;
-  block.sync();
   block.each([&](int thread) {
     const RowThread<Shape>& my = registers[thread];
     BSSN_UNROLL
@@ -212,9 +215,31 @@ BSSN_HD void write_row_share(Block& block, const ForwardLayer& layer, Registers&
   });
 }
 
+// Has the weights of the block's next ticket brought into the second-level cache, as many as memory brings in the time
+// that the end of one tile and the beginning of the next take.
+template <class W, class Block, class Args>
+BSSN_HD void fetch_ahead(Block& block, const Args& args, uint32_t ticket) {
+  constexpr uint32_t kMost = 96 << 10;
+  const ForwardCall& call = args.call;
+  if (ticket >= call.end_ticket) return;
+  const Segment segment = segment_of(args.segments, call.n_segments, ticket);
+  const ForwardLayer& layer = args.layers[segment.layer()];
+  if (segment.phase() == reduce || layer.gathered) return;
+  const uint32_t elements = segment.phase() == write ? call.write_elements : uint32_t(layer.channels) * layer.row();
+  const uint32_t size = uint32_t(layer.c_out) * uint32_t(layer.row());
+  const uint32_t first = lesser((ticket - segment.first) * elements, size);
+  const uint32_t bytes = lesser(lesser(elements, size - first) * uint32_t(sizeof(W)), kMost);
+  const unsigned char* const from = static_cast<const unsigned char*>(layer.weight) + uint64_t(first) * sizeof(W);
+  block.all([&](int thread) {
+    BSSN_UNROLL_BY(1)
+    for (uint32_t x = 128u * uint32_t(thread); x < bytes; x += 128u * kThreads) fetch_to_l2(from + x);
+  });
+}
+
 // One tile. A step is a row for each group of warps; `layer.stages` of them lie in shared memory at a time.
-template <class Shape, class W, class Block>
-BSSN_HD void power_rows(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
+template <class Shape, class W, class Block, class Args>
+BSSN_HD void power_rows(Block& block, const Args& args, const ForwardLayer& layer, uint32_t tile) {
+  const ForwardCall& call = args.call;
   constexpr int kNumbers = 1 + Shape::kPositions, kWarpNumbers = Shape::kClasses * kNumbers;
   const int groups = layer.groups, stages = layer.stages;
   const uint32_t first = layer.first_channel(tile), end = layer.end_channel(tile);
@@ -287,11 +312,22 @@ BSSN_HD void power_rows(Block& block, const ForwardCall& call, const ForwardLaye
     });
     wanted = n + stages + (Shape::kKeepsRow ? 1 : 0);
   }
+  fetch_ahead<W>(block, args, block.next_ticket());
   if (call.update) write_row_share<Shape>(block, layer, registers, call.slot(layer, tile));
 }
 
 // The shapes that there are; what is not among them is power.h's.
-enum RowKind : uint8_t { no_rows = 0, rows_1, rows_3, rows_4, rows_9, rows_16, rows_9_kernel_major, rows_9_long };
+enum RowKind : uint8_t {
+  no_rows = 0,
+  rows_1,
+  rows_3,
+  rows_4,
+  rows_9,
+  rows_16,
+  rows_9_kernel_major,
+  rows_9_long,
+  short_rows  // see short_rows.h
+};
 
 constexpr int kRowElements = 36;  // of a lane: four channels of 3x3
 
@@ -319,23 +355,23 @@ BSSN_HD void with_row_shape(RowKind kind, F f) {
 }
 
 // One tile of any kind of rows. (A function that is given the shape's case would not be inlined.)
-template <class W, class Block>
-BSSN_HD void power_row_kind(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
+template <class W, class Block, class Args>
+BSSN_HD void power_row_kind(Block& block, const Args& args, const ForwardLayer& layer, uint32_t tile) {
   switch (RowKind(layer.rows)) {
     case rows_1:
-      return power_rows<RowShape<1, false, kRowElements>, W>(block, call, layer, tile);
+      return power_rows<RowShape<1, false, kRowElements>, W>(block, args, layer, tile);
     case rows_3:
-      return power_rows<RowShape<3, false, kRowElements>, W>(block, call, layer, tile);
+      return power_rows<RowShape<3, false, kRowElements>, W>(block, args, layer, tile);
     case rows_4:
-      return power_rows<RowShape<4, false, kRowElements>, W>(block, call, layer, tile);
+      return power_rows<RowShape<4, false, kRowElements>, W>(block, args, layer, tile);
     case rows_9:
-      return power_rows<RowShape<9, false, kRowElements>, W>(block, call, layer, tile);
+      return power_rows<RowShape<9, false, kRowElements>, W>(block, args, layer, tile);
     case rows_16:
-      return power_rows<RowShape<16, false, kRowElements>, W>(block, call, layer, tile);
+      return power_rows<RowShape<16, false, kRowElements>, W>(block, args, layer, tile);
     case rows_9_kernel_major:
-      return power_rows<RowShape<9, true, kRowElements>, W>(block, call, layer, tile);
+      return power_rows<RowShape<9, true, kRowElements>, W>(block, args, layer, tile);
     case rows_9_long:
-      return power_rows<RowShape<9, false, 2 * kRowElements>, W>(block, call, layer, tile);
+      return power_rows<RowShape<9, false, 2 * kRowElements>, W>(block, args, layer, tile);
     default:
       return;
   }
