@@ -50,23 +50,25 @@ inline RowKind row_kind(const Layer& layer, int64_t elements) {
 // How rows.h would take a layer: the kind, and how many warps share a row.
 struct RowPlan {
   RowKind kind;
-  int64_t warps;
+  int64_t warps, rows;  // rows of each group at a time
 
   int64_t groups() const { return kThreads / 32 / warps; }
+  int64_t of_step() const { return groups() * rows; }
 };
 
 inline RowPlan row_plan(const Layer& layer, int pack) {
   if (pack > 1 && layer.columns() > kLongerThanShort) {
     for (const int64_t elements : {kRowElements, 2 * kRowElements}) {
-      RowPlan plan = {row_kind(layer, elements), 0};
+      RowPlan plan = {row_kind(layer, elements), 0, 1};
       with_row_shape(plan.kind, [&](auto shape) {
         using Shape = decltype(shape);
         plan.warps = divide_up(layer.columns() / Shape::kSize, 32 * Shape::kUnits);
+        plan.rows = Shape::kRows;
       });
       if (plan.kind != no_rows && plan.warps <= kThreads / 32) return plan;
     }
   }
-  return {is_short(layer.columns()) ? short_rows : no_rows, 1};
+  return {is_short(layer.columns()) ? short_rows : no_rows, 1, 1};
 }
 
 // What the power iteration of a layer takes, in elements: a step of rows.h takes as long as some thousands of elements
@@ -101,7 +103,7 @@ inline int64_t plan_row_shape(const Layer& layer, int64_t element, int64_t chann
   const int64_t room = device.shared_bytes - kAreaAt, row = layer.columns();
   const int64_t vectors = round_up(sizeof(float) * (row + layer.c_in), 16);
   for (int64_t groups = std::min(plan.groups(), channels); groups > 0; groups /= 2) {
-    const int64_t stage = groups * row * element, steps = divide_up(channels, groups);
+    const int64_t rows = groups * plan.rows, stage = rows * row * element, steps = divide_up(channels, rows);
     const int64_t stages = std::min({room / stage, steps, int64_t(kMaxRowStages)});
     // t, and r for each unit of each group.
     const int64_t table = int64_t(sizeof(float)) * groups * (row + std::max(layer.c_in, row / 4));
@@ -204,7 +206,7 @@ inline void plan_rows(const Layer& layer, int64_t channels, ForwardLayer& out) {
   out.channels = int32_t(std::min(channels, layer.c_out));
   out.tiles[power] = uint32_t(divide_up(layer.c_out, out.channels));
   out.slices = 4;
-  while (out.slices < kThreads / 32 && out.tiles[power] / out.slices > 8) out.slices *= 2;
+  while (out.slices < kThreads / 32 && out.tiles[power] / out.slices > 16) out.slices *= 2;
 }
 
 // Floats that the power tiles leave for the reduce tiles.

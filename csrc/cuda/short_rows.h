@@ -14,38 +14,44 @@ BSSN_HD bool is_short(int64_t row) {
   return row <= kMostShort && row * lesser(uint32_t(same_bank), 32u) <= 1536;
 }
 
-// Shared memory of a tile after its rows and its vectors: s and q of all rows, then t and r of the threads.
+// Threads that share a row, of a tile of so many.
+BSSN_HD int short_lanes(int rows) { return int(lesser(uint32_t(kThreads / rows), 4u)); }
+
+// Shared memory of a tile after its rows and its vectors: q of all rows, each lane's part of s, then t and r of the
+// threads.
 BSSN_HD int64_t short_scratch(int64_t rows, int64_t kernel) {
-  return (rows * (1 + kernel) + 2 * kThreads) * int64_t(sizeof(float));
+  return (rows * (kernel + short_lanes(int(rows))) + 2 * kThreads) * int64_t(sizeof(float));
 }
 
-// s and q of a thread's row.
+// A lane's part of s, and q of every `lanes`-th kernel position, of a row.
 template <class W>
-BSSN_HD void short_row(const ForwardLayer& layer, const W* row, const float* v, const float* u, float* s, float* q) {
+BSSN_HD float short_row(const ForwardLayer& layer, const W* row, const float* v, const float* u, float* q, int lane,
+                        int lanes) {
   const int kernel = layer.kernel, step_i = layer.kernel_major ? 1 : kernel, step_k = layer.kernel_major ? layer.c_in : 1;
-  float s_sum = 0;
+  float s = 0;
   BSSN_UNROLL_BY(1)
-  for (int k = 0; k < kernel; ++k) {
+  for (int k = lane; k < kernel; k += lanes) {
     float q_sum = 0;
-    BSSN_UNROLL_BY(4)
+    BSSN_UNROLL_BY(3)
     for (int i = 0; i < layer.c_in; ++i) {
       const float w = to_float(row[i * step_i + k * step_k]);
-      s_sum += w * v[i * kernel + k];
+      s += w * v[i * kernel + k];
       q_sum += w * u[i];
     }
     q[k] = q_sum;
   }
-  *s = s_sum;
+  return s;
 }
 
 template <class W, class Block>
 BSSN_HD void power_short(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
   const uint32_t first = layer.first_channel(tile);
   const int rows = int(layer.end_channel(tile) - first), row = layer.row(), kernel = layer.kernel, c_in = layer.c_in;
+  const int lanes = short_lanes(rows);
   unsigned char* const stage = block.template shared<unsigned char>(kAreaAt);
   float* const v = block.template shared<float>(kAreaAt + 16u * layer.vectors_at);
-  float *const u = v + row, *const s = u + c_in, *const q = s + rows;
-  float *const t_parts = q + rows * kernel, *const r_parts = t_parts + kThreads;
+  float *const u = v + row, *const q = u + c_in, *const s = q + rows * kernel;
+  float *const t_parts = s + rows * lanes, *const r_parts = t_parts + kThreads;
   const W* const staged = staged_rows<W>(layer, first, stage);
   const bool two_sided = layer.two_sided();
   block.each([&](int thread) {
@@ -56,12 +62,18 @@ BSSN_HD void power_short(Block& block, const ForwardCall& call, const ForwardLay
     block.wait_for_copies(0);
   });
   block.each([&](int thread) {
-    if (thread >= rows) return;
-    float* const mine = q + thread * kernel;
-    short_row(layer, staged + thread * row, v, u, s + thread, mine);
-    const uint32_t o = first + uint32_t(thread);
-    layer.snapshot[0][o] = s[thread];
-    for (int k = 0; k < (two_sided ? kernel : 0); ++k) layer.snapshot[3][int64_t(o) * kernel + k] = mine[k];
+    const int lane = thread / rows, o = thread - lane * rows;
+    if (lane < lanes) s[thread] = short_row(layer, staged + o * row, v, u, q + o * kernel, lane, lanes);
+  });
+  block.each([&](int thread) {
+    if (thread < rows) {
+      float sum = s[thread];
+      for (int lane = 1; lane < lanes; ++lane) sum += s[lane * rows + thread];
+      layer.snapshot[0][first + uint32_t(thread)] = s[thread] = sum;
+    }
+    for (int x = two_sided ? thread : rows * kernel; x < rows * kernel; x += kThreads) {
+      layer.snapshot[3][int64_t(first) * kernel + x] = q[x];
+    }
   });
   if (!call.update) return;
   const int slices = kThreads / row;  // threads that share a column
@@ -79,21 +91,25 @@ BSSN_HD void power_short(Block& block, const ForwardCall& call, const ForwardLay
     t_parts[thread] = t;
     r_parts[thread] = r;
   });
+  float* const slot = call.slot(layer, tile);
   block.each([&](int thread) {
-    float* const slot = call.slot(layer, tile);
-    if (thread < row) {
-      float sum = 0;
-      for (int x = thread; x < slices * row; x += row) sum += t_parts[x];
-      slot[thread] = sum;
+    if (thread >= row) return;
+    float t = 0, r = 0;
+    BSSN_UNROLL_BY(2)
+    for (int x = thread; x < slices * row; x += row) {
+      t += t_parts[x];
+      r += r_parts[x];
     }
-    if (thread < c_in && two_sided) {
-      const int step_i = layer.kernel_major ? 1 : kernel, step_k = layer.kernel_major ? c_in : 1;
-      float sum = 0;
-      for (int slice = 0; slice < slices; ++slice) {
-        for (int k = 0; k < kernel; ++k) sum += r_parts[slice * row + thread * step_i + k * step_k];
-      }
-      slot[row + thread] = sum;
-    }
+    slot[thread] = t;
+    r_parts[thread] = r;  // only this thread has read it
+  });
+  block.each([&](int thread) {
+    if (thread >= c_in || !two_sided) return;
+    const int step_i = layer.kernel_major ? 1 : kernel, step_k = layer.kernel_major ? c_in : 1;
+    float sum = 0;
+    BSSN_UNROLL_BY(4)
+    for (int k = 0; k < kernel; ++k) sum += r_parts[thread * step_i + k * step_k];
+    slot[row + thread] = sum;
   });
 }
 
