@@ -29,21 +29,27 @@ from benchmarks.timing.gpu_plan import CACHES, VARIANTS
 from benchmarks.timing.record import Record
 from benchmarks.work import layer_sets, training_step
 from benchmarks.work.networks import DISCRIMINATORS
+from benchmarks.work.problem import Problem
 
-LONGEST = 120.0
-"""Seconds after which a unit counts as hung: twenty times as long as it takes if Triton has compiled its kernels."""
-LONGEST_COMPILED = 240.0
+LONGEST = 90.0
+"""Seconds after which a unit counts as hung: ten times as long as it takes if all is compiled, see `compile_peers`."""
+SECONDS, SECONDS_COMPILED = 1.0, 0.5
+"""Of timing, for each state of the caches, or as long as every peer's fewest turns take: compiled peers are few."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A name, and what makes its records."""
+    """A name, and what makes its records; of layer sets also the problem and its peers."""
 
     name: str
     run: Callable[[], list[Record]]
+    problem: Callable[[], Problem] | None = None
+    peers: Sequence[str] = ()
 
 
-def units(device: str = "cuda", seconds: float = 1.0, width: int | None = None, batch: int | None = None) -> list[Unit]:
+def units(
+    device: str = "cuda", seconds: float = SECONDS, width: int | None = None, batch: int | None = None
+) -> list[Unit]:
     """Return all units in their order: float32 first, host time, training steps, then bfloat16.
 
     width, batch: of the training steps, if not the usual ones.
@@ -52,16 +58,14 @@ def units(device: str = "cuda", seconds: float = 1.0, width: int | None = None, 
     return [*first, *_host(device, seconds), *_training(device, seconds, width, batch), *second]
 
 
-def compiled_units(device: str = "cuda", seconds: float = 1.0) -> list[Unit]:
-    """Return the units of torch.compile beside ours: compiling takes most of a minute for each."""
-    found = []
-    for name in gpu_plan.SETS:
-        chosen = sets()[name]
-        for variant in VARIANTS[::-1]:
-            names = [peers.COPY, *peers.COMPILED, *_default(device)]
-            run = partial(_layer_set, "compiled", chosen, variant, names, "float32", device, seconds)
-            found.append(Unit(f"compiled {name} {variant}", run))
-    return found
+def compiled_units(device: str = "cuda", seconds: float = SECONDS_COMPILED) -> list[Unit]:
+    """Return the units of torch.compile beside ours: compiling takes most of a minute for each, if not done before."""
+    names = [peers.COPY, *peers.COMPILED, *_default(device)]
+    return [
+        _unit("compiled", sets()[name], variant, names, "float32", device, seconds)
+        for name in gpu_plan.SETS
+        for variant in VARIANTS[::-1]
+    ]
 
 
 def sets() -> dict[str, layer_sets.LayerSet]:
@@ -77,8 +81,7 @@ def _layers(device: str, seconds: float, dtype: str) -> Iterator[Unit]:
     names = [name for name in peers.names(device) if name not in peers.COMPILED]
     for chosen in gpu_plan.SETS:
         for variant in VARIANTS:
-            run = partial(_layer_set, "layers", sets()[chosen], variant, names, dtype, device, seconds)
-            yield Unit(f"layers {chosen} {variant} {dtype}", run)
+            yield _unit("layers", sets()[chosen], variant, names, dtype, device, seconds)
 
 
 def _host(device: str, seconds: float) -> Iterator[Unit]:
@@ -86,8 +89,7 @@ def _host(device: str, seconds: float) -> Iterator[Unit]:
     for n in gpu_plan.MANY:
         chosen = layer_sets.square("linear", n, 4)
         for variant in VARIANTS:
-            run = partial(_layer_set, "host", chosen, variant, names, "float32", device, seconds, ("hot",))
-            yield Unit(f"host {chosen.name} {variant}", run)
+            yield _unit("host", chosen, variant, names, "float32", device, seconds)
 
 
 def _training(device: str, seconds: float, width: int | None, batch: int | None) -> Iterator[Unit]:
@@ -97,22 +99,19 @@ def _training(device: str, seconds: float, width: int | None, batch: int | None)
         yield Unit(f"training step {kind}", step)
 
 
-def _layer_set(
-    part: str,
-    chosen: layer_sets.LayerSet,
-    variant: str,
-    names: Sequence[str],
-    dtype: str,
-    device: str,
-    seconds: float,
-    caches: Sequence[str] = CACHES,
-) -> list[Record]:
-    part = "layers" if part == "compiled" else part
-    count = part == "host" or (chosen.name == gpu_plan.SETS[0] and dtype == "float32")
-    return measure.layer_set(
-        part, chosen, variant, names,
-        device=device, dtype=getattr(torch, dtype), seconds=seconds, caches=caches, count_launches=count,
+def _unit(
+    kind: str, chosen: layer_sets.LayerSet, variant: str, names: Sequence[str], dtype: str, device: str, seconds: float
+) -> Unit:
+    """Return the unit of one layer set; `kind` is "layers", "compiled" or "host"."""
+    of_dtype = getattr(torch, dtype)
+    count = kind == "host" or (kind == "layers" and chosen.name == gpu_plan.SETS[0] and dtype == "float32")
+    run = partial(
+        measure.layer_set, "layers" if kind == "compiled" else kind, chosen, variant, names,
+        device=device, dtype=of_dtype, seconds=seconds, caches=("hot",) if kind == "host" else CACHES,
+        count_launches=count, empty_cache=False,
     )  # fmt: skip
+    name = " ".join([kind, chosen.name, variant, *([dtype] if kind == "layers" else [])])
+    return Unit(name, run, partial(Problem, chosen, variant, device, of_dtype), names)
 
 
 def run(chosen: Sequence[Unit], folder: Path, machine: str, longest: float) -> int:
@@ -160,8 +159,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--machine", required=True)
     parser.add_argument("--compiled", action="store_true")
     args = parser.parse_args(words)
-    chosen, longest = (compiled_units(), LONGEST_COMPILED) if args.compiled else (units(), LONGEST)
-    return run(chosen, args.folder, args.machine, longest)
+    return run(compiled_units() if args.compiled else units(), args.folder, args.machine, LONGEST)
 
 
 if __name__ == "__main__":

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 import threading
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import pretended_gpu
 import pytest
 import torch
 
 from benchmarks.against import peers
-from benchmarks.gpu import files, measurements, outcomes, profiled
+from benchmarks.gpu import compile_once, compile_peers, files, measurements, outcomes, profiled, timetable
 from benchmarks.gpu.measurements import Unit
 from benchmarks.shown import page, plots, results
-from benchmarks.timing import gpu_plan, machine
+from benchmarks.timing import gpu_plan, machine, measure
 from benchmarks.timing.record import BOTH
 from benchmarks.work import layer_sets
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
-
-import compile_once
 
 KEY = machine.key(pretended_gpu.ABOUT)
 WAYS = ["bssn_fast cpu", "bssn_fast cpu phases", "bssn_fast cpu graph"]
@@ -90,6 +86,42 @@ def test_units_come_in_the_order_of_interest():
     assert names[:2] == ["layers sngan_d32 bssn float32", "layers sngan_d32 sn float32"]
     assert names[-1] == "layers dcgan_g32 sn bfloat16"
     assert len(measurements.compiled_units()) == 2 * len(gpu_plan.SETS)
+
+
+def test_all_that_is_timed_is_compiled_before(monkeypatch, tmp_path):
+    """Each unit of layer sets by one of the steps beside the tests, if it has not been timed."""
+    compiled = []
+    monkeypatch.setattr(compile_peers, "compile_peers", lambda unit: compiled.append(unit.name) or True)
+    monkeypatch.setattr(compile_once, "install", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    units = [unit.name for unit in (*measurements.units(), *measurements.compiled_units()) if unit.problem is not None]
+    assert len(units) == 6 * len(gpu_plan.SETS) + 2 * len(gpu_plan.MANY)
+    sources = outcomes.sources(KEY, *outcomes.TIMING)
+    outcomes.append(tmp_path / outcomes.FILE, "unit", name=units[0], sources=sources, records=[])
+    for step in timetable.compilers(timetable.Files(tmp_path, tmp_path, KEY), 60):
+        assert compile_peers.main(step.command[3:]) == 0
+    assert sorted(compiled) == sorted(units[1:])
+
+
+def test_only_peers_that_compile_run_before(monkeypatch, capsys):
+    """In the caches that the timing looks into; and one that fails is left to the timing."""
+    ran = []
+
+    def prepare(name, problem, *, empty_cache):
+        assert not empty_cache
+        ran.append(name)
+        if name == "bssn_fast triton":
+            raise RuntimeError("no assembler")
+        return SimpleNamespace(prepare_seconds=3.0)
+
+    monkeypatch.setattr(measure, "prepare", prepare)
+    names = ["copy", "torch", *peers.COMPILED, "bssn_fast cuda", "bssn_fast triton", "bssn_fast triton phases"]
+    unit = Unit("layers a", records, lambda: None, names)
+    assert compile_peers.compile_peers(unit)
+    assert not ran
+    assert not compile_peers.compile_peers(dataclasses.replace(unit, problem=object))
+    assert ran == [*peers.COMPILED, "bssn_fast triton", "bssn_fast triton phases"]
+    assert "layers a, bssn_fast triton: RuntimeError: no assembler" in capsys.readouterr().out
 
 
 def test_what_the_profiler_looks_at(monkeypatch):

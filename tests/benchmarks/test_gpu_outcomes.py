@@ -33,7 +33,7 @@ def test_all_tests_for_gpus_are_listed_here(tmp_path):
         assert any(name.startswith(f"tests/gpu/{file.name}::") for name in names)
     for way in ("triton-single", "triton-phases", "cuda-single", "cuda-phases"):
         assert any(way in name for name in names)
-    assert "test_measured" in names[0]
+    assert "::test_matrix[" in names[0]
 
 
 def test_they_do_not_run_without_a_gpu():
