@@ -30,8 +30,8 @@ def compiles(peer: str) -> bool:
 
 
 def chosen(units: Iterable[Unit], what: str) -> list[Unit]:
-    """Return the units whose names have these words in them."""
-    return [unit for unit in units if f" {what} " in f" {unit.name} "]
+    """Return the units of layer sets whose names have these words in them."""
+    return [unit for unit in units if unit.problem is not None and f" {what} " in f" {unit.name} "]
 
 
 def compile_peers(unit: Unit) -> bool:

@@ -50,12 +50,13 @@ class Unit:
 def units(
     device: str = "cuda", seconds: float = SECONDS, width: int | None = None, batch: int | None = None
 ) -> list[Unit]:
-    """Return all units in their order: float32 first, host time, training steps, then bfloat16.
+    """Return all units in their order: float32 first, host time, training steps, bfloat16, numbers of launches.
 
     width, batch: of the training steps, if not the usual ones.
     """
     first, second = (list(_layers(device, seconds, dtype)) for dtype in gpu_plan.DTYPES)
-    return [*first, *_host(device, seconds), *_training(device, seconds, width, batch), *second]
+    training = _training(device, seconds, width, batch)
+    return [*first, *_host(device, seconds), *training, *second, *_launches(device)]
 
 
 def compiled_units(device: str = "cuda", seconds: float = SECONDS_COMPILED) -> list[Unit]:
@@ -84,6 +85,19 @@ def _layers(device: str, seconds: float, dtype: str) -> Iterator[Unit]:
             yield _unit("layers", sets()[chosen], variant, names, dtype, device, seconds)
 
 
+def _launches(device: str) -> Iterator[Unit]:
+    """Yield what counts launches: of a small model, and of many layers, as the others have as many or more."""
+    names = [name for name in peers.names(device) if name not in peers.COMPILED]
+    cases = [
+        ("layers", sets()[gpu_plan.SETS[0]]),
+        *(("host", layer_sets.square("linear", n, 4)) for n in gpu_plan.MANY),
+    ]
+    for part, chosen in cases:
+        for variant in VARIANTS:
+            run = partial(measure.launch_counts, part, chosen, variant, names, device=device)
+            yield Unit(f"launches {chosen.name} {variant}", run)
+
+
 def _host(device: str, seconds: float) -> Iterator[Unit]:
     names = [name for name in peers.names(device) if name not in peers.COMPILED]
     for n in gpu_plan.MANY:
@@ -104,11 +118,10 @@ def _unit(
 ) -> Unit:
     """Return the unit of one layer set; `kind` is "layers", "compiled" or "host"."""
     of_dtype = getattr(torch, dtype)
-    count = kind == "host" or (kind == "layers" and chosen.name == gpu_plan.SETS[0] and dtype == "float32")
     run = partial(
         measure.layer_set, "layers" if kind == "compiled" else kind, chosen, variant, names,
         device=device, dtype=of_dtype, seconds=seconds, caches=("hot",) if kind == "host" else CACHES,
-        count_launches=count, empty_cache=False,
+        count_launches=False, empty_cache=False,
     )  # fmt: skip
     name = " ".join([kind, chosen.name, variant, *([dtype] if kind == "layers" else [])])
     return Unit(name, run, partial(Problem, chosen, variant, device, of_dtype), names)

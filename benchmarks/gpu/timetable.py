@@ -9,6 +9,7 @@ What will be timed is compiled beside the tests, so that no core is idle then, a
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import sys
@@ -32,7 +33,8 @@ SANITIZERS = {  # with their options, and the backends they look at
     "memcheck": (["--report-api-errors", "no"], ["triton", "cuda"]),  # torch asks questions whose answer is an error
     "racecheck": ([], ["cuda"]),  # Triton lets threads that hold copies of a number all write it
 }
-TOOLS = Path("/usr/local/cuda/bin")
+TOOLS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*", "/usr/local/cuda*/bin")
+"""Where NVIDIA's tools may be, beside the PATH."""
 CACHES = ROOT / "build" / "gpu-caches"
 FOUND_AGAIN = {"TRITON_CACHE_DIR": str(CACHES / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(CACHES / "inductor")}
 """Where all steps look for what another one has compiled."""
@@ -143,7 +145,8 @@ def missing_tools() -> list[str]:
 
 
 def _tool(name: str) -> str | None:
-    return shutil.which(name) or shutil.which(TOOLS / name)
+    places = [path for folder in TOOLS for path in sorted(glob.glob(f"{folder}/{name}"), reverse=True)]
+    return next(filter(None, map(shutil.which, (name, *places))), None)
 
 
 def _python(module: str, *words: object) -> list[str]:

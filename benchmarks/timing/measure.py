@@ -117,9 +117,7 @@ def layer_set(
     tenth of a second for each peer and phase.
     """
     problem = Problem(chosen, variant, device, dtype)
-    layers, megabytes = len(chosen.layers), problem.bytes / 1e6
-    name_of_dtype = str(dtype).removeprefix("torch.")
-    new = partial(Record, part, chosen.name, variant, layers=layers, megabytes=megabytes, dtype=name_of_dtype)
+    new = _records_of(part, problem)
     ready: dict[str, peers.Peer] = {}
     records: list[Record] = []
     for name in names:
@@ -138,6 +136,33 @@ def layer_set(
     if count_launches and is_gpu(device):
         _count_launches(ready, records)
     return records
+
+
+def launch_counts(
+    part: str, chosen: LayerSet, variant: str, names: Iterable[str], *, device: torch.device | str
+) -> list[Record]:
+    """Return records that have nothing but the number of launches, see `Results.set_launches`.
+
+    For the end of a process: the profiler may stay in the way of all launches after it, and take host time of each.
+    """
+    problem = Problem(chosen, variant, device)
+    new = _records_of(part, problem)
+    records: list[Record] = []
+    for name in names:
+        peer = peers.make(name, problem)
+        peer.first_run()
+        peer.release()
+        own = [new(name, phase) for phase in (*peer.stages, *([BOTH] if len(peer.stages) > 1 else []))]
+        _count_launches({name: peer}, own)
+        records += own
+    return records
+
+
+def _records_of(part: str, problem: Problem) -> Callable[..., Record]:
+    """Return what makes a record of a peer and phase, with what all records of a problem share."""
+    dtype = str(problem.dtype).removeprefix("torch.")
+    layers, megabytes = len(problem.set.layers), problem.bytes / 1e6
+    return partial(Record, part, problem.set.name, problem.variant, layers=layers, megabytes=megabytes, dtype=dtype)
 
 
 def _timed(

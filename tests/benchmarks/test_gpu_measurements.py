@@ -82,9 +82,9 @@ def test_everything_is_timed_and_shown(tiny, tmp_path):
 
 def test_units_come_in_the_order_of_interest():
     names = [unit.name for unit in measurements.units()]
-    assert len(set(names)) == len(names) == 4 * len(gpu_plan.SETS) + 2 * len(gpu_plan.MANY) + 2
+    assert len(set(names)) == len(names) == 4 * len(gpu_plan.SETS) + 4 * len(gpu_plan.MANY) + 2 + 2
     assert names[:2] == ["layers sngan_d32 bssn float32", "layers sngan_d32 sn float32"]
-    assert names[-1] == "layers dcgan_g32 sn bfloat16"
+    assert names[-7:-5] == ["layers dcgan_g32 sn bfloat16", "launches sngan_d32 bssn"]  # the profiler disturbs others
     assert len(measurements.compiled_units()) == 2 * len(gpu_plan.SETS)
 
 

@@ -318,6 +318,16 @@ def test_every_command_is_one_that_its_program_understands(monkeypatch, tmp_path
         assert found[name].command[-1] in backends.NAMES
 
 
+def test_tools_are_found_beside_the_path(monkeypatch, tmp_path):
+    monkeypatch.setattr(timetable, "TOOLS", (str(tmp_path / "none"), str(tmp_path / "ncu-*")))
+    assert "ncu" in timetable.missing_tools()
+    for version in ("1", "2"):
+        tool = tmp_path / f"ncu-{version}" / "ncu"
+        tool.parent.mkdir()
+        tool.touch(0o755)
+    assert timetable.profile("sngan_d32").command[0] == str(tool)
+
+
 def test_a_table_that_fails_does_not_end_the_run(run, monkeypatch, capsys):
     def fail(output, lines, machine):
         raise KeyError("a column")
