@@ -65,9 +65,8 @@ def why_not() -> str | None:
     return f"{sys.executable} lacks {', '.join(missing)}: `pip install {' '.join(missing)}`" if missing else None
 
 
-def run(stages: Sequence[Sequence[Step]], files: Files, minutes: float) -> None:
+def run(stages: Sequence[Sequence[Step]], files: Files, minutes: float, deadline: float) -> None:
     """Run the stages until the time is up; append each step's outcome, and write the files after each stage."""
-    deadline = time.monotonic() + 60 * minutes - RESERVE
     longer = max(1.0, minutes / MINUTES)
     stages = [[replace(step, seconds=longer * step.seconds) for step in stage] for stage in stages]
     for n, stage in enumerate(stages):
@@ -112,6 +111,7 @@ def _note(files: Files, step: Step, outcome: str, seconds: float) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     args = arguments(words)
+    deadline = time.monotonic() + 60 * args.minutes - RESERVE  # to import torch may take half a minute of it
     reason = why_not()
     if reason is not None:
         print(reason, file=sys.stderr)
@@ -132,7 +132,7 @@ def main(words: Sequence[str] | None = None) -> int:
         outcomes.append(output / FILE, "run", machine=key, about=about)
         for tool in timetable.missing_tools():
             print(f"{tool} is not installed: what it would tell is left out")
-        run(stages, files, args.minutes)
+        run(stages, files, args.minutes, deadline)
     lines = list(outcomes.read(output / FILE))
     text = kept.summary(lines, key)
     print("\n".join(line for line in text if not line.startswith("did not run: ")))  # that can be hundreds

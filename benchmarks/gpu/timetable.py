@@ -38,6 +38,8 @@ TOOLS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*", "/usr/local/cuda
 CACHES = ROOT / "build" / "gpu-caches"
 FOUND_AGAIN = {"TRITON_CACHE_DIR": str(CACHES / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(CACHES / "inductor")}
 """Where all steps look for what another one has compiled."""
+FEW = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+"""For steps with processes enough of their own: torch.compile would start one for each core in each of them."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,7 @@ def compilers(files: Files, seconds: float) -> list[Step]:
 
     units = [f"{name} {variant}" for name in SETS for variant in VARIANTS]
     command = _python("benchmarks.gpu.compile_peers", "--machine", files.machine, files.output)
-    few = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
-    return [Step(f"compile {what}", [*command, what], seconds, few) for what in [*units, "host"]]
+    return [Step(f"compile {what}", [*command, what], seconds, FEW) for what in [*units, "host"]]
 
 
 def names(files: Files) -> Step:
@@ -109,7 +110,7 @@ def tests(group: str, files: Files, seconds: float) -> Step:
     which, workers, limit = GROUPS[group]
     parallel = ["-n", str(workers), "--maxschedchunk", "1", "--max-worker-restart", "40"]
     limits = ["--timeout", str(limit), "--timeout-method", "thread"]
-    return Step(f"tests {group}", _pytest(files, *parallel, *limits, "-k", which, "tests/gpu"), seconds)
+    return Step(f"tests {group}", _pytest(files, *parallel, *limits, "-k", which, "tests/gpu"), seconds, FEW)
 
 
 def measurements(name: str, files: Files, seconds: float, *options: str) -> Step:

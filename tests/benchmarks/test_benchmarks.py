@@ -97,7 +97,7 @@ def test_peers_agree_and_are_timed(variant):
 def test_peers_are_made_once_for_hot_and_cold_caches(monkeypatch):
     made = []
     prepare = measure.prepare
-    monkeypatch.setattr(measure, "prepare", lambda name, problem: made.append(name) or prepare(name, problem))
+    monkeypatch.setattr(measure, "prepare", lambda name, problem, **how: made.append(name) or prepare(name, problem))
     monkeypatch.setattr(CpuClock, "cold_bytes", 4096)
     names = [peers.COPY, "bssn_fast cpu"]
     records = measure.layer_set("layers", layer_sets.tiny(), "sn", names, seconds=1e-9, caches=("hot", "cold"))
@@ -246,6 +246,19 @@ def test_report_round_trip(tmp_path):
     for r in results.records:
         r.added_low, r.added_high = -1.0, 1.0
     assert "## Whole training steps (added: median and its 95 % interval)\n" in tables.render(results)
+
+
+def test_captured_steps_have_their_makers_colours():
+    results = invented()
+    for peer in ("torch graph", "bssn_fast graph"):
+        step = Record("gan", "cnn", "sn", peer, "step", 2, 0, median=10.0, runs=9, added=5.0)
+        results.records.append(step)
+    bars = plots.gan_steps(results).axes[0].containers
+    colours = {bar.get_label(): (bar.patches[0].get_facecolor(), bar.patches[0].get_hatch()) for bar in bars}
+    for peer in ("torch", "bssn_fast"):
+        eager, captured = colours[f"sn, {peer}"], colours[f"sn, {peer} graph"]
+        assert eager[0] == captured[0]
+        assert (eager[1], captured[1]) == (None, "//")
 
 
 def test_the_page_shows_all_machines(tmp_path):
