@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -46,3 +48,21 @@ def test_what_one_mode_has_compiled_outlasts_the_other(monkeypatch):
     assert (len(graphs), len(steps)) == (1, 1)
     peers.make(peers.COMPILE, Problem(layer_sets.tiny(), "sn")).forward()
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("empty_cache", [True, False])
+def test_compilers_caches(monkeypatch, empty_cache):
+    """Empty, so that all that compiling takes is known; or those of everyone, and then it is not."""
+    compiled, folders = torch.compile, []
+
+    def noting(function=None, **options):
+        folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        return compiled(function, **(options | {"backend": "aot_eager"}))
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "everyone's")
+    monkeypatch.setattr(torch, "compile", noting)
+    names = [peers.COPY, peers.COMPILE]
+    records = measure.layer_set("layers", layer_sets.tiny(), "sn", names, seconds=1e-9, empty_cache=empty_cache)
+    assert (folders[0] == "everyone's") != empty_cache
+    times = {r.prepare_seconds is not None for r in records if r.peer == peers.COMPILE}
+    assert times == {empty_cache}
