@@ -36,8 +36,14 @@ SANITIZERS = {  # with their options, and the backends they look at
 TOOLS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*", "/usr/local/cuda*/bin")
 """Where NVIDIA's tools may be, beside the PATH."""
 CACHES = ROOT / "build" / "gpu-caches"
-FOUND_AGAIN = {"TRITON_CACHE_DIR": str(CACHES / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(CACHES / "inductor")}
-"""Where all steps look for what another one has compiled."""
+ENVIRONMENT = {
+    # Where each step finds what another one has compiled.
+    "TRITON_CACHE_DIR": str(CACHES / "triton"),
+    "TORCHINDUCTOR_CACHE_DIR": str(CACHES / "inductor"),
+    # torch's profiler stays in the process: taken down and up again it is known to crash with CUDA graphs.
+    "TEARDOWN_CUPTI": "0",
+}
+"""Of all steps."""
 FEW = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
 """For steps with processes enough of their own: torch.compile would start one for each core in each of them."""
 
@@ -67,7 +73,7 @@ def stages(files: Files) -> list[list[Step]]:
         [*map(sanitizer, SANITIZERS), *(tests(group, files, 300) for group in GROUPS)],
     ]
     return [
-        [replace(step, environment=FOUND_AGAIN | step.environment) for step in stage if step is not None]
+        [replace(step, environment=ENVIRONMENT | step.environment) for step in stage if step is not None]
         for stage in found
     ]
 

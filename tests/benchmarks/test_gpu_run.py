@@ -303,6 +303,8 @@ def test_every_command_is_one_that_its_program_understands(monkeypatch, tmp_path
         "extension", "names", "tests cuda", "tests triton", "tests compiled", *compilers, "measurements",
         "compiled peers", "profile sngan_d32", "profile bsn_resnet_d128", "memcheck", "racecheck",
     ]  # fmt: skip
+    for step in found.values():  # what one has compiled the others find
+        assert all(step.environment[name] == value for name, value in timetable.ENVIRONMENT.items())
     words = [*found["measurements"].command[3:], "--compiled"]
     monkeypatch.setattr(measurements, "run", lambda units, folder, machine, longest: len(units))
     monkeypatch.setattr(measurements, "units", lambda: [])
