@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -34,9 +34,9 @@ def chosen(units: Iterable[Unit], what: str) -> list[Unit]:
     return [unit for unit in units if unit.problem is not None and f" {what} " in f" {unit.name} "]
 
 
-def compile_peers(unit: Unit) -> bool:
-    """Let each peer that compiles run once; return whether all of them did."""
-    names = [name for name in unit.peers if compiles(name)]
+def compile_peers(unit: Unit, known: Collection[str] = ()) -> bool:
+    """Let each peer that compiles, and whose figures are not known, run once; return whether all of them did."""
+    names = [name for name in unit.peers if compiles(name) and name not in known]
     problem = unit.problem() if unit.problem is not None and names else None
     complete = True
     for name in names if problem is not None else ():
@@ -56,13 +56,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("units", nargs="+")
     args = parser.parse_args(words)
     compile_once.install()
-    done = outcomes.measured(outcomes.read(args.folder / FILE), args.machine)
+    lines = list(outcomes.read(args.folder / FILE))
+    done, others = outcomes.measured(lines, args.machine), outcomes.others_measured(lines, args.machine)
     units = [*measurements.compiled_units(), *measurements.units()]
     complete = True
     for what in args.units:
         for unit in chosen(units, what):
             if unit.name not in done:
-                complete &= compile_peers(unit)
+                complete &= compile_peers(unit, {record["peer"] for record in others.get(unit.name, ())})
                 gc.collect()
                 torch.cuda.empty_cache()
     return 0 if complete else FINISHED

@@ -5,6 +5,7 @@
 A unit is what is timed together, with peers that take turns. Units come in the order of what one wants to know first;
 each is appended to the outcomes when it is done. One that has been timed with the same sources is left out, and so is
 one in which an earlier process of this run has died: a unit that hangs, or spoils the GPU for this process, ends it.
+Where only the package has changed, the copy and ours are timed anew, and the other peers' figures are kept.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.against import peers
 from benchmarks.gpu import outcomes
-from benchmarks.gpu.outcomes import FILE, TIMING
+from benchmarks.gpu.outcomes import FILE, OTHERS, TIMING
 from benchmarks.gpu.process import FINISHED
 from benchmarks.timing import gpu_plan, measure
 from benchmarks.timing.gpu_plan import CACHES, VARIANTS
@@ -40,12 +42,25 @@ SECONDS, SECONDS_COMPILED = 1.0, 0.5
 
 @dataclass(frozen=True)
 class Unit:
-    """A name, and what makes its records; of layer sets also the problem and its peers."""
+    """A name, and what makes the records of some of its peers; without peers always all records.
+
+    problem: of layer sets. for_others: whether it is there for peers that are not ours alone.
+    """
 
     name: str
-    run: Callable[[], list[Record]]
-    problem: Callable[[], Problem] | None = None
+    run: Callable[[Sequence[str]], list[Record]]
     peers: Sequence[str] = ()
+    problem: Callable[[], Problem] | None = None
+    for_others: bool = False
+
+    def records(self, others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return all records: new ones, but those of other peers that are known."""
+        kept = [record for record in others if record["peer"] in self.peers]
+        known = {record["peer"] for record in kept}
+        left = [name for name in self.peers if name not in known]
+        if self.for_others and all(map(outcomes.is_retimed, left)):
+            return kept
+        return [*(record.to_dict() for record in self.run(left)), *kept]
 
 
 def units(
@@ -95,8 +110,8 @@ def _launches(device: str) -> Iterator[Unit]:
     ]
     for part, chosen in cases:
         for variant in VARIANTS:
-            run = partial(measure.launch_counts, part, chosen, variant, names, device=device)
-            yield Unit(f"launches {chosen.name} {variant}", run)
+            run = partial(measure.launch_counts, part, chosen, variant, device=device)
+            yield Unit(f"launches {chosen.name} {variant}", run, names)
 
 
 def _host(device: str, seconds: float) -> Iterator[Unit]:
@@ -111,7 +126,7 @@ def _training(device: str, seconds: float, width: int | None, batch: int | None)
     batch = batch or training_step.batch_size(device)
     for kind in DISCRIMINATORS:
         step = partial(measure.gan_steps, kind, device=device, batch=batch, seconds=3 * seconds, width=width)
-        yield Unit(f"training step {kind}", step)
+        yield Unit(f"training step {kind}", lambda names, step=step: step())
 
 
 def _unit(
@@ -120,12 +135,12 @@ def _unit(
     """Return the unit of one layer set; `kind` is "layers", "compiled" or "host"."""
     of_dtype = getattr(torch, dtype)
     run = partial(
-        measure.layer_set, "layers" if kind == "compiled" else kind, chosen, variant, names,
+        measure.layer_set, "layers" if kind == "compiled" else kind, chosen, variant,
         device=device, dtype=of_dtype, seconds=seconds, caches=("hot",) if kind == "host" else CACHES,
         count_launches=False, empty_cache=False,
     )  # fmt: skip
     name = " ".join([kind, chosen.name, variant, *([dtype] if kind == "layers" else [])])
-    return Unit(name, run, partial(Problem, chosen, variant, device, of_dtype), names)
+    return Unit(name, run, names, partial(Problem, chosen, variant, device, of_dtype), kind == "compiled")
 
 
 def run(chosen: Sequence[Unit], folder: Path, machine: str, longest: float) -> int:
@@ -135,6 +150,8 @@ def run(chosen: Sequence[Unit], folder: Path, machine: str, longest: float) -> i
     tried = {line["name"] for line in outcomes.of_this_run(lines) if line["kind"] in ("begun", "unit")}
     left_out = tried | set(outcomes.measured(lines, machine))
     failed = [name for name in tried if name not in outcomes.measured(lines, machine)]
+    others = outcomes.others_measured(lines, machine)
+    hashes = {"sources": outcomes.sources(machine, *TIMING), "sources_of_others": outcomes.hash_of(machine, *OTHERS)}
     for unit in chosen:
         if unit.name in left_out:
             continue
@@ -142,13 +159,13 @@ def run(chosen: Sequence[Unit], folder: Path, machine: str, longest: float) -> i
         faulthandler.dump_traceback_later(longest, exit=True)
         found: dict[str, object]
         try:
-            found = {"records": [record.to_dict() for record in unit.run()]}
+            found = {"records": unit.records(others.get(unit.name, []))}
         except Exception as error:  # the other units must not miss their turn
             found = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
             failed.append(unit.name)
         finally:
             faulthandler.cancel_dump_traceback_later()
-        outcomes.append(file, "unit", name=unit.name, sources=outcomes.sources(machine, *TIMING), **found)
+        outcomes.append(file, "unit", name=unit.name, **hashes, **found)
         print(unit.name, found.get("error", "done"), flush=True)
         gc.collect()
         if _is_spoiled():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pretended_gpu
@@ -16,7 +17,7 @@ from benchmarks.gpu import compile_once, compile_peers, files, measurements, out
 from benchmarks.gpu.measurements import Unit
 from benchmarks.shown import page, plots, results
 from benchmarks.timing import gpu_plan, machine, measure
-from benchmarks.timing.record import BOTH
+from benchmarks.timing.record import BOTH, Record
 from benchmarks.work import layer_sets
 
 KEY = machine.key(pretended_gpu.ABOUT)
@@ -91,7 +92,7 @@ def test_units_come_in_the_order_of_interest():
 def test_all_that_is_timed_is_compiled_before(monkeypatch, tmp_path):
     """Each unit of layer sets by one of the steps beside the tests, if it has not been timed."""
     compiled = []
-    monkeypatch.setattr(compile_peers, "compile_peers", lambda unit: compiled.append(unit.name) or True)
+    monkeypatch.setattr(compile_peers, "compile_peers", lambda unit, known: compiled.append(unit.name) or True)
     monkeypatch.setattr(compile_once, "install", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     units = [unit.name for unit in (*measurements.units(), *measurements.compiled_units()) if unit.problem is not None]
@@ -116,7 +117,7 @@ def test_only_peers_that_compile_run_before(monkeypatch, capsys):
 
     monkeypatch.setattr(measure, "prepare", prepare)
     names = ["copy", "torch", *peers.COMPILED, "bssn_fast cuda", "bssn_fast triton", "bssn_fast triton phases"]
-    unit = Unit("layers a", records, lambda: None, names)
+    unit = Unit("layers a", records, names, lambda: None)
     assert compile_peers.compile_peers(unit)
     assert not ran
     assert not compile_peers.compile_peers(dataclasses.replace(unit, problem=object))
@@ -148,9 +149,9 @@ def test_compiled_peers(tiny, monkeypatch, name):
     monkeypatch.setattr(peers, "COMPILED", (name,))
     unit = measurements.compiled_units("cpu", 1e-9)[0]
     assert unit.name == "compiled tiny sn"
-    records = unit.run()
-    assert {r.error for r in records} == {None}
-    assert {r.peer for r in records} == {peers.COPY, name, WAYS[0]}
+    records = unit.records([])
+    assert {r["error"] for r in records} == {None}
+    assert {r["peer"] for r in records} == {peers.COPY, name, WAYS[0]}
 
 
 def test_the_page_lists_what_awaits_measurement():
@@ -159,13 +160,13 @@ def test_the_page_lists_what_awaits_measurement():
     assert page.awaiting(kept) in (page.DOCS / page.KERNELS).read_text()
 
 
-def records() -> list:
+def records(names) -> list:
     return []
 
 
 def test_a_second_process_goes_on(tmp_path):
     done = []
-    units = [Unit(name, lambda name=name: done.append(name) or []) for name in "abc"]
+    units = [Unit(name, lambda names, name=name: done.append(name) or []) for name in "abc"]
     file = tmp_path / outcomes.FILE
     outcomes.append(file, "run", machine=KEY, about={})
     assert measurements.run(units[:1], tmp_path, KEY, 60) == 0
@@ -177,8 +178,41 @@ def test_a_second_process_goes_on(tmp_path):
     assert done == ["a", "c", "b"]
 
 
+def test_other_peers_are_not_timed_again_for_ours(tmp_path, monkeypatch):
+    """Where only the package has changed; a training step, whose peers are compared turn by turn, is timed whole."""
+    timed = []
+
+    def run(names, unit):
+        timed.append((unit, list(names)))
+        return [Record("layers", unit, "sn", peer, "forward", 1, 1.0) for peer in names]
+
+    names = ["copy", "torch", "torch.compile", "bssn_fast cuda"]
+    units = [
+        Unit("layers a", partial(run, unit="layers"), names),
+        Unit("compiled a", partial(run, unit="compiled"), [names[0], *names[2:]], for_others=True),
+        Unit("training step", partial(run, unit="training")),
+    ]
+    file = tmp_path / outcomes.FILE
+    outcomes.append(file, "run", machine=KEY, about={})
+    assert measurements.run(units, tmp_path, KEY, 60) == 0
+    timed.clear()
+    monkeypatch.setattr(outcomes, "sources", lambda machine, *patterns: "kernels changed")
+    outcomes.append(file, "run", machine=KEY, about={})
+    assert measurements.run(units, tmp_path, KEY, 60) == 0
+    assert timed == [("layers", ["copy", "bssn_fast cuda"]), ("training", [])]
+    found = outcomes.measured(outcomes.read(file), KEY)
+    assert {record["peer"] for record in found["layers a"]["records"]} == set(names)
+    assert {record["peer"] for record in found["compiled a"]["records"]} == {"torch.compile"}
+    timed.clear()
+    monkeypatch.setattr(outcomes, "sources", lambda machine, *patterns: "benchmarks changed")
+    monkeypatch.setattr(outcomes, "hash_of", lambda machine, *patterns: "benchmarks changed")
+    outcomes.append(file, "run", machine=KEY, about={})
+    measurements.run(units, tmp_path, KEY, 60)
+    assert timed[0] == ("layers", names)
+
+
 def test_a_unit_that_fails_is_told_and_the_next_one_runs(tmp_path):
-    def fail():
+    def fail(names):
         raise RuntimeError("out of memory\nmore")
 
     outcomes.append(tmp_path / outcomes.FILE, "run", machine=KEY, about={})
