@@ -140,7 +140,8 @@ def gan_steps(results: Results) -> pyplot.Figure | None:
     axis.set_ylabel("% added to a training step")
     axis.grid(axis="y", linewidth=0.4)
     axis.set_axisbelow(True)
-    axis.legend(fontsize=8)
+    outside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(cases) > 4 else {}  # captured steps too
+    axis.legend(fontsize=8, **outside)
     return figure
 
 
