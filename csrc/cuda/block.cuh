@@ -142,6 +142,15 @@ class DeviceBlock {
     return *word();
   }
 
+  // Has memory brought into the second-level cache, line by line.
+  __device__ __forceinline__ void fetch_to_l2(const unsigned char* from, uint32_t bytes) {
+    constexpr uint32_t kLine = 128;
+    BSSN_UNROLL_BY(1)
+    for (uint32_t x = kLine * threadIdx.x; x < bytes; x += kLine * Threads) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(from + x));
+    }
+  }
+
   // Four numbers at a multiple of 16 bytes, past the first-level cache, for what is read once.
   __device__ __forceinline__ Pack<float, 4> load_l2(const float* address) {
     const uint4 words = __ldcg(reinterpret_cast<const uint4*>(address));

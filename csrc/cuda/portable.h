@@ -178,15 +178,6 @@ BSSN_HD P load_once(const P* from) {
   return *from;
 }
 
-// Has a line of 128 bytes brought into the second-level cache.
-BSSN_HD void fetch_to_l2(const void* address) {
-#ifdef __CUDA_ARCH__
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-#else
-  (void)address;
-#endif
-}
-
 // The lesser of two. Loads beyond the end of a tile repeat the last piece instead of being left out: a register array
 // that is written only under a condition is kept alive by the compiler through the whole kernel.
 BSSN_HD uint32_t lesser(uint32_t a, uint32_t b) { return a < b ? a : b; }

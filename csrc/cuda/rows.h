@@ -237,10 +237,7 @@ BSSN_HD void fetch_ahead(Block& block, const Args& args, uint32_t ticket) {
   const uint32_t first = lesser((ticket - segment.first) * elements, size);
   const uint32_t bytes = lesser(lesser(elements, size - first) * uint32_t(sizeof(W)), kMost);
   const unsigned char* const from = static_cast<const unsigned char*>(layer.weight) + uint64_t(first) * sizeof(W);
-  block.all([&](int thread) {
-    BSSN_UNROLL_BY(1)
-    for (uint32_t x = 128u * uint32_t(thread); x < bytes; x += 128u * kThreads) fetch_to_l2(from + x);
-  });
+  block.fetch_to_l2(from, bytes);
 }
 
 // One tile. A step is kRows rows for each group of warps; `layer.stages` of them lie in shared memory at a time.

@@ -81,6 +81,7 @@ class HostBlock {
 
   void sync() {}
   uint32_t next_ticket() { return 0; }  // no matter which: it is only looked at ahead of time
+  void fetch_to_l2(const unsigned char*, uint32_t) {}
 
   template <class T, int N, int Classes, class Get, class Out>
   void sum_lanes(Get get, Out out) {
