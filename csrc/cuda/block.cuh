@@ -49,14 +49,15 @@ class DeviceBlock {
     add_lanes<T, N, 16, Classes>(x, lane, index, count, writes, out(int(threadIdx.x) / 32) + lane % Classes * N);
   }
 
-  // Adds those sums up over `warps` warps that share their rows; to values(thread): of each row's `Numbers` the first for
-  // all classes together, and the others of the lane's class.
-  template <int Rows, int Numbers, int Classes, class In, class Values>
-  __device__ __forceinline__ void sum_warps(int warps, In in, Values values) {
+  // Adds those sums up over `warps` warps that share their rows, from first_warp(thread) on; to values(thread): of each
+  // row's `Numbers` the first for all classes together, and the others of the lane's class; then number lane % all of
+  // class lane / all.
+  template <int Rows, int Numbers, int Classes, class First, class In, class Values>
+  __device__ __forceinline__ void sum_warps(int warps, First first_warp, In in, Values values) {
     constexpr int kAll = Rows * Numbers;
     static_assert(kAll * Classes <= 32, "a lane for each");
-    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-    const float* const parts = in(warp - warp % warps) + (lane < kAll * Classes ? lane : 0);
+    const int lane = int(threadIdx.x) % 32;
+    const float* const parts = in(first_warp(int(threadIdx.x))) + (lane < kAll * Classes ? lane : 0);
     float sum = 0;
     BSSN_UNROLL_BY(4)
     for (int w = 0; w < warps; ++w) sum += parts[w * kAll * Classes];
@@ -72,6 +73,7 @@ class DeviceBlock {
         to[j] = __shfl_sync(~0u, sum, lane % Classes * kAll + j);
       }
     }
+    to[kAll] = sum;
   }
 
   template <class T>

@@ -43,17 +43,20 @@ struct RowShape {
 
 template <class Shape>
 struct RowThread {
-  int unit;   // the lane's first, then every 32nd
-  int group;  // of warps that share a row
+  int unit;        // the lane's first, then every 32nd
+  int group;       // of warps that share a row
+  int first_warp;  // of the group
   float v[Shape::kUnits * Shape::kSize], t[Shape::kUnits * Shape::kSize];
   float u[Shape::kUnits * Shape::kChannels], r[Shape::kUnits * Shape::kChannels];
   float rows[Shape::kKeepsRows ? Shape::kRows * Shape::kUnits * Shape::kSize : 1];
-  float sums[Shape::kRows * Shape::kNumbers];  // s and q of each row: the lane's part, then of the whole row
+  // s and q of each row: the lane's part, then of the whole row; then one number that the lane is to write.
+  float sums[Shape::kRows * Shape::kNumbers + 1];
 
   BSSN_HD void take_place(const ForwardLayer& layer, int thread) {
     const int warp = thread / 32;
     group = warp / layer.row_warps;
-    unit = (warp - group * layer.row_warps) * Shape::kUnits * 32 + thread % 32;
+    first_warp = group * layer.row_warps;
+    unit = (warp - first_warp) * Shape::kUnits * 32 + thread % 32;
   }
   BSSN_HD bool leads() const { return unit < 32; }  // its row's warps
 };
@@ -160,16 +163,20 @@ BSSN_HD void add_to_columns(const ForwardLayer& layer, const W* row, RowThread<S
   }
 }
 
-// s and q of a row, which all its lanes have.
+// s and q of a group's rows, the first of which is channel o: each lane writes one number.
 template <class Shape>
-BSSN_HD void write_sums(const ForwardLayer& layer, uint32_t o, const RowThread<Shape>& my, int a, int lane) {
-  const float* const sums = my.sums + a * Shape::kNumbers;
-  if (!my.leads()) return;
-  if (lane == 0) layer.snapshot[0][o] = sums[0];
-  if (layer.two_sided() && lane < Shape::kClasses) {
-    float* const q = layer.snapshot[3] + int64_t(o) * Shape::kKernel + lane * Shape::kPositions;
-    BSSN_UNROLL
-    for (int k = 0; k < Shape::kPositions; ++k) q[k] = sums[1 + k];
+BSSN_HD void write_sums(const ForwardLayer& layer, uint32_t o, uint32_t end, const RowThread<Shape>& my, int lane) {
+  constexpr int kAll = Shape::kRows * Shape::kNumbers;
+  const int which = lane / kAll, number = lane - which * kAll;
+  const int a = number / Shape::kNumbers, position = number - a * Shape::kNumbers - 1;
+  const uint32_t channel = o + uint32_t(a * layer.groups);
+  if (which >= Shape::kClasses || channel >= end) return;
+  if (position >= 0) {
+    if (!layer.two_sided()) return;
+    const int k = which * Shape::kPositions + position;
+    layer.snapshot[3][int64_t(channel) * Shape::kKernel + k] = my.sums[kAll];
+  } else if (which == 0) {
+    layer.snapshot[0][channel] = a == 0 ? my.sums[0] : my.sums[(Shape::kRows - 1) * Shape::kNumbers];
   }
 }
 
@@ -226,7 +233,7 @@ BSSN_HD void write_row_share(Block& block, const ForwardLayer& layer, Registers&
 // that the end of one tile and the beginning of the next take.
 template <class W, class Block, class Args>
 BSSN_HD void fetch_ahead(Block& block, const Args& args, uint32_t ticket) {
-  constexpr uint32_t kMost = 96 << 10;
+  constexpr uint32_t kMost = 224 << 10;
   const ForwardCall& call = args.call;
   if (ticket >= call.end_ticket) return;
   const Segment segment = segment_of(args.segments, call.n_segments, ticket);
@@ -295,10 +302,14 @@ BSSN_HD void power_rows(Block& block, const Args& args, const ForwardLayer& laye
     };
     if (n >= 0) {
       block.template sum_warps<kRows, Shape::kNumbers, Shape::kClasses>(
-          layer.row_warps, parts_of, [&](int thread) { return registers[thread].sums; });
+          layer.row_warps, [&](int thread) { return registers[thread].first_warp; }, parts_of,
+          [&](int thread) { return registers[thread].sums; });
       block.all([&](int thread) {
-        for_rows(thread, [&](const W* row, uint32_t o, int a) {
-          write_sums<Shape>(layer, o, registers[thread], a, thread % 32);
+        const RowThread<Shape>& my = registers[thread];
+        if (my.leads() && my.group < groups) {
+          write_sums<Shape>(layer, first + uint32_t(n * of_step + my.group), end, my, thread % 32);
+        }
+        for_rows(thread, [&](const W* row, uint32_t, int a) {
           if (call.update) add_to_columns<Shape>(layer, row, registers[thread], a);
         });
       });

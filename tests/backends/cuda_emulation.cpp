@@ -96,19 +96,20 @@ class HostBlock {
     }
   }
 
-  template <int Rows, int Numbers, int Classes, class In, class Values>
-  void sum_warps(int warps, In in, Values values) {
+  template <int Rows, int Numbers, int Classes, class First, class In, class Values>
+  void sum_warps(int warps, First first_warp, In in, Values values) {
     constexpr int kAll = Rows * Numbers;
     for (int thread = 0; thread < Threads; ++thread) {
-      const int lane = thread % 32, warp = thread / 32, first = warp - warp % warps;
+      const int lane = thread % 32, first = first_warp(thread), end = std::min(first + warps, Threads / 32);
       float* const to = values(thread);
-      for (int j = 0; j < kAll; ++j) {
-        to[j] = 0;
-        for (int w = first; w < std::min(first + warps, Threads / 32); ++w) {
+      std::fill_n(to, kAll + 1, 0.0f);
+      for (int w = first; w < end; ++w) {
+        for (int j = 0; j < kAll; ++j) {
           for (int c = 0; c < (j % Numbers == 0 ? Classes : 1); ++c) {
             to[j] += in(w)[(j % Numbers == 0 ? c : lane % Classes) * kAll + j];
           }
         }
+        if (lane < kAll * Classes) to[kAll] += in(w)[lane];
       }
     }
   }
