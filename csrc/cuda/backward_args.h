@@ -5,29 +5,52 @@
 
 namespace bssn::cuda {
 
+enum BackwardPhase : int { dot = 0, subtract = 1, kBackwardPhases = 2 };
+
+// How the gradient of a layer whose memory is a list of rows is cut into tiles: see backward_rows.h.
+struct RowTiles {
+  uint32_t column_blocks;  // tiles beside each other; 0: the layer's gradient is written in flat tiles
+  uint32_t tile_rows;
+  uint16_t width;         // of a tile, in pieces
+  uint16_t rows_at_once;  // that a block's threads take at a time
+};
+
+constexpr uint8_t kKernelStep = 2;  // stands for a step of as many elements as there are kernel positions
+
 // Weight, gradient and output of a layer lie in memory in the same dense order, whose dimension 0 is the one with
-// stride 1. Two-sided if vectors[2] is not null.
+// stride 1.
 struct BackwardLayer {
   const void* weight;
   const void* grad;
   void* output;
-  const float* vectors[4];  // those of the forward
+  // a, b, c, d, of which S = a b + c d, or half of it: u_out, v_out, u_in, v_in, or where dimension 2 are the input
+  // channels u_in, v_in, u_out, v_out. The other direction's in place of those that are missing.
+  const float* vectors[4];
   const float* sigma;
   LawNumber number;
   uint32_t size;
   Divisor inner, plane;  // sizes of dimension 0, and of dimensions 0 and 1 together
   uint32_t middle;       // size of dimension 1
-  uint32_t steps[4][3];  // how far one step along each dimension leads in each of the vectors
-  uint32_t tiles;        // of each phase
-  uint32_t sums;         // index of the first tile's sum
-  uint32_t grad_gain;    // index of a gain's gradient
-  uint8_t law;           // LawKind
+  uint32_t kernel;
+  uint8_t steps[4][3];  // how far one step along each dimension leads in each of the vectors: 0, 1 or kKernelStep
+  uint32_t tiles[kBackwardPhases];
+  uint32_t sums;       // index of the first tile's sum
+  uint32_t grad_gain;  // index of a gain's gradient
+  RowTiles rows;
+  uint8_t directions;  // 1: a b, 2: c d, 3: both
+  uint8_t law;         // LawKind
 
-  BSSN_HD bool two_sided() const { return vectors[2] != nullptr; }
+  // vector: 0 or 1 for a b, 2 or 3 for c d.
+  BSSN_HD bool has(int vector) const { return (directions & (vector < 2 ? 1 : 2)) != 0; }
+  BSSN_HD bool two_sided() const { return directions == 3; }
   BSSN_HD bool slack() const { return is_slack(number, law, *sigma); }
+  BSSN_HD uint32_t step(int vector, int dimension) const {
+    const uint32_t step = steps[vector][dimension];
+    return step == kKernelStep ? kernel : step;
+  }
 };
 
-constexpr int kBackwardPhases = 2;
+constexpr int kBackwardPiece = 4;  // elements that a thread loads at a time
 constexpr int kBackwardThreads = 256;  // of a block; at most 80 registers each
 constexpr int kBackwardBlocks = 3;     // on a multiprocessor at a time
 
