@@ -61,52 +61,63 @@ BSSN_HD double dot_elements(const W* weight, const G* grad, uint32_t first, uint
   return total;
 }
 
-// S at one element, or twice that in two directions.
+// S at one element, or twice that in two directions. What a direction needs that the layer does not have is loaded all
+// the same: without branches the loads of several elements are under way at a time.
 BSSN_HD float direction_at(const BackwardLayer& layer, const Place& place) {
   const auto element = [&](int vector) { return layer.vectors[vector][place.in(layer, vector)]; };
-  float sum = 0;
-  if (layer.has(0)) sum = element(0) * element(1);
-  if (layer.has(2)) sum += element(2) * element(3);
-  return sum;
+  const float ab = element(0) * element(1), cd = element(2) * element(3);
+  return (layer.has(0) ? ab : 0.0f) + (layer.has(2) ? cd : 0.0f);
 }
 
-// Writes elements [first, end) in memory order, of any layer.
-template <class W, class G>
-BSSN_HD void write_gradient(const BackwardLayer& layer, float multiplier, float ratio, FlatTile tile, int thread) {
+// Writes the elements of a tile in memory order, of any layer.
+template <class W>
+BSSN_HD void write_elements(const BackwardLayer& layer, int32_t grad_type, const BackwardRecord& record, FlatTile tile,
+                            int thread) {
   constexpr int kAhead = 4;
-  const G* const grad = static_cast<const G*>(layer.grad);
+  const float multiplier = record.multiplier, ratio = layer.two_sided() ? 0.5f * record.ratio : record.ratio;
   W* const output = static_cast<W*>(layer.output);
   BSSN_UNROLL_BY(1)
   for (uint32_t x = tile.first + thread; x < tile.end; x += kBackwardThreads * kAhead) {
-    float g[kAhead];
+    float g[kAhead], s[kAhead];
+    with_element_type(grad_type, [&](auto element) {
+      const auto* const grad = static_cast<const decltype(element)*>(layer.grad);
+      BSSN_UNROLL
+      for (int a = 0; a < kAhead; ++a) g[a] = to_float(grad[lesser(x + a * kBackwardThreads, tile.end - 1)]);
+    });
     BSSN_UNROLL
-    for (int a = 0; a < kAhead; ++a) g[a] = to_float(grad[lesser(x + a * kBackwardThreads, tile.end - 1)]);
+    for (int a = 0; a < kAhead; ++a) {
+      s[a] = direction_at(layer, Place(layer, lesser(x + a * kBackwardThreads, tile.end - 1)));
+    }
     BSSN_UNROLL
     for (int a = 0; a < kAhead; ++a) {
       const uint32_t at = x + a * kBackwardThreads;
-      if (at < tile.end) {
-        from_float(multiplier * (g[a] - ratio * direction_at(layer, Place(layer, at))), output[at]);
-      }
+      if (at < tile.end) from_float(multiplier * (g[a] - ratio * s[a]), output[at]);
     }
   }
 }
 
 template <class W, class Block>
-BSSN_HD void write_gradient_tile(Block& block, const BackwardCall& call, const BackwardLayer& layer, int index,
-                                 uint32_t tile) {
+BSSN_HD void write_tile(Block& block, const BackwardCall& call, const BackwardLayer& layer, int index, uint32_t tile) {
+  const bool by_rows = layer.rows.column_blocks > 0;
+  typename Block::template PerThread<GradientColumns> columns;
+  // Before the wait, so that G is on its way meanwhile.
+  block.prepare([&](int thread) {
+    GradientColumns& my = columns[thread];
+    my = GradientColumns{};
+    if (!by_rows) return;
+    my.take_place(layer, tile, thread);
+    with_element_type(call.grad_type, [&](auto element) { my.load_first<decltype(element)>(layer); });
+    my.load_vectors(layer);
+  });
   block.wait(counter_of(call.counters, index, recorded), 1);
-  block.each([&](int thread) {
-    const float multiplier = call.records[index].multiplier;
-    const float ratio = (layer.two_sided() ? 0.5f : 1.0f) * call.records[index].ratio;
-    if (layer.rows.column_blocks > 0) {
-      const GradientColumns my(layer, ratio, tile, thread);
+  block.all([&](int thread) {
+    const BackwardRecord& record = call.records[index];
+    if (by_rows) {
       with_element_type(call.grad_type, [&](auto element) {
-        write_gradient_rows<W, decltype(element)>(layer, multiplier, my);
+        write_rows<W, decltype(element)>(layer, record, columns[thread]);
       });
     } else {
-      with_element_type(call.grad_type, [&](auto element) {
-        write_gradient<W, decltype(element)>(layer, multiplier, ratio, FlatTile(call, layer, tile), thread);
-      });
+      write_elements<W>(layer, call.grad_type, record, FlatTile(call, layer, tile), thread);
     }
   });
 }
@@ -153,7 +164,7 @@ BSSN_HD void backward_ticket(Block& block, const Args& args, uint32_t ticket) {
   const uint32_t place = ticket - segment.first;
   if (segment.phase() == dot) return dot_tile<W>(block, call, layer, index, place);
   // From its end: what was read last is the likeliest to be in the cache still.
-  write_gradient_tile<W>(block, call, layer, index, layer.tiles[subtract] - 1 - place);
+  write_tile<W>(block, call, layer, index, layer.tiles[subtract] - 1 - place);
 }
 
 }  // namespace bssn::cuda

@@ -5,6 +5,8 @@
 
 namespace bssn::cuda {
 
+constexpr int kBackwardPiece = 4;  // elements that a thread loads at a time
+
 enum BackwardPhase : int { dot = 0, subtract = 1, kBackwardPhases = 2 };
 
 // How the gradient of a layer whose memory is a list of rows is cut into tiles: see backward_rows.h.
@@ -24,7 +26,7 @@ struct BackwardLayer {
   const void* grad;
   void* output;
   // a, b, c, d, of which S = a b + c d, or half of it: u_out, v_out, u_in, v_in, or where dimension 2 are the input
-  // channels u_in, v_in, u_out, v_out. The other direction's in place of those that are missing.
+  // channels u_in, v_in, u_out, v_out. In place of those that are missing something that can be read.
   const float* vectors[4];
   const float* sigma;
   LawNumber number;
@@ -43,6 +45,8 @@ struct BackwardLayer {
   // vector: 0 or 1 for a b, 2 or 3 for c d.
   BSSN_HD bool has(int vector) const { return (directions & (vector < 2 ? 1 : 2)) != 0; }
   BSSN_HD bool two_sided() const { return directions == 3; }
+  BSSN_HD uint32_t row_pieces() const { return plane.value / kBackwardPiece; }
+  BSSN_HD uint32_t n_rows() const { return size / plane.value; }
   BSSN_HD bool slack() const { return is_slack(number, law, *sigma); }
   BSSN_HD uint32_t step(int vector, int dimension) const {
     const uint32_t step = steps[vector][dimension];
@@ -50,7 +54,6 @@ struct BackwardLayer {
   }
 };
 
-constexpr int kBackwardPiece = 4;  // elements that a thread loads at a time
 constexpr int kBackwardThreads = 256;  // of a block; at most 80 registers each
 constexpr int kBackwardBlocks = 3;     // on a multiprocessor at a time
 

@@ -25,13 +25,14 @@ inline void plan_memory_order(const Layer& layer, BackwardLayer& out) {
     return (a.size == 1) != (b.size == 1) ? b.size == 1 : a.stride < b.stride;
   });
   if (dimensions[2].size == 1) std::swap(dimensions[1], dimensions[2]);
-  // By directions, and those of dimension 2 first.
+  // By directions, and those of dimension 2 first. In place of those that are missing v_out is read, which has an
+  // element for each row of theirs.
   const bool by_input = dimensions[2].steps[2] != 0;
   out.directions = layer.two_sided ? 3 : by_input ? 2 : 1;
   for (int v = 0; v < 4; ++v) {
     const int from = by_input ? v ^ 2 : v;
     const bool exists = layer.two_sided || from < 2;
-    out.vectors[v] = layer.snapshot[exists ? from : from ^ 2];
+    out.vectors[v] = layer.snapshot[exists ? from : 1];
     for (int d = 0; d < 3; ++d) out.steps[v][d] = exists ? dimensions[d].steps[from] : uint8_t(0);
   }
   out.inner = divisor(dimensions[0].size);

@@ -79,6 +79,12 @@ class HostBlock {
     each(f);
   }
 
+  // What it writes is written again if the tile has to wait.
+  template <class F>
+  void prepare(F f) {
+    for (int thread = 0; thread < Threads; ++thread) f(thread);
+  }
+
   void sync() {}
 
   template <int N, int Classes, class Values, class Out>
