@@ -7,7 +7,6 @@
 #pragma once
 
 #include "backward_rows.h"
-#include "reductions.h"
 #include "tickets.h"
 
 namespace bssn::cuda {
@@ -16,16 +15,16 @@ namespace bssn::cuda {
 struct FlatTile {
   uint32_t first, end;
 
-  BSSN_HD FlatTile(const BackwardCall& call, const BackwardLayer& layer, uint32_t tile) {
-    first = tile * call.tile_elements;
-    end = layer.size - first < call.tile_elements ? layer.size : first + call.tile_elements;
+  BSSN_HD FlatTile(uint32_t elements, const BackwardLayer& layer, uint32_t tile) {
+    first = tile * elements;
+    end = layer.size - first < elements ? layer.size : first + elements;
   }
 };
 
 // A thread's part of <G, W> over elements [first, end) in memory order.
 template <class W, class G>
 BSSN_HD double dot_elements(const W* weight, const G* grad, uint32_t first, uint32_t end, int thread) {
-  constexpr int kPiece = kBackwardPiece, kAhead = sizeof(W) + sizeof(G) > 4 ? 2 : 4;
+  constexpr int kPiece = kBackwardPiece, kAhead = 4;
   using WeightPiece = Pack<W, kPiece>;
   using GradPiece = Pack<G, kPiece>;
   uint32_t done = first;
@@ -117,39 +116,46 @@ BSSN_HD void write_tile(Block& block, const BackwardCall& call, const BackwardLa
         write_rows<W, decltype(element)>(layer, record, columns[thread]);
       });
     } else {
-      write_elements<W>(layer, call.grad_type, record, FlatTile(call, layer, tile), thread);
+      write_elements<W>(layer, call.grad_type, record, FlatTile(call.tile_elements, layer, tile), thread);
     }
   });
 }
 
 template <class Block>
 BSSN_HD void finish_gradient_layer(Block& block, const BackwardCall& call, const BackwardLayer& layer, int index) {
-  const double* const totals = block_sums<1>(block, [&](int thread, double* sums) {
-    for (uint32_t x = thread; x < layer.tiles[dot]; x += kBackwardThreads) sums[0] += call.sums[layer.sums + x];
+  double* const parts = block.template shared<double>(kWarpSumsAt);
+  const double total = block.sum_for_first(parts, [&](int thread) {
+    double sum = 0;
+    for (uint32_t x = thread; x < layer.tiles[dot]; x += kBackwardThreads) sum += call.sums[layer.sums + x];
+    return sum;
   });
-  block.each([&](int thread) {
+  block.all([&](int thread) {
     if (thread != 0) return;
     const float sigma = *layer.sigma;
-    const float ratio = sigma == 0.0f || layer.slack() ? 0.0f : float(totals[0] / double(sigma));
+    const float ratio = sigma == 0.0f || layer.slack() ? 0.0f : float(total / double(sigma));
     call.records[index] = {multiplier(layer.number, layer.law, sigma), ratio};
     if (LawKind(layer.law) == LawKind::gain) call.grad_gains[layer.grad_gain] = ratio;
   });
   block.publish(counter_of(call.counters, index, recorded));
 }
 
+// Thread 0 alone has the sum and writes it: there is nothing that the others would have to wait for.
 template <class W, class Block>
 BSSN_HD void dot_tile(Block& block, const BackwardCall& call, const BackwardLayer& layer, int index, uint32_t tile) {
-  const FlatTile flat(call, layer, tile);
-  const double* const totals = block_sums<1>(block, [&](int thread, double* sums) {
-    if (layer.slack()) return;
+  const FlatTile flat(call.tile_elements, layer, tile);
+  double* const parts = block.template shared<double>(kWarpSumsAt);
+  const double total = block.sum_for_first(parts, [&](int thread) {
+    double sum = 0;
+    if (layer.slack()) return sum;
     with_element_type(call.grad_type, [&](auto element) {
       using G = decltype(element);
       const W* const weight = static_cast<const W*>(layer.weight);
-      sums[0] = dot_elements(weight, static_cast<const G*>(layer.grad), flat.first, flat.end, thread);
+      sum = dot_elements(weight, static_cast<const G*>(layer.grad), flat.first, flat.end, thread);
     });
+    return sum;
   });
-  block.each([&](int thread) {
-    if (thread == 0) call.sums[layer.sums + tile] = totals[0];
+  block.all([&](int thread) {
+    if (thread == 0) call.sums[layer.sums + tile] = total;
   });
   const uint32_t before = block.arrive(counter_of(call.counters, index, power_done));
   if (before + 1 == layer.tiles[dot]) finish_gradient_layer(block, call, layer, index);

@@ -57,6 +57,10 @@ struct BackwardLayer {
 constexpr int kBackwardThreads = 256;  // of a block; at most 80 registers each
 constexpr int kBackwardBlocks = 3;     // on a multiprocessor at a time
 
+// Shared memory: the block's own, then a sum of each warp.
+constexpr uint32_t kWarpSumsAt = 16;
+constexpr uint32_t kBackwardShared = kWarpSumsAt + kBackwardThreads / 32 * sizeof(double);
+
 struct BackwardRecord {
   float multiplier, ratio;  // dW = multiplier (G - ratio S)
 };

@@ -73,6 +73,23 @@ class DeviceBlock {
     for (int j = 1; j < N; ++j) to[j] = __shfl_sync(~0u, sum, lane % Classes * N + j);
   }
 
+  // Adds up a number of each thread, value(thread), in an order that is always the same; `parts` is shared memory for a
+  // number of each warp. Thread 0 gets the sum, behind one barrier. Another barrier comes before `parts` changes again.
+  template <class Value>
+  __device__ __forceinline__ double sum_for_first(double* parts, Value value) {
+    double sum = value(int(threadIdx.x));
+    BSSN_UNROLL
+    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      sum = 0;
+      BSSN_UNROLL
+      for (int warp = 0; warp < Threads / 32; ++warp) sum += parts[warp];
+    }
+    return sum;
+  }
+
   template <class T>
   __device__ __forceinline__ T* shared(uint32_t offset) {
     return reinterpret_cast<T*>(dynamic_shared + offset);

@@ -8,9 +8,6 @@ namespace bssn::cuda {
 
 constexpr int64_t kBackwardTile = 16384;  // elements, at most
 
-// What adding up one number of each thread takes; more, and fewer blocks fit on a multiprocessor.
-constexpr uint32_t kBackwardShared = kAreaAt + kBackwardThreads * sizeof(double);
-
 // Describes how a layer's memory order leads through its vectors.
 inline void plan_memory_order(const Layer& layer, BackwardLayer& out) {
   struct Dimension {

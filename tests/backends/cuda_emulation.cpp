@@ -110,6 +110,17 @@ class HostBlock {
     }
   }
 
+  template <class Value>
+  double sum_for_first(double* parts, Value value) {
+    std::fill_n(parts, Threads / 32, 0.0);
+    std::vector<double> values(Threads);
+    each([&](int thread) { values[size_t(thread)] = value(thread); });
+    for (int thread = 0; thread < Threads; ++thread) parts[thread / 32] += values[size_t(thread)];
+    double sum = 0;
+    for (int warp = 0; warp < Threads / 32; ++warp) sum += parts[warp];
+    return sum;
+  }
+
   template <class T>
   T* shared(uint32_t offset) {
     return reinterpret_cast<T*>(shared_ + offset);
