@@ -116,7 +116,7 @@ BSSN_HD void write_tile(Block& block, const BackwardCall& call, const BackwardLa
         write_rows<W, decltype(element)>(layer, record, columns[thread]);
       });
     } else {
-      write_elements<W>(layer, call.grad_type, record, FlatTile(call.tile_elements, layer, tile), thread);
+      write_elements<W>(layer, call.grad_type, record, FlatTile(call.write_elements, layer, tile), thread);
     }
   });
 }
@@ -126,7 +126,7 @@ BSSN_HD void finish_gradient_layer(Block& block, const BackwardCall& call, const
   double* const parts = block.template shared<double>(kWarpSumsAt);
   const double total = block.sum_for_first(parts, [&](int thread) {
     double sum = 0;
-    for (uint32_t x = thread; x < layer.tiles[dot]; x += kBackwardThreads) sum += call.sums[layer.sums + x];
+    for (uint32_t x = thread; x < layer.dot_tiles; x += kBackwardThreads) sum += call.sums[layer.sums + x];
     return sum;
   });
   block.all([&](int thread) {
@@ -142,7 +142,7 @@ BSSN_HD void finish_gradient_layer(Block& block, const BackwardCall& call, const
 // Thread 0 alone has the sum and writes it: there is nothing that the others would have to wait for.
 template <class W, class Block>
 BSSN_HD void dot_tile(Block& block, const BackwardCall& call, const BackwardLayer& layer, int index, uint32_t tile) {
-  const FlatTile flat(call.tile_elements, layer, tile);
+  const FlatTile flat(call.dot_elements, layer, tile);
   double* const parts = block.template shared<double>(kWarpSumsAt);
   const double total = block.sum_for_first(parts, [&](int thread) {
     double sum = 0;
@@ -158,7 +158,7 @@ BSSN_HD void dot_tile(Block& block, const BackwardCall& call, const BackwardLaye
     if (thread == 0) call.sums[layer.sums + tile] = total;
   });
   const uint32_t before = block.arrive(counter_of(call.counters, index, power_done));
-  if (before + 1 == layer.tiles[dot]) finish_gradient_layer(block, call, layer, index);
+  if (before + 1 == layer.dot_tiles) finish_gradient_layer(block, call, layer, index);
 }
 
 template <class W, class Block, class Args>
@@ -168,9 +168,12 @@ BSSN_HD void backward_ticket(Block& block, const Args& args, uint32_t ticket) {
   const int index = segment.layer();
   const BackwardLayer& layer = args.layers[index];
   const uint32_t place = ticket - segment.first;
-  if (segment.phase() == dot) return dot_tile<W>(block, call, layer, index, place);
-  // From its end: what was read last is the likeliest to be in the cache still.
-  write_tile<W>(block, call, layer, index, layer.tiles[subtract] - 1 - place);
+  if (segment.phase() == subtract) {
+    write_tile<W>(block, call, layer, index, layer.write_tiles - 1 - place);  // from its end: see order_backward.h
+  } else {
+    const uint32_t before = segment.phase() == dot_rest ? layer.first_dot_tiles : 0;
+    dot_tile<W>(block, call, layer, index, before + place);
+  }
 }
 
 }  // namespace bssn::cuda

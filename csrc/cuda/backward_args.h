@@ -7,7 +7,8 @@ namespace bssn::cuda {
 
 constexpr int kBackwardPiece = 4;  // elements that a thread loads at a time
 
-enum BackwardPhase : int { dot = 0, subtract = 1, kBackwardPhases = 2 };
+// What the tiles of a segment do: add up <G, W>, in two segments at most, or write dW.
+enum BackwardSegment : int { dot = 0, dot_rest = 1, subtract = 2, kBackwardSegments = 3 };
 
 // How the gradient of a layer whose memory is a list of rows is cut into tiles: see backward_rows.h.
 struct RowTiles {
@@ -35,7 +36,7 @@ struct BackwardLayer {
   uint32_t middle;       // size of dimension 1
   uint32_t kernel;
   uint8_t steps[4][3];  // how far one step along each dimension leads in each of the vectors: 0, 1 or kKernelStep
-  uint32_t tiles[kBackwardPhases];
+  uint32_t dot_tiles, first_dot_tiles, write_tiles;  // first: in the first segment
   uint32_t sums;       // index of the first tile's sum
   uint32_t grad_gain;  // index of a gain's gradient
   RowTiles rows;
@@ -66,13 +67,13 @@ struct BackwardRecord {
 };
 
 struct BackwardCall {
-  uint32_t* counters;  // as in ForwardCall, with the two phases dot and write
+  uint32_t* counters;  // as in ForwardCall
   BackwardRecord* records;
   double* sums;
   float* grad_gains;
   int32_t n_segments;
   int32_t grad_type;  // DType
-  uint32_t tile_elements;
+  uint32_t dot_elements, write_elements;  // of a tile
   uint32_t first_ticket, end_ticket;  // of this launch
   uint32_t ticket_counter;
 };
@@ -80,7 +81,7 @@ struct BackwardCall {
 template <int Capacity>
 struct BackwardArgs {
   BackwardCall call;
-  Segment segments[Capacity * kBackwardPhases];
+  Segment segments[Capacity * kBackwardSegments];
   BackwardLayer layers[Capacity];
 };
 

@@ -1,12 +1,13 @@
 // How a backward call is cut into tiles.
 #pragma once
 
-#include "backward_args.h"
-#include "plan.h"
+#include "order_backward.h"
 
 namespace bssn::cuda {
 
-constexpr int64_t kBackwardTile = 16384;  // elements, at most
+// Elements, at most. Blocks wait for the sums of all tiles, so that small ones are better; dW has more to do for a tile
+// before its first element.
+constexpr int64_t kDotTile = 8192, kGradientTile = 16384;
 
 // Describes how a layer's memory order leads through its vectors.
 inline void plan_memory_order(const Layer& layer, BackwardLayer& out) {
@@ -40,14 +41,15 @@ inline void plan_memory_order(const Layer& layer, BackwardLayer& out) {
 
 // Cuts the gradient into tiles of some columns of some rows, if its memory is rows that can be moved in pieces: see
 // backward_rows.h. Few rows would not be worth what is done for the columns first.
-inline Stage plan_rows(const Layer& layer, uint32_t tile_elements, BackwardLayer& to) {
+inline void plan_rows(const Layer& layer, uint32_t tile_elements, BackwardLayer& to) {
   const auto is_aligned_to_16 = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
   const int64_t row = to.plane.value, rows = layer.size() / row;
   const bool of_channels = to.steps[0][2] == 1 || to.steps[3][2] == kKernelStep;
   to.rows = {};
   if (!of_channels || row % kBackwardPiece != 0 || rows < 4 || !is_aligned_to_16(layer.grad) ||
       !is_aligned_to_16(layer.output)) {
-    return {uint32_t(divide_up(layer.size(), tile_elements)), double(tile_elements)};
+    to.write_tiles = uint32_t(divide_up(layer.size(), tile_elements));
+    return;
   }
   // As many tiles beside each other as leave the fewest threads without work.
   const int64_t pieces = row / kBackwardPiece, least = divide_up(pieces, kBackwardThreads);
@@ -64,7 +66,7 @@ inline Stage plan_rows(const Layer& layer, uint32_t tile_elements, BackwardLayer
   const int64_t of_step = width * kBackwardPiece * at_once;
   const int64_t steps = std::max<int64_t>(1, (tile_elements / of_step + 2) / 4) * 4;  // a thread loads four rows at a time
   to.rows = {uint32_t(blocks), uint32_t(steps * at_once), uint16_t(width), uint16_t(at_once)};
-  return {uint32_t(blocks * divide_up(rows, steps * at_once)), double(steps * of_step)};
+  to.write_tiles = uint32_t(blocks * divide_up(rows, steps * at_once));
 }
 
 // As plan_forward.
@@ -73,10 +75,9 @@ inline Plan plan_backward(const std::vector<Layer>& layers, const Device& device
   const int64_t total = total_size(layers);
   const int n = int(layers.size());
   Plan plan = {0, counter_bytes(n), 0, 0, kBackwardShared, {}};
-  call.n_segments = n * kBackwardPhases;
-  call.tile_elements = flat_tile(total, device, kBackwardTile);
+  call.dot_elements = flat_tile(total, device, kDotTile);
+  call.write_elements = flat_tile(total, device, kGradientTile);
   uint32_t tiles = 0;
-  std::vector<std::array<Stage, kBackwardPhases>> stages;
   for (int j = 0; j < n; ++j) {
     const Layer& layer = layers[size_t(j)];
     BackwardLayer& to = out[j];
@@ -89,14 +90,14 @@ inline Plan plan_backward(const std::vector<Layer>& layers, const Device& device
     to.grad_gain = layer.grad_gain;
     to.size = uint32_t(layer.size());
     plan_memory_order(layer, to);
-    // Both phases read or write two numbers for each element.
-    const Stage dots = {uint32_t(divide_up(layer.size(), call.tile_elements)), double(call.tile_elements)};
-    stages.push_back({{dots, plan_rows(layer, call.tile_elements, to)}});
-    for (int phase = 0; phase < kBackwardPhases; ++phase) to.tiles[phase] = stages.back()[size_t(phase)].tiles;
+    plan_rows(layer, call.write_elements, to);
+    to.dot_tiles = uint32_t(divide_up(layer.size(), call.dot_elements));
     to.sums = tiles;
-    tiles += to.tiles[dot];
+    tiles += to.dot_tiles;
   }
-  plan.phase_first = order_segments(stages, one_launch, device.multiprocessors * kBackwardBlocks, segments);
+  BackwardOrder order(out, uint32_t(n), call.dot_elements, device.multiprocessors * kBackwardBlocks, segments);
+  plan.phase_first = one_launch ? order.emit_one_launch() : order.emit_phases();
+  call.n_segments = order.n_segments();
 
   const int64_t records_at = plan.counter_bytes;
   const int64_t sums_at = records_at + n * int64_t(sizeof(BackwardRecord));
@@ -104,7 +105,7 @@ inline Plan plan_backward(const std::vector<Layer>& layers, const Device& device
   call.records = reinterpret_cast<BackwardRecord*>(records_at);
   call.sums = reinterpret_cast<double*>(sums_at);
   plan.workspace_bytes = sums_at + tiles * int64_t(sizeof(double));
-  plan_table<BackwardLayer>(plan, n, call.n_segments);
+  plan_table<BackwardLayer>(plan, n, n * kBackwardSegments);
   return plan;
 }
 

@@ -336,7 +336,7 @@ int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type
 int64_t backward_workspace(const Geometry* geometry, int64_t n, int multiprocessors, int64_t shared) {
   const std::vector<Layer> layers = layers_without_memory(geometry, n);
   std::vector<BackwardLayer> planned(layers.size());
-  std::vector<Segment> segments(layers.size() * kBackwardPhases);
+  std::vector<Segment> segments(layers.size() * kBackwardSegments);
   BackwardCall call = {};
   const Device device = device_of(multiprocessors, shared);
   return plan_backward(layers, device, true, call, planned.data(), segments.data()).workspace_bytes;
@@ -377,7 +377,7 @@ int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* 
              int multiprocessors, int64_t shared) {
   const std::vector<Layer> layers = backward_layers(geometry, n, pointers, snapshot, laws);
   std::vector<BackwardLayer> planned(layers.size());
-  std::vector<Segment> segments(layers.size() * kBackwardPhases);
+  std::vector<Segment> segments(layers.size() * kBackwardSegments);
   BackwardTableArgs args = {};
   BackwardCall& call = args.call;
   call.grad_gains = grad_gains;
