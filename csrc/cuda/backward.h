@@ -40,7 +40,7 @@ BSSN_HD double dot_elements(const W* weight, const G* grad, uint32_t first, uint
       GradPiece g[kAhead];
       BSSN_UNROLL
       for (int a = 0; a < kAhead; ++a) {
-        w[a] = load_once(weights + lesser(x + a * kBackwardThreads, pieces_end - 1));
+        w[a] = load_streaming(weights + lesser(x + a * kBackwardThreads, pieces_end - 1));
         g[a] = grads[lesser(x + a * kBackwardThreads, pieces_end - 1)];
       }
       BSSN_UNROLL
@@ -112,9 +112,8 @@ BSSN_HD void write_tile(Block& block, const BackwardCall& call, const BackwardLa
   block.all([&](int thread) {
     const BackwardRecord& record = call.records[index];
     if (by_rows) {
-      with_element_type(call.grad_type, [&](auto element) {
-        write_rows<W, decltype(element)>(layer, record, columns[thread]);
-      });
+      with_element_type(call.grad_type,
+                        [&](auto element) { write_rows<W, decltype(element)>(layer, record, columns[thread]); });
     } else {
       write_elements<W>(layer, call.grad_type, record, FlatTile(call.write_elements, layer, tile), thread);
     }

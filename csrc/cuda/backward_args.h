@@ -37,8 +37,8 @@ struct BackwardLayer {
   uint32_t kernel;
   uint8_t steps[4][3];  // how far one step along each dimension leads in each of the vectors: 0, 1 or kKernelStep
   uint32_t dot_tiles, first_dot_tiles, write_tiles;  // first: in the first segment
-  uint32_t sums;       // index of the first tile's sum
-  uint32_t grad_gain;  // index of a gain's gradient
+  uint32_t sums;                                     // index of the first tile's sum
+  uint32_t grad_gain;                                // index of a gain's gradient
   RowTiles rows;
   uint8_t directions;  // 1: a b, 2: c d, 3: both
   uint8_t law;         // LawKind
@@ -72,9 +72,9 @@ struct BackwardCall {
   double* sums;
   float* grad_gains;
   int32_t n_segments;
-  int32_t grad_type;  // DType
+  int32_t grad_type;                      // DType
   uint32_t dot_elements, write_elements;  // of a tile
-  uint32_t first_ticket, end_ticket;  // of this launch
+  uint32_t first_ticket, end_ticket;      // of this launch
   uint32_t ticket_counter;
 };
 

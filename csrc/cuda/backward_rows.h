@@ -1,13 +1,14 @@
-// How the gradient of a layer whose memory is a list of rows is written. A row is all that belongs to one output channel,
-// or of transposed convolutions to one input channel, in any order, if its length is a multiple of four:
+// How the gradient of a layer whose memory is a list of rows is written. A row is all that belongs to one output
+// channel, or of transposed convolutions to one input channel, in any order, if its length is a multiple of four:
 //
 //   dW = g (G - ratio (a b + c d)),   a of a row, b and c of a column, d of both
 //
-// a, b, c, d are u_out, v_out, u_in, v_in, or with the directions exchanged u_in, v_in, u_out, v_out. A tile is a range of
-// columns of some rows. A thread keeps its four columns' b and c in registers, and goes through the rows.
+// a, b, c, d are u_out, v_out, u_in, v_in, or with the directions exchanged u_in, v_in, u_out, v_out. A tile is a range
+// of columns of some rows. A thread keeps its four columns' b and c in registers, and goes through the rows.
 #pragma once
 
 #include "backward_args.h"
+#include "streaming.h"
 
 namespace bssn::cuda {
 
@@ -62,7 +63,7 @@ struct GradientColumns {
     BSSN_UNROLL
     for (uint32_t n = 0; n < kRowsAhead; ++n) {
       const uint32_t at = lesser(row + n * step, layer.n_rows() - 1);
-      const Pack<G, kBackwardPiece> loaded = load_once(piece_of<G>(layer.grad, layer, at));
+      const Pack<G, kBackwardPiece> loaded = load_streaming(piece_of<G>(layer.grad, layer, at));
       BSSN_UNROLL
       for (int w = 0; w < 4; ++w) first[n].words[w] = w < loaded.kWords ? loaded.words[w % loaded.kWords] : 0;
     }
@@ -92,7 +93,7 @@ BSSN_HD void write_piece(const GradientColumns& my, const Pack<G, kBackwardPiece
   Pack<W, kBackwardPiece> result;
   BSSN_UNROLL
   for (int j = 0; j < kBackwardPiece; ++j) result.set(j, multiplier * (g.get(j) - a * my.b[j] - d[j] * my.c[j]));
-  store_once(output, result);
+  store_streaming(output, result);
 }
 
 template <class W, class G>
@@ -125,7 +126,7 @@ BSSN_HD void write_rows(const BackwardLayer& layer, const BackwardRecord& record
   for (; row + (kRowsAhead - 1) * step < my.end; row += kRowsAhead * step) {
     if (row != first_row) {
       BSSN_UNROLL
-      for (uint32_t n = 0; n < kRowsAhead; ++n) g[n] = load_once(grads + (row + n * step) * pieces);
+      for (uint32_t n = 0; n < kRowsAhead; ++n) g[n] = load_streaming(grads + (row + n * step) * pieces);
     }
     float a[kRowsAhead], d[kRowsAhead][kBackwardPiece];
     BSSN_UNROLL
@@ -145,7 +146,7 @@ BSSN_HD void write_rows(const BackwardLayer& layer, const BackwardRecord& record
     float d[kBackwardPiece];
     BSSN_UNROLL
     for (int j = 0; j < kBackwardPiece; ++j) d[j] = vector_d[row * step_d + my.at_d[j]];
-    const GradPiece last = load_once(grads + row * pieces);
+    const GradPiece last = load_streaming(grads + row * pieces);
     write_piece<W>(my, last, vector_a[row], d, multiplier, outputs + row * pieces);
   }
 }

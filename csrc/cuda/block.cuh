@@ -32,7 +32,8 @@ class DeviceBlock {
     f(int(threadIdx.x));
   }
 
-  // The same for what may be done before a wait: it reads nothing that other blocks write, and writes to PerThread alone.
+  // The same for what may be done before a wait: it reads nothing that other blocks write, and writes to PerThread
+  // alone.
   template <class F>
   __device__ __forceinline__ void prepare(F f) {
     f(int(threadIdx.x));
@@ -170,8 +171,8 @@ class DeviceBlock {
     return value;
   }
 
-  // In each round a lane gives half of its numbers to another and adds what it gets to the other half; once one is left,
-  // all of it. In the end a lane has a sum of number `index`, if count > 0.
+  // In each round a lane gives half of its numbers to another and adds what it gets to the other half; once one is
+  // left, all of it. In the end a lane has a sum of number `index`, if count > 0.
   template <int N, int Offset, int Classes>
   static __device__ __forceinline__ void add_lanes(float* x, int lane, int& index, int& count, bool& writes) {
     if constexpr (Offset >= Classes) {

@@ -6,9 +6,10 @@
 
 namespace bssn::cuda {
 
-// G is read twice, for <G, W> and for dW, and what was read last can be in the cache still. So a layer's dW is written as
-// soon as its <G, W> is there, and from its end. Until it is there all blocks together finish the tile that each of them
-// has in hand and take about one more: the first tiles of the next layer. The rest of them, if any, comes behind dW.
+// G is read twice, for <G, W> and for dW, and what was read last can be in the cache still. So a layer's dW is written
+// as soon as its <G, W> is there, and from its end. Until it is there all blocks together finish the tile that each of
+// them has in hand and take about one more: the first tiles of the next layer. The rest of them, if any, comes behind
+// dW.
 //
 // On an H200 with its 396 blocks such a distance is 16 MB of G, of 60 MB that the cache holds. Large layers have 38 or
 // 85 MB: with all of the next layer in between, nothing would be left.

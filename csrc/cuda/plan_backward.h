@@ -64,7 +64,8 @@ inline void plan_rows(const Layer& layer, uint32_t tile_elements, BackwardLayer&
   }
   const int64_t width = divide_up(pieces, blocks), at_once = std::min(kBackwardThreads / width, rows);
   const int64_t of_step = width * kBackwardPiece * at_once;
-  const int64_t steps = std::max<int64_t>(1, (tile_elements / of_step + 2) / 4) * 4;  // a thread loads four rows at a time
+  const int64_t steps =
+      std::max<int64_t>(1, (tile_elements / of_step + 2) / 4) * 4;  // a thread loads four rows at a time
   to.rows = {uint32_t(blocks), uint32_t(steps * at_once), uint16_t(width), uint16_t(at_once)};
   to.write_tiles = uint32_t(blocks * divide_up(rows, steps * at_once));
 }

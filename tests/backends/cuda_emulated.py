@@ -31,6 +31,7 @@ SIGNATURES = {
     "divide": (ctypes.c_uint32, (ctypes.c_uint32, I64)),
     "plan_of": (None, (ADDRESS, I32, I64, *DEVICE, ADDRESS)),
     "order_of": (None, (ADDRESS, I32, I64, *DEVICE, ADDRESS)),
+    "backward_plan_of": (I32, (ADDRESS, I32, *DEVICE, ADDRESS)),
 }
 
 

@@ -322,6 +322,31 @@ void order_of(const Geometry* geometry, int n, DType weight_type, int multiproce
   *out = plan.phase_first.back();
 }
 
+// Of each layer of a backward call: <G, W> tiles, dW tiles, and if dW is written by rows the tiles beside each other,
+// their pieces, rows and rows at a time (else 0). Then the segments of one launch: layer, kind and first ticket; then
+// the end. Returns how many segments there are.
+int backward_plan_of(const Geometry* geometry, int n, int multiprocessors, int64_t shared, int64_t* out) {
+  const std::vector<Layer> layers = layers_without_memory(geometry, n);
+  std::vector<BackwardLayer> planned(layers.size());
+  std::vector<Segment> segments(layers.size() * kBackwardSegments);
+  BackwardCall call = {};
+  const Device device = device_of(multiprocessors, shared);
+  const Plan plan = plan_backward(layers, device, true, call, planned.data(), segments.data());
+  for (const BackwardLayer& layer : planned) {
+    const RowTiles& rows = layer.rows;
+    const int64_t found[] = {layer.dot_tiles, layer.write_tiles, rows.column_blocks,
+                             rows.width,      rows.tile_rows,    rows.rows_at_once};
+    out = std::copy(std::begin(found), std::end(found), out);
+  }
+  for (int x = 0; x < call.n_segments; ++x) {
+    *out++ = segments[size_t(x)].layer();
+    *out++ = segments[size_t(x)].phase();
+    *out++ = segments[size_t(x)].first;
+  }
+  *out = plan.phase_first.back();
+  return call.n_segments;
+}
+
 // Everything as in csrc/cuda/cuda.h, but for the device, given by its limits.
 int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int multiprocessors, int64_t shared) {
   const std::vector<Layer> layers = layers_without_memory(geometry, n);
