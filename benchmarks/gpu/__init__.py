@@ -7,6 +7,8 @@
     pytest_plugin.py  leaves out tests that have passed, appends the others' outcomes
     extension.py      what `make gpu-prepare` has compiled is tried, else compiled here
     prepare.py        `make gpu-prepare`, on a machine without a GPU
+    compile_peers.py  compiles what will be timed, while tests run
+    compile_once.py   no two processes compile the same kernel of Triton's at once
     measurements.py   all timings, in one process that has the GPU to itself
     profiled.py       what the profiler looks at
     files.py          the few files that are left

@@ -3,6 +3,7 @@
     make gpu                      everything; its files lie in benchmarks/results, in a folder for GPU and torch
     make gpu OUTPUT=folder        there instead: at most eight files, no folders
     make gpu ARGS="--minutes 30"  with more time
+    make gpu ARGS="--only 'tests cuda' profile measurements"   these steps alone, by their names or the first words
 
 Every outcome and figure is in outcomes.jsonl as soon as it is known. A later run goes on where an earlier one ended, if
 that file is in the folder for the GPU, in OUTPUT or given by --earlier: what passed or was timed with the same sources
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.gpu import files as kept
@@ -44,6 +46,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder for the files")
     parser.add_argument("--earlier", type=Path, nargs="+", default=[], help="folders of runs to continue")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="when to end (%(default).2f)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="steps to run, after the first stage")
     return parser.parse_args(words)
 
 
@@ -62,18 +65,27 @@ def why_not() -> str | None:
     return f"{sys.executable} lacks {', '.join(missing)}: `pip install {' '.join(missing)}`" if missing else None
 
 
-def run(stages: Sequence[Sequence[Step]], files: Files, minutes: float) -> None:
+def run(stages: Sequence[Sequence[Step]], files: Files, minutes: float, deadline: float) -> None:
     """Run the stages until the time is up; append each step's outcome, and write the files after each stage."""
-    deadline = time.monotonic() + 60 * minutes - RESERVE
-    for stage in stages:
+    longer = max(1.0, minutes / MINUTES)
+    stages = [[replace(step, seconds=longer * step.seconds) for step in stage] for stage in stages]
+    for n, stage in enumerate(stages):
         lines = list(outcomes.read(files.output / FILE))
         files.not_again.write_text("\n".join(outcomes.not_again(lines, files.machine)))
-        run_stage(stage, files, deadline, minutes / MINUTES)
+        run_stage(stage, files, deadline, deadline - needed(stages[n + 1 :]))
         kept.write(files.output, files.scratch, files.machine)
 
 
-def run_stage(stage: Sequence[Step], files: Files, deadline: float, stretch: float) -> None:
-    """Run steps side by side. None outlasts its time, nor this function, whatever ends it."""
+def needed(stages: Sequence[Sequence[Step]]) -> float:
+    """Return the seconds that stages may take; the last one takes what is left."""
+    return sum(max((step.seconds for step in stage), default=0) for stage in stages[:-1])
+
+
+def run_stage(stage: Sequence[Step], files: Files, deadline: float, spare: float) -> None:
+    """Run steps side by side. None outlasts its time, nor this function, whatever ends it.
+
+    spare: until when the stage may last at the cost of no other, for steps that persist: each unit has a limit there.
+    """
     running: list[Running] = []
     try:
         for step in stage:
@@ -81,7 +93,7 @@ def run_stage(stage: Sequence[Step], files: Files, deadline: float, stretch: flo
                 _note(files, step, "left out, the time is up", 0)
                 continue
             log = files.scratch / f"{step.name.replace(' ', '-')}.log"
-            running.append(Running(step, log, deadline, stretch))
+            running.append(Running(step, log, deadline, spare if step.persists else 0.0))
         while running:
             for one in [one for one in running if one.poll()]:
                 running.remove(one)
@@ -99,6 +111,7 @@ def _note(files: Files, step: Step, outcome: str, seconds: float) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     args = arguments(words)
+    deadline = time.monotonic() + 60 * args.minutes - RESERVE  # to import torch may take half a minute of it
     reason = why_not()
     if reason is not None:
         print(reason, file=sys.stderr)
@@ -109,13 +122,17 @@ def main(words: Sequence[str] | None = None) -> int:
     about = machine.describe("cuda")
     key = machine.key(about)
     output = (args.output or FOLDER / key).resolve()
-    outcomes.adopt(output / FILE, [folder / FILE for folder in (FOLDER / key, *args.earlier)])
-    outcomes.append(output / FILE, "run", machine=key, about=about)
     with tempfile.TemporaryDirectory() as scratch:
         files = Files(output, Path(scratch), key)
+        stages, problem = timetable.chosen(timetable.stages(files), args.only)
+        if problem is not None:
+            print(problem, file=sys.stderr)
+            return 2
+        outcomes.adopt(output / FILE, [folder / FILE for folder in (FOLDER / key, *args.earlier)])
+        outcomes.append(output / FILE, "run", machine=key, about=about)
         for tool in timetable.missing_tools():
             print(f"{tool} is not installed: what it would tell is left out")
-        run(timetable.stages(files), files, args.minutes)
+        run(stages, files, args.minutes, deadline)
     lines = list(outcomes.read(output / FILE))
     text = kept.summary(lines, key)
     print("\n".join(line for line in text if not line.startswith("did not run: ")))  # that can be hundreds

@@ -10,6 +10,8 @@ from benchmarks.gpu import outcomes
 from benchmarks.gpu.outcomes import Line
 
 MOST = 8
+ORDER = ("compiled", "layers", "host", "training", "launches")
+"""Of the kinds of units in results, by the first words of their names: records replace those of the same case."""
 LOGS, SUMMARY, REPORT = "logs.zip", "summary.txt", "report.md"
 
 
@@ -37,8 +39,12 @@ def write_results(output: Path, lines: Sequence[Line], machine: str) -> None:
     if units and about:
         results = Results(about[-1])
         # Peers that take turns with torch.compile's are there for its sake: elsewhere they have met all others.
-        for line in sorted(units.values(), key=lambda line: not line["name"].startswith("compiled")):
-            results.merge(Record(**record) for record in line["records"])
+        for line in sorted(units.values(), key=lambda line: ORDER.index(line["name"].split()[0])):
+            records = [Record(**record) for record in line["records"]]
+            if line["name"].startswith("launches"):
+                results.set_launches(records)
+            else:
+                results.merge(records)
         results.save(output)
         (output / REPORT).write_text(tables.render(results))
 

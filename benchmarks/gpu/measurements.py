@@ -5,6 +5,7 @@
 A unit is what is timed together, with peers that take turns. Units come in the order of what one wants to know first;
 each is appended to the outcomes when it is done. One that has been timed with the same sources is left out, and so is
 one in which an earlier process of this run has died: a unit that hangs, or spoils the GPU for this process, ends it.
+Where only the package has changed, the copy and ours are timed anew, and the other peers' figures are kept.
 """
 
 from __future__ import annotations
@@ -17,51 +18,71 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.against import peers
 from benchmarks.gpu import outcomes
-from benchmarks.gpu.outcomes import FILE, TIMING
+from benchmarks.gpu.outcomes import FILE, OTHERS, TIMING
 from benchmarks.gpu.process import FINISHED
 from benchmarks.timing import gpu_plan, measure
 from benchmarks.timing.gpu_plan import CACHES, VARIANTS
 from benchmarks.timing.record import Record
 from benchmarks.work import layer_sets, training_step
 from benchmarks.work.networks import DISCRIMINATORS
+from benchmarks.work.problem import Problem
 
-LONGEST = 120.0
-"""Seconds after which a unit counts as hung: twenty times as long as it takes if Triton has compiled its kernels."""
-LONGEST_COMPILED = 240.0
+LONGEST, LONGEST_COMPILED = 90.0, 150.0
+"""Seconds after which a unit counts as hung: ten times as long as it takes if all is compiled, see `compile_peers`, and
+twice as long as it takes else."""
+SECONDS, SECONDS_COMPILED = 1.0, 0.5
+"""Of timing, for each state of the caches, or as long as every peer's fewest turns take: compiled peers are few."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A name, and what makes its records."""
+    """A name, and what makes the records of some of its peers; without peers always all records.
+
+    problem: of layer sets. for_others: whether it is there for peers that are not ours alone.
+    """
 
     name: str
-    run: Callable[[], list[Record]]
+    run: Callable[[Sequence[str]], list[Record]]
+    peers: Sequence[str] = ()
+    problem: Callable[[], Problem] | None = None
+    for_others: bool = False
+
+    def records(self, others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return all records: new ones, but those of other peers that are known."""
+        kept = [record for record in others if record["peer"] in self.peers]
+        known = {record["peer"] for record in kept}
+        left = [name for name in self.peers if name not in known]
+        if self.for_others and all(map(outcomes.is_retimed, left)):
+            return kept
+        return [*(record.to_dict() for record in self.run(left)), *kept]
 
 
-def units(device: str = "cuda", seconds: float = 1.0, width: int | None = None, batch: int | None = None) -> list[Unit]:
-    """Return all units in their order: float32 first, host time, training steps, then bfloat16.
+def units(
+    device: str = "cuda", seconds: float = SECONDS, width: int | None = None, batch: int | None = None
+) -> list[Unit]:
+    """Return all units in their order: float32 first, host time, training steps, bfloat16, numbers of launches.
 
     width, batch: of the training steps, if not the usual ones.
     """
     first, second = (list(_layers(device, seconds, dtype)) for dtype in gpu_plan.DTYPES)
-    return [*first, *_host(device, seconds), *_training(device, seconds, width, batch), *second]
+    training = _training(device, seconds, width, batch)
+    return [*first, *_host(device, seconds), *training, *second, *_launches(device)]
 
 
-def compiled_units(device: str = "cuda", seconds: float = 1.0) -> list[Unit]:
-    """Return the units of torch.compile beside ours: compiling takes most of a minute for each."""
-    found = []
-    for name in gpu_plan.SETS:
-        chosen = sets()[name]
-        for variant in VARIANTS[::-1]:
-            names = [peers.COPY, *peers.COMPILED, *_default(device)]
-            run = partial(_layer_set, "compiled", chosen, variant, names, "float32", device, seconds)
-            found.append(Unit(f"compiled {name} {variant}", run))
-    return found
+def compiled_units(device: str = "cuda", seconds: float = SECONDS_COMPILED) -> list[Unit]:
+    """Return the units of torch.compile beside ours: compiling takes most of a minute for each, if not done before."""
+    names = [peers.COPY, *peers.COMPILED, *_default(device)]
+    return [
+        _unit("compiled", sets()[name], variant, names, "float32", device, seconds)
+        for name in gpu_plan.SETS
+        for variant in VARIANTS[::-1]
+    ]
 
 
 def sets() -> dict[str, layer_sets.LayerSet]:
@@ -77,8 +98,20 @@ def _layers(device: str, seconds: float, dtype: str) -> Iterator[Unit]:
     names = [name for name in peers.names(device) if name not in peers.COMPILED]
     for chosen in gpu_plan.SETS:
         for variant in VARIANTS:
-            run = partial(_layer_set, "layers", sets()[chosen], variant, names, dtype, device, seconds)
-            yield Unit(f"layers {chosen} {variant} {dtype}", run)
+            yield _unit("layers", sets()[chosen], variant, names, dtype, device, seconds)
+
+
+def _launches(device: str) -> Iterator[Unit]:
+    """Yield what counts launches: of a small model, and of many layers, as the others have as many or more."""
+    names = [name for name in peers.names(device) if name not in peers.COMPILED]
+    cases = [
+        ("layers", sets()[gpu_plan.SETS[0]]),
+        *(("host", layer_sets.square("linear", n, 4)) for n in gpu_plan.MANY),
+    ]
+    for part, chosen in cases:
+        for variant in VARIANTS:
+            run = partial(measure.launch_counts, part, chosen, variant, device=device)
+            yield Unit(f"launches {chosen.name} {variant}", run, names)
 
 
 def _host(device: str, seconds: float) -> Iterator[Unit]:
@@ -86,33 +119,28 @@ def _host(device: str, seconds: float) -> Iterator[Unit]:
     for n in gpu_plan.MANY:
         chosen = layer_sets.square("linear", n, 4)
         for variant in VARIANTS:
-            run = partial(_layer_set, "host", chosen, variant, names, "float32", device, seconds, ("hot",))
-            yield Unit(f"host {chosen.name} {variant}", run)
+            yield _unit("host", chosen, variant, names, "float32", device, seconds)
 
 
 def _training(device: str, seconds: float, width: int | None, batch: int | None) -> Iterator[Unit]:
     batch = batch or training_step.batch_size(device)
     for kind in DISCRIMINATORS:
         step = partial(measure.gan_steps, kind, device=device, batch=batch, seconds=3 * seconds, width=width)
-        yield Unit(f"training step {kind}", step)
+        yield Unit(f"training step {kind}", lambda names, step=step: step())
 
 
-def _layer_set(
-    part: str,
-    chosen: layer_sets.LayerSet,
-    variant: str,
-    names: Sequence[str],
-    dtype: str,
-    device: str,
-    seconds: float,
-    caches: Sequence[str] = CACHES,
-) -> list[Record]:
-    part = "layers" if part == "compiled" else part
-    count = part == "host" or (chosen.name == gpu_plan.SETS[0] and dtype == "float32")
-    return measure.layer_set(
-        part, chosen, variant, names,
-        device=device, dtype=getattr(torch, dtype), seconds=seconds, caches=caches, count_launches=count,
+def _unit(
+    kind: str, chosen: layer_sets.LayerSet, variant: str, names: Sequence[str], dtype: str, device: str, seconds: float
+) -> Unit:
+    """Return the unit of one layer set; `kind` is "layers", "compiled" or "host"."""
+    of_dtype = getattr(torch, dtype)
+    run = partial(
+        measure.layer_set, "layers" if kind == "compiled" else kind, chosen, variant,
+        device=device, dtype=of_dtype, seconds=seconds, caches=("hot",) if kind == "host" else CACHES,
+        count_launches=False, empty_cache=False,
     )  # fmt: skip
+    name = " ".join([kind, chosen.name, variant, *([dtype] if kind == "layers" else [])])
+    return Unit(name, run, names, partial(Problem, chosen, variant, device, of_dtype), kind == "compiled")
 
 
 def run(chosen: Sequence[Unit], folder: Path, machine: str, longest: float) -> int:
@@ -122,6 +150,8 @@ def run(chosen: Sequence[Unit], folder: Path, machine: str, longest: float) -> i
     tried = {line["name"] for line in outcomes.of_this_run(lines) if line["kind"] in ("begun", "unit")}
     left_out = tried | set(outcomes.measured(lines, machine))
     failed = [name for name in tried if name not in outcomes.measured(lines, machine)]
+    others = outcomes.others_measured(lines, machine)
+    hashes = {"sources": outcomes.sources(machine, *TIMING), "sources_of_others": outcomes.hash_of(machine, *OTHERS)}
     for unit in chosen:
         if unit.name in left_out:
             continue
@@ -129,13 +159,13 @@ def run(chosen: Sequence[Unit], folder: Path, machine: str, longest: float) -> i
         faulthandler.dump_traceback_later(longest, exit=True)
         found: dict[str, object]
         try:
-            found = {"records": [record.to_dict() for record in unit.run()]}
+            found = {"records": unit.records(others.get(unit.name, []))}
         except Exception as error:  # the other units must not miss their turn
             found = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
             failed.append(unit.name)
         finally:
             faulthandler.cancel_dump_traceback_later()
-        outcomes.append(file, "unit", name=unit.name, sources=outcomes.sources(machine, *TIMING), **found)
+        outcomes.append(file, "unit", name=unit.name, **hashes, **found)
         print(unit.name, found.get("error", "done"), flush=True)
         gc.collect()
         if _is_spoiled():

@@ -2,12 +2,13 @@
 
     run    machine, about: a run begins
     test   name, outcome (passed, failed, skipped), seconds, why, sources
-    unit   name, records or error, sources: what `measurements` has timed together
+    unit   name, records or error, sources, sources_of_others: what `measurements` has timed together
     begun  name: a unit that has begun; without a later line of it, its process has died
     step   name, outcome, seconds
     tests  names: all tests that there are
 
 `sources` is a hash of the code that the outcome depends on, and of the machine: what has it again need not run again.
+`sources_of_others` is that of the peers that are not ours, which a change of our kernels leaves as they are.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ FILE = "outcomes.jsonl"
 PACKAGE = ("csrc/**/*", "bssn_fast/**/*.py")
 HELPERS = ("tests/gpu/conftest.py", "tests/gpu/ways.py", "tests/support.py", "tests/backends/matrix.py")
 TIMING = ("benchmarks/work/*", "benchmarks/against/*", "benchmarks/timing/*", "benchmarks/gpu/measurements.py")
+
+OTHERS = (*TIMING, "bssn_fast/reference.py", "bssn_fast/layout.py")
+"""What the peers that are not ours are made of."""
 
 Line = dict[str, Any]
 
@@ -54,11 +58,16 @@ def latest(lines: Iterable[Line], kind: str) -> dict[str, Line]:
     return {line["name"]: line for line in lines if line["kind"] == kind}
 
 
-@cache
 def sources(machine: str, *patterns: str) -> str:
     """Return a hash of the package's sources, of the files that `patterns` match as well, and of a machine's name."""
+    return hash_of(machine, *PACKAGE, *patterns)
+
+
+@cache
+def hash_of(machine: str, *patterns: str) -> str:
+    """Return a hash of the files that `patterns` match, and of a machine's name."""
     digest = hashlib.sha256(machine.encode())
-    for pattern in (*PACKAGE, *patterns):
+    for pattern in patterns:
         for path in sorted(ROOT.glob(pattern)):
             if path.is_file() and path.name != "_build_info.py":
                 digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
@@ -102,6 +111,21 @@ def measured(lines: Iterable[Line], machine: str) -> dict[str, Line]:
     now = sources(machine, *TIMING)
     units = latest(lines, "unit").items()
     return {name: line for name, line in units if line["sources"] == now and "error" not in line}
+
+
+def others_measured(lines: Iterable[Line], machine: str) -> dict[str, list[dict[str, Any]]]:
+    """Return the records, by unit, of the peers that are not ours and of whose sources nothing has changed."""
+    now = hash_of(machine, *OTHERS)
+    units = {name: line for name, line in latest(lines, "unit").items() if line.get("sources_of_others") == now}
+    return {
+        name: [r for r in line.get("records", ()) if r["error"] is None and not is_retimed(r["peer"])]
+        for name, line in units.items()
+    }
+
+
+def is_retimed(peer: str) -> bool:
+    """Whether a peer is timed anew with each change of the package: ours, and the copy, which tells of the machine."""
+    return peer == "copy" or peer.startswith("bssn_fast")
 
 
 def adopt(file: Path, earlier: Iterable[Path]) -> None:

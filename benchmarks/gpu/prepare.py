@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,7 +47,8 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arch", default="90", help="compute capability without its point (%(default)s)")
     args = parser.parse_args(words)
-    shutil.rmtree(extension.PREPARED, ignore_errors=True)  # what is there may be of other sources
+    for earlier in extension.PREPARED.glob(f"extension-*{extension.SUFFIX}"):  # of other sources, maybe
+        earlier.unlink()
     found = compile_for(args.arch, extension.PREPARED)
     print(found, flush=True)
     return int(not found.startswith("compiled"))

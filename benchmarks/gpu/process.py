@@ -32,14 +32,17 @@ class Step:
 
 
 class Running:
-    """A step under way, the first process of a group of its own; its output goes to a log."""
+    """A step under way, the first process of a group of its own; its output goes to a log.
+
+    It ends when its seconds are over, but not before the moment `at_least`; at the moment `deadline` whatever they are.
+    """
 
     MOST_STARTS = 6
 
-    def __init__(self, step: Step, log: Path, deadline: float, stretch: float = 1.0) -> None:
+    def __init__(self, step: Step, log: Path, deadline: float, at_least: float = 0.0) -> None:
         self.step = step
         self._log, self._began, self._starts = log, monotonic(), 0
-        self._end = min(self._began + stretch * step.seconds, deadline)
+        self._end = min(max(self._began + step.seconds, at_least), deadline)
         self.outcome: str | None = None
         self._start()
 

@@ -23,12 +23,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what need not run again. First come the kernels that are timed, which Triton then finds compiled."""
+    """Leave out what need not run again. What Triton compiles longest comes first, or one worker would end last."""
     file = config.getoption("not_again")
     runs = file is not None and file.exists() and not config.getoption("collectonly")
     done = set(file.read_text().splitlines()) if runs else set()
     left_out = [item for item in items if item.nodeid in done]
-    items[:] = sorted((i for i in items if i.nodeid not in done), key=lambda item: "test_measured" not in item.nodeid)
+    items[:] = sorted((i for i in items if i.nodeid not in done), key=lambda item: "::test_matrix[" not in item.nodeid)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
 

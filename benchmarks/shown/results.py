@@ -38,6 +38,12 @@ class Results:
         """Add a record whose other phases are measured by themselves; one of the same case and phase is replaced."""
         self.records = [r for r in self.records if r.key != record.key] + [record]
 
+    def set_launches(self, counted: Iterable[Record]) -> None:
+        """Give all records their numbers of launches that were counted by themselves, whatever the caches' state."""
+        counts = {(*_case(r)[:4], r.phase, r.dtype): r.launches for r in counted}
+        for r in self.records:
+            r.launches = counts.get((*_case(r)[:4], r.phase, r.dtype), r.launches)
+
     def find(
         self,
         part: str,

@@ -58,12 +58,14 @@ def peers_for(part: str, chosen: LayerSet, device: torch.device | str) -> list[s
     return [name for name in peers.names(device) if few or name not in peers.COMPILED]
 
 
-def prepare(name: str, problem: Problem) -> peers.Peer:
+def prepare(name: str, problem: Problem, *, empty_cache: bool = True) -> peers.Peer:
     """Return a peer whose first run gave the right results, with what that run took.
 
-    Raises WrongResultError if they are not right.
+    Without `empty_cache` torch.compile may find what it has compiled before, and what that took is not known.
+
+    Raises WrongResultError if the results are not right.
     """
-    with _empty_compiler_cache() if name in peers.COMPILED else nullcontext():
+    with _empty_compiler_cache() if name in peers.COMPILED and empty_cache else nullcontext():
         start = perf_counter()
         peer, peak = _first_results(name, problem)
         peer.prepare_seconds = perf_counter() - start
@@ -107,20 +109,22 @@ def layer_set(
     seconds: float = 5.0,
     caches: Iterable[str] = ("hot",),
     count_launches: bool = True,
+    empty_cache: bool = True,
 ) -> list[Record]:
     """Check and time all peers on one set, with hot caches, cold ones or both; `seconds` 0 checks only.
 
-    On a GPU `count_launches` asks torch's profiler as well, which takes a tenth of a second for each peer and phase.
+    empty_cache: of torch.compile, see `prepare`. On a GPU `count_launches` asks torch's profiler as well, which takes a
+    tenth of a second for each peer and phase.
     """
     problem = Problem(chosen, variant, device, dtype)
-    layers, megabytes = len(chosen.layers), problem.bytes / 1e6
-    name_of_dtype = str(dtype).removeprefix("torch.")
-    new = partial(Record, part, chosen.name, variant, layers=layers, megabytes=megabytes, dtype=name_of_dtype)
+    new = _records_of(part, problem)
     ready: dict[str, peers.Peer] = {}
     records: list[Record] = []
     for name in names:
         try:
-            ready[name] = prepare(name, problem)
+            ready[name] = prepare(name, problem, empty_cache=empty_cache)
+            if name in peers.COMPILED and not empty_cache:
+                ready[name].prepare_seconds = None
         except WrongResultError as error:
             records.append(new(name, BOTH, error=f"wrong: {error}"))
         except Exception as error:  # a compiler that gives up must not end the others' measurement
@@ -132,6 +136,33 @@ def layer_set(
     if count_launches and is_gpu(device):
         _count_launches(ready, records)
     return records
+
+
+def launch_counts(
+    part: str, chosen: LayerSet, variant: str, names: Iterable[str], *, device: torch.device | str
+) -> list[Record]:
+    """Return records that have nothing but the number of launches, see `Results.set_launches`.
+
+    For the end of a process: the profiler may stay in the way of all launches after it, and take host time of each.
+    """
+    problem = Problem(chosen, variant, device)
+    new = _records_of(part, problem)
+    records: list[Record] = []
+    for name in names:
+        peer = peers.make(name, problem)
+        peer.first_run()
+        peer.release()
+        own = [new(name, phase) for phase in (*peer.stages, *([BOTH] if len(peer.stages) > 1 else []))]
+        _count_launches({name: peer}, own)
+        records += own
+    return records
+
+
+def _records_of(part: str, problem: Problem) -> Callable[..., Record]:
+    """Return what makes a record of a peer and phase, with what all records of a problem share."""
+    dtype = str(problem.dtype).removeprefix("torch.")
+    layers, megabytes = len(problem.set.layers), problem.bytes / 1e6
+    return partial(Record, part, problem.set.name, problem.variant, layers=layers, megabytes=megabytes, dtype=dtype)
 
 
 def _timed(

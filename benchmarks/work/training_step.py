@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 import bssn_fast
 from benchmarks.against.in_torch import BidirectionalNorm, parametrized
 from benchmarks.work.captured import capture
+from benchmarks.work.devices import is_gpu
 from benchmarks.work.networks import DISCRIMINATORS, NOISE, Generator, weight_layers
 from benchmarks.work.problem import EPS, VARIANTS, WrongResultError
 
@@ -19,6 +20,7 @@ NONE = "none"
 CASES = ((NONE, NONE), *((variant, peer) for variant in VARIANTS for peer in ("torch", "bssn_fast")))
 """(variant, peer) of all discriminators that are compared."""
 
+SCORES = "scores"
 GRAPH = "graph"
 """Ends the names of peers whose whole step is captured in a CUDA graph and replayed."""
 
@@ -33,11 +35,11 @@ def without_normalisation(peer: str) -> str:
     return GRAPH if peer.endswith(GRAPH) else NONE
 
 
-TOLERANCE, TOLERANCE_ON_GPU = 1e-5, 1e-4
-"""Largest relative difference between the scores, and the weights' gradients, of ours and torch's discriminators.
-
-On a GPU the layers' own sums are in another order each time.
-"""
+TOLERANCE = 1e-5
+"""Largest relative difference between the scores, and the weights' gradients, of ours and torch's discriminators."""
+SCORES_ON_GPU, GRADIENTS_ON_GPU = 1e-4, 2e-2
+"""The same on a GPU, where the layers' own sums are in another order each time. An activation next to zero may then be
+on its other side, where its slope is another: weights that differ by 2e-7 gave up to 2e-3 in 1 of 12 trials."""
 
 
 def batch_size(device: torch.device | str) -> int:
@@ -133,10 +135,11 @@ def _outcome(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         scores = model(images)
         gradients = torch.autograd.grad(scores.sum(), parameters)
-    return {"scores": scores.detach(), **dict(zip(names, gradients, strict=True))}
+    return {SCORES: scores.detach(), **dict(zip(names, gradients, strict=True))}
 
 
 def _check_equal(what: str, a: Tensor, b: Tensor) -> None:
     error = torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)
-    if not error <= (TOLERANCE_ON_GPU if a.is_cuda else TOLERANCE):
+    on_gpu = SCORES_ON_GPU if what.endswith(SCORES) else GRADIENTS_ON_GPU
+    if not error <= (on_gpu if is_gpu(a.device) else TOLERANCE):
         raise WrongResultError(f"{what} differ by {error:.1e}")

@@ -120,16 +120,30 @@ BSSN_HD void write_tile(Block& block, const BackwardCall& call, const BackwardLa
   });
 }
 
+// Adds up a number of each thread, value(thread); use(sum) is called by thread 0 alone, for which no other has to wait.
+template <class Block, class Value, class Use>
+BSSN_HD void sum_threads(Block& block, Value value, Use use) {
+  double* const parts = block.template shared<double>(kWarpSumsAt);
+  block.template sum_lanes<double, 1, 1>([&](int thread, double* x) { x[0] = value(thread); },
+                                         [&](int warp) { return parts + warp; });
+  block.sync();
+  block.all([&](int thread) {
+    if (thread != 0) return;
+    double sum = 0;
+    BSSN_UNROLL
+    for (int warp = 0; warp < kBackwardThreads / 32; ++warp) sum += parts[warp];
+    use(sum);
+  });
+}
+
 template <class Block>
 BSSN_HD void finish_gradient_layer(Block& block, const BackwardCall& call, const BackwardLayer& layer, int index) {
-  double* const parts = block.template shared<double>(kWarpSumsAt);
-  const double total = block.sum_for_first(parts, [&](int thread) {
+  const auto sum_of_tiles = [&](int thread) {
     double sum = 0;
     for (uint32_t x = thread; x < layer.dot_tiles; x += kBackwardThreads) sum += call.sums[layer.sums + x];
     return sum;
-  });
-  block.all([&](int thread) {
-    if (thread != 0) return;
+  };
+  sum_threads(block, sum_of_tiles, [&](double total) {
     const float sigma = *layer.sigma;
     const float ratio = sigma == 0.0f || layer.slack() ? 0.0f : float(total / double(sigma));
     call.records[index] = {multiplier(layer.number, layer.law, sigma), ratio};
@@ -138,12 +152,10 @@ BSSN_HD void finish_gradient_layer(Block& block, const BackwardCall& call, const
   block.publish(counter_of(call.counters, index, recorded));
 }
 
-// Thread 0 alone has the sum and writes it: there is nothing that the others would have to wait for.
 template <class W, class Block>
 BSSN_HD void dot_tile(Block& block, const BackwardCall& call, const BackwardLayer& layer, int index, uint32_t tile) {
   const FlatTile flat(call.dot_elements, layer, tile);
-  double* const parts = block.template shared<double>(kWarpSumsAt);
-  const double total = block.sum_for_first(parts, [&](int thread) {
+  const auto part = [&](int thread) {
     double sum = 0;
     if (layer.slack()) return sum;
     with_element_type(call.grad_type, [&](auto element) {
@@ -152,10 +164,8 @@ BSSN_HD void dot_tile(Block& block, const BackwardCall& call, const BackwardLaye
       sum = dot_elements(weight, static_cast<const G*>(layer.grad), flat.first, flat.end, thread);
     });
     return sum;
-  });
-  block.all([&](int thread) {
-    if (thread == 0) call.sums[layer.sums + tile] = total;
-  });
+  };
+  sum_threads(block, part, [&](double total) { call.sums[layer.sums + tile] = total; });
   const uint32_t before = block.arrive(counter_of(call.counters, index, power_done));
   if (before + 1 == layer.dot_tiles) finish_gradient_layer(block, call, layer, index);
 }

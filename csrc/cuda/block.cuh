@@ -10,6 +10,9 @@ extern __shared__ __align__(16) unsigned char dynamic_shared[];
 template <int Threads>
 class DeviceBlock {
  public:
+  // Of a launch whose tickets begin with this one.
+  __device__ __forceinline__ explicit DeviceBlock(uint32_t first_ticket) : first_ticket_(first_ticket) {}
+
   static constexpr int kThreads = Threads;
 
   // A thread's registers; on the CPU, an array over the threads.
@@ -41,54 +44,41 @@ class DeviceBlock {
 
   __device__ __forceinline__ void sync() { __syncthreads(); }
 
-  // Adds up N numbers of each thread, values(thread), over the lanes of a warp whose numbers are equal modulo Classes.
-  // Each class's sums go to out(warp)[class][N].
-  template <int N, int Classes, class Values, class Out>
-  __device__ __forceinline__ void sum_lanes(Values values, Out out) {
+  // Adds up N numbers of each thread, given by get(thread, x), over the lanes of a warp whose numbers are equal modulo
+  // Classes. Each class's sums go to out(warp)[class][N].
+  template <class T, int N, int Classes, class Get, class Out>
+  __device__ __forceinline__ void sum_lanes(Get get, Out out) {
     const int lane = int(threadIdx.x) % 32;
-    const float* const mine = values(int(threadIdx.x));
-    float x[N];
-    BSSN_UNROLL
-    for (int j = 0; j < N; ++j) x[j] = mine[j];
+    T x[N] = {};
+    get(int(threadIdx.x), x);
     int index = 0, count = N;
     bool writes = true;
-    add_lanes<N, 16, Classes>(x, lane, index, count, writes);
-    if (writes && count > 0) out(int(threadIdx.x) / 32)[lane % Classes * N + index] = x[0];
+    add_lanes<T, N, 16, Classes>(x, lane, index, count, writes, out(int(threadIdx.x) / 32) + lane % Classes * N);
   }
 
-  // Adds those sums up over `warps` warps that share a row; to values(thread): the first of all classes, and the others
-  // of the lane's class.
-  template <int N, int Classes, class In, class Values>
+  // Adds those sums up over `warps` warps that share their rows; to values(thread): of each row's `Numbers` the first for
+  // all classes together, and the others of the lane's class.
+  template <int Rows, int Numbers, int Classes, class In, class Values>
   __device__ __forceinline__ void sum_warps(int warps, In in, Values values) {
+    constexpr int kAll = Rows * Numbers;
+    static_assert(kAll * Classes <= 32, "a lane for each");
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-    const float* const parts = in(warp - warp % warps) + (lane < N * Classes ? lane : 0);
+    const float* const parts = in(warp - warp % warps) + (lane < kAll * Classes ? lane : 0);
     float sum = 0;
-    BSSN_UNROLL_BY(2)
-    for (int w = 0; w < warps; ++w) sum += parts[w * N * Classes];
+    BSSN_UNROLL_BY(4)
+    for (int w = 0; w < warps; ++w) sum += parts[w * kAll * Classes];
     float* const to = values(int(threadIdx.x));
-    float first = 0;
     BSSN_UNROLL
-    for (int c = 0; c < Classes; ++c) first += __shfl_sync(~0u, sum, c * N);
-    to[0] = first;
-    BSSN_UNROLL
-    for (int j = 1; j < N; ++j) to[j] = __shfl_sync(~0u, sum, lane % Classes * N + j);
-  }
-
-  // Adds up a number of each thread, value(thread), in an order that is always the same; `parts` is shared memory for a
-  // number of each warp. Thread 0 gets the sum, behind one barrier. Another barrier comes before `parts` changes again.
-  template <class Value>
-  __device__ __forceinline__ double sum_for_first(double* parts, Value value) {
-    double sum = value(int(threadIdx.x));
-    BSSN_UNROLL
-    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      sum = 0;
-      BSSN_UNROLL
-      for (int warp = 0; warp < Threads / 32; ++warp) sum += parts[warp];
+    for (int j = 0; j < kAll; ++j) {
+      if (j % Numbers == 0) {
+        float first = 0;
+        BSSN_UNROLL
+        for (int c = 0; c < Classes; ++c) first += __shfl_sync(~0u, sum, c * kAll + j);
+        to[j] = first;
+      } else {
+        to[j] = __shfl_sync(~0u, sum, lane % Classes * kAll + j);
+      }
     }
-    return sum;
   }
 
   template <class T>
@@ -148,8 +138,24 @@ class DeviceBlock {
   }
 
   __device__ __forceinline__ uint32_t hand_out_ticket() {
-    if (threadIdx.x == 0) *word() = ticket_;
+    if (threadIdx.x == 0) *word() = first_ticket_ + ticket_;
     return broadcast();
+  }
+
+  // The next ticket, for all threads, while the one in hand is still being worked on. Behind a barrier.
+  __device__ __forceinline__ uint32_t next_ticket() {
+    if (threadIdx.x == 0) *word() = first_ticket_ + ticket_;
+    __syncthreads();
+    return *word();
+  }
+
+  // Has memory brought into the second-level cache, line by line.
+  __device__ __forceinline__ void fetch_to_l2(const unsigned char* from, uint32_t bytes) {
+    constexpr uint32_t kLine = 128;
+    BSSN_UNROLL_BY(1)
+    for (uint32_t x = kLine * threadIdx.x; x < bytes; x += kLine * Threads) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(from + x));
+    }
   }
 
   // Four numbers at a multiple of 16 bytes, past the first-level cache, for what is read once.
@@ -159,7 +165,8 @@ class DeviceBlock {
   }
 
  private:
-  uint32_t ticket_ = 0;  // thread 0's
+  const uint32_t first_ticket_;
+  uint32_t ticket_ = 0;  // thread 0's, counted from the first
 
   __device__ __forceinline__ uint32_t* word() { return reinterpret_cast<uint32_t*>(dynamic_shared); }
 
@@ -171,17 +178,17 @@ class DeviceBlock {
     return value;
   }
 
-  // In each round a lane gives half of its numbers to another and adds what it gets to the other half; once one is
-  // left, all of it. In the end a lane has a sum of number `index`, if count > 0.
-  template <int N, int Offset, int Classes>
-  static __device__ __forceinline__ void add_lanes(float* x, int lane, int& index, int& count, bool& writes) {
+  // In each round a lane gives half of its numbers to another and adds what it gets to the other half; once one is left,
+  // all of it. In the end a lane has the sums of numbers from `index` on, `count` of them.
+  template <class T, int N, int Offset, int Classes>
+  static __device__ __forceinline__ void add_lanes(T* x, int lane, int index, int count, bool writes, T* out) {
     if constexpr (Offset >= Classes) {
       const bool upper = (lane & Offset) != 0;
       constexpr int kHalf = (N + 1) / 2;
       if constexpr (N > 1) {
         BSSN_UNROLL
         for (int j = 0; j < kHalf; ++j) {
-          const float low = x[j], high = j + kHalf < N ? x[j + kHalf] : 0.0f;
+          const T low = x[j], high = j + kHalf < N ? x[j + kHalf] : T(0);
           x[j] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, Offset);
         }
         index += upper ? kHalf : 0;
@@ -190,9 +197,12 @@ class DeviceBlock {
         x[0] += __shfl_xor_sync(~0u, x[0], Offset);
         writes = writes && !upper;
       }
-      add_lanes<kHalf, Offset / 2, Classes>(x, lane, index, count, writes);
+      add_lanes<T, kHalf, Offset / 2, Classes>(x, lane, index, count, writes, out);
     } else {
-      static_assert(N == 1, "enough lanes");
+      BSSN_UNROLL
+      for (int j = 0; j < N; ++j) {
+        if (writes && j < count) out[index + j] = x[j];
+      }
     }
   }
 

@@ -28,20 +28,23 @@ BSSN_HD Direction direction(double first2, double second2, double stored, double
   return d;
 }
 
-// sums: s s, u_out s, q q, v_in q, t t, r r. Writes the layer's sigma.
-BSSN_HD Record record_of(const ForwardCall& call, const ForwardLayer& layer, const double* sums) {
-  const Direction out_side = direction(sums[0], sums[4], sums[1], call.eps, call.update);
-  double sigma = out_side.sigma;
+// Of one side: 0 out, 1 in. sums: s s, u_out s, q q, v_in q, t t, r r.
+BSSN_HD Direction direction_of(const ForwardCall& call, const double* sums, int side) {
+  return direction(sums[2 * side], sums[4 + side], sums[2 * side + 1], call.eps, call.update);
+}
+
+// Writes the layer's sigma.
+BSSN_HD Record record_of(const ForwardCall& call, const ForwardLayer& layer, const Direction* sides) {
+  double sigma = sides[0].sigma;
   Record record = {};
-  record.factors[0] = out_side.first_factor;
-  record.factors[1] = out_side.second_factor;
-  record.usable[0] = out_side.usable;
+  record.factors[0] = sides[0].first_factor;
+  record.factors[1] = sides[0].second_factor;
+  record.usable[0] = sides[0].usable;
   if (layer.two_sided()) {
-    const Direction in_side = direction(sums[2], sums[5], sums[3], call.eps, call.update);
-    sigma = (sigma + in_side.sigma) / 2;
-    record.factors[2] = in_side.second_factor;
-    record.factors[3] = in_side.first_factor;
-    record.usable[1] = in_side.usable;
+    sigma = (sigma + sides[1].sigma) / 2;
+    record.factors[2] = sides[1].second_factor;
+    record.factors[3] = sides[1].first_factor;
+    record.usable[1] = sides[1].usable;
   }
   const float rounded = float(sigma);
   const float written = finite(rounded) ? rounded : float_of(0x7fc00000u);  // NaN

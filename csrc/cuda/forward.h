@@ -15,8 +15,13 @@ BSSN_HD void finish_layer(Block& block, const ForwardCall& call, const ForwardLa
       for (int j = 0; j < kSums; ++j) sums[j] += sums_of_tiles[x * kSums + j];
     }
   });
+  // Square roots and divisions in double take long: the two sides' at the same time, in two warps.
+  Direction* const sides = block.template shared<Direction>(kAreaAt);
   block.each([&](int thread) {
-    if (thread == 0) call.records[index] = record_of(call, layer, totals);
+    if (thread == 0 || thread == 32) sides[thread / 32] = direction_of(call, totals, thread / 32);
+  });
+  block.each([&](int thread) {
+    if (thread == 0) call.records[index] = record_of(call, layer, sides);
   });
   block.publish(counter_of(call.counters, index, recorded));
 }
@@ -57,7 +62,7 @@ BSSN_HD const double* sums_of_columns(Block& block, const ForwardCall& call, con
     const int quad = thread % quads, slice = thread / quads, x = first + 4 * quad;
     float sum[4] = {};
     if (x + 4 <= size) {
-      BSSN_UNROLL_BY(4)
+      BSSN_UNROLL_BY(8)
       for (uint32_t share = slice; share < shares; share += slices) {
         const Pack<float, 4> pack = block.load_l2(slots + uint64_t(share) * share_size + x);
         for (int j = 0; j < 4; ++j) sum[j] += pack.get(j);
@@ -112,7 +117,7 @@ BSSN_HD void reduce_tile(Block& block, const ForwardCall& call, const ForwardLay
 // Scales elements [first, end) in memory order, which W and the result share. Aligned: in pieces of 16 bytes of W.
 template <class W, class N>
 BSSN_HD void scale_elements(const W* weight, N* output, float multiplier, uint32_t first, uint32_t end, int thread) {
-  constexpr int kPiece = 16 / int(sizeof(W)), kAhead = 8;
+  constexpr int kPiece = 16 / int(sizeof(W)), kAhead = 16;
   using Source = Pack<W, kPiece>;
   using Target = Pack<N, kPiece>;
   uint32_t done = first;
@@ -187,16 +192,13 @@ BSSN_HD void forward_ticket(Block& block, const Args& args, uint32_t ticket) {
   const Segment segment = segment_of(args.segments, call.n_segments, ticket);
   const int index = segment.layer(), phase = segment.phase();
   const ForwardLayer& layer = args.layers[index];
-#ifdef BSSN_FWD_REVERSED
-  const uint32_t tile = phase == write ? layer.tiles[write] - 1 - (ticket - segment.first) : ticket - segment.first;
-#else
   const uint32_t tile = ticket - segment.first;
-#endif
   if (phase == power) {
-    power_tile<W>(block, call, layer, index, tile);
+    power_tile<W>(block, args, layer, index, tile);
   } else if (phase == reduce) {
     reduce_tile<W>(block, call, layer, index, tile);
   } else {
+    fetch_ahead<W>(block, args, block.next_ticket());
     write_tile<W>(block, call, layer, index, tile);
   }
 }

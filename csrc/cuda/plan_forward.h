@@ -4,20 +4,12 @@
 #include "plan.h"
 #include "power.h"
 #include "rows.h"
+#include "short_rows.h"
 
 namespace bssn::cuda {
 
 constexpr int64_t kFewestElements = 8192;  // of a power tile, if the layer has as many
-
-// Output channels of a power tile. Each tile writes a share of t and r that is read again, so few large tiles move
-// less; two tiles for each multiprocessor even out better than one.
-inline int64_t channels_per_tile(const Layer& layer, int64_t total, const Device& device) {
-  const double share = double(layer.size()) / double(total) * device.multiprocessors;
-  const auto channels = [&](double tiles) { return int64_t(std::ceil(double(layer.c_out) / std::max(tiles, 1.0))); };
-  constexpr int64_t kEnough = 16;
-  const int64_t wanted = channels(2 * share) >= kEnough ? channels(2 * share) : std::min(channels(share), kEnough);
-  return std::min(std::max(wanted, divide_up(kFewestElements, layer.columns())), layer.c_out);
-}
+constexpr int64_t kLongerThanShort = 48;   // rows that rows.h takes, though they may be short
 
 // Of a power of two.
 inline int log2(int64_t x) { return x == 1 ? 0 : 1 + log2(x / 2); }
@@ -55,38 +47,92 @@ inline RowKind row_kind(const Layer& layer, int64_t elements) {
   }
 }
 
+// How rows.h would take a layer: the kind, and how many warps share a row.
+struct RowPlan {
+  RowKind kind;
+  int64_t warps, rows;  // rows of each group at a time
+
+  int64_t groups() const { return kThreads / 32 / warps; }
+  int64_t of_step() const { return groups() * rows; }
+};
+
+inline RowPlan row_plan(const Layer& layer, int pack) {
+  if (pack > 1 && layer.columns() > kLongerThanShort) {
+    for (const int64_t elements : {kRowElements, 2 * kRowElements}) {
+      RowPlan plan = {row_kind(layer, elements), 0, 1};
+      with_row_shape(plan.kind, [&](auto shape) {
+        using Shape = decltype(shape);
+        plan.warps = divide_up(layer.columns() / Shape::kSize, 32 * Shape::kUnits);
+        plan.rows = Shape::kRows;
+      });
+      if (plan.kind != no_rows && plan.warps <= kThreads / 32) return plan;
+    }
+  }
+  return {is_short(layer.columns()) ? short_rows : no_rows, 1, 1};
+}
+
+// What the power iteration of a layer takes, in elements: a step of rows.h takes as long as some thousands of elements
+// at least, however short its rows are.
+inline double work_of(const Layer& layer, int pack) {
+  constexpr int64_t kStep = 6144;
+  const RowPlan plan = row_plan(layer, pack);
+  if (plan.kind == no_rows || plan.kind == short_rows) return double(std::max(layer.size(), kFewestElements));
+  return double(divide_up(layer.c_out, plan.groups()) * std::max(plan.groups() * layer.columns(), kStep));
+}
+
+// Output channels of a power tile. Each tile writes a share of t and r that is read again, so few large tiles move
+// less; two tiles for each multiprocessor even out better than one.
+inline int64_t channels_per_tile(const Layer& layer, double share, int pack) {
+  const RowPlan plan = row_plan(layer, pack);
+  const auto channels = [&](double tiles) { return int64_t(std::ceil(double(layer.c_out) / std::max(tiles, 1.0))); };
+  constexpr int64_t kEnough = 16;
+  const int64_t wanted = channels(2 * share) >= kEnough ? channels(2 * share) : std::min(channels(share), kEnough);
+  if (plan.kind == short_rows) return std::min({std::max(wanted, int64_t(64)), int64_t(kThreads), layer.c_out});
+  if (plan.kind != no_rows) {
+    constexpr int64_t kFewSteps = 8;  // of a small layer: what is left to the end should be short
+    const int64_t most = share < 2 ? kFewSteps * plan.groups() : layer.c_out;
+    return std::min({round_up(wanted, plan.groups()), most, layer.c_out});
+  }
+  return std::min(std::max(wanted, divide_up(kFewestElements, layer.columns())), layer.c_out);
+}
+
 // Gives a layer to rows.h if it can, with as many steps of rows in shared memory as fit. Returns the shared memory that
 // it needs, else 0.
 inline int64_t plan_row_shape(const Layer& layer, int64_t element, int64_t channels, const Device& device,
-                              ForwardLayer& out) {
-  constexpr int64_t kWarps = kThreads / 32;
+                              const RowPlan& plan, ForwardLayer& out) {
   const int64_t room = device.shared_bytes - kAreaAt, row = layer.columns();
-  for (const int64_t elements : {kRowElements, 2 * kRowElements}) {
-    const RowKind kind = row_kind(layer, elements);
-    int64_t warps = 0;
-    with_row_shape(kind, [&](auto shape) {
-      using Shape = decltype(shape);
-      warps = divide_up(row / Shape::kSize, 32 * Shape::kUnits);
-    });
-    if (kind == no_rows || warps > kWarps) continue;
-    const int64_t vectors = round_up(sizeof(float) * (row + layer.c_in), 16);
-    for (int64_t groups = std::min(kWarps / warps, channels); groups > 0; groups /= 2) {
-      const int64_t stage = groups * row * element, steps = divide_up(channels, groups);
-      const int64_t stages = std::min({room / stage, steps, int64_t(kMaxRowStages)});
-      // t, and r for each unit of each group.
-      const int64_t table = int64_t(sizeof(float)) * groups * (row + std::max(layer.c_in, row / 4));
-      if (stages < std::min(steps, int64_t(3)) || std::max(table, vectors + stage) > room) continue;
-      out.rows = uint8_t(kind);
-      out.row_warps = uint8_t(warps);
-      out.groups = uint8_t(groups);
-      out.stages = uint8_t(stages);
-      out.stage_bytes = uint32_t(stage);
-      const int64_t vectors_at = std::min(round_up(stages * stage, 16), (room - vectors) / 16 * 16);
-      out.vectors_at = uint16_t(vectors_at / 16);
-      return kAreaAt + std::max(stages * stage, std::max(table, vectors_at + vectors));
-    }
+  const int64_t vectors = round_up(sizeof(float) * (row + layer.c_in), 16);
+  for (int64_t groups = std::min(plan.groups(), channels); groups > 0; groups /= 2) {
+    const int64_t rows = groups * plan.rows, stage = rows * row * element, steps = divide_up(channels, rows);
+    const int64_t stages = std::min({room / stage, steps, int64_t(kMaxRowStages)});
+    // t, and r for each unit of each group.
+    const int64_t table = int64_t(sizeof(float)) * groups * (row + std::max(layer.c_in, row / 4));
+    if (stages < std::min(steps, int64_t(3)) || std::max(table, vectors + stage) > room) continue;
+    const int64_t vectors_at = std::min(round_up(stages * stage, 16), (room - vectors) / 16 * 16);
+    out.rows = uint8_t(plan.kind);
+    out.row_warps = uint8_t(plan.warps);
+    out.groups = uint8_t(groups);
+    out.stages = uint8_t(stages);
+    out.stage_bytes = uint32_t(stage);
+    out.vectors_at = uint16_t(vectors_at / 16);
+    return kAreaAt + std::max(stages * stage, std::max(table, vectors_at + vectors));
   }
   return 0;
+}
+
+// Gives a layer of short rows to short_rows.h. Returns as above.
+inline int64_t plan_short_rows(const Layer& layer, int64_t element, int64_t channels, const Device& device,
+                               ForwardLayer& out) {
+  const int64_t rows = channels, stage = round_up(rows * layer.columns() * element + 16, 16);
+  const int64_t vectors = int64_t(sizeof(float)) * (layer.columns() + layer.c_in);
+  const int64_t shared = kAreaAt + stage + vectors + short_scratch(rows, layer.kernel);
+  if (shared > device.shared_bytes) return 0;
+  out.rows = short_rows;
+  out.groups = 1;
+  out.stages = 1;
+  out.stage_bytes = uint32_t(stage);
+  out.vectors_at = uint16_t(stage / 16);
+  return shared;
 }
 
 // Chooses how many threads share a row, and how many steps of rows lie in shared memory; leaves stage_bytes 0 if the
@@ -109,11 +155,15 @@ inline int64_t plan_stages(const Layer& layer, int64_t element, int64_t channels
   out.pieces = out.gathered && has_pieces(layer, element);
   const int64_t length = layer.kernel_major() ? layer.c_in : layer.columns();
   const int most = pack == 1 ? kFewColumns : device.columns;
-  if (pack > 1) {
-    if (const int64_t shared = plan_row_shape(layer, element, channels, device, out)) {
-      return std::max(int64_t(kMinShared), shared);
-    }
+  out.rows = no_rows;
+  const RowPlan plan = row_plan(layer, pack);
+  int64_t shared = 0;
+  if (plan.kind == short_rows) {
+    shared = plan_short_rows(layer, element, channels, device, out);
+  } else if (plan.kind != no_rows) {
+    shared = plan_row_shape(layer, element, channels, device, plan, out);
   }
+  if (shared > 0) return std::max(int64_t(kMinShared), shared);
   for (const int64_t threads : {32, 64, 128, kThreads}) {
     const int64_t groups = kThreads / threads, stride = walk(threads).stride;
     const bool is_last = groups == 1;
@@ -156,7 +206,7 @@ inline void plan_rows(const Layer& layer, int64_t channels, ForwardLayer& out) {
   out.channels = int32_t(std::min(channels, layer.c_out));
   out.tiles[power] = uint32_t(divide_up(layer.c_out, out.channels));
   out.slices = 4;
-  while (out.slices < kThreads / 32 && out.tiles[power] / out.slices > 8) out.slices *= 2;
+  while (out.slices < kThreads / 32 && out.tiles[power] / out.slices > 16) out.slices *= 2;
 }
 
 // Floats that the power tiles leave for the reduce tiles.
@@ -165,20 +215,27 @@ inline int64_t shares_size(const ForwardLayer& layer, bool update) {
   return update ? int64_t(layer.tiles[power]) * layer.slot_size() : 0;
 }
 
+// Of all layers: elements, and what their power iterations take.
+struct Total {
+  int64_t size;
+  double work;
+};
+
 // A layer's tiles, where `pack` neighbouring elements of a row are taken at a time. Returns the shared memory they
 // need.
-inline int64_t plan_tiles(const Layer& layer, int64_t element, int64_t total, const Device& device, int pack,
+inline int64_t plan_tiles(const Layer& layer, int64_t element, const Total& total, const Device& device, int pack,
                           const ForwardCall& call, ForwardLayer& to) {
-  int64_t channels = channels_per_tile(layer, total, device);
+  const double share = work_of(layer, pack) / total.work * device.multiprocessors;
+  const int64_t channels = channels_per_tile(layer, share, pack);
   const int64_t shared = plan_stages(layer, element, channels, device, pack, to);
   const int64_t groups = to.groups;
   const int64_t reduced = call.update ? layer.columns() + (layer.two_sided ? layer.c_in : 0) : 0;
   to.tiles[reduce] = to.first_tiles();
   if (to.stage_bytes == 0) {
-    plan_split(layer, total, device, to);
+    plan_split(layer, total.size, device, to);
     to.tiles[reduce] += call.update ? uint32_t(divide_up(layer.c_in, to.column_channels)) : 0;
   } else {
-    plan_rows(layer, std::max((channels + groups / 2) / groups, int64_t(1)) * groups, to);
+    plan_rows(layer, round_up(channels, groups), to);
     to.tiles[reduce] += uint32_t(divide_up(reduced, 4 * kThreads / to.slices));
   }
   to.tiles[write] = uint32_t(divide_up(layer.size(), call.write_elements));
@@ -225,11 +282,13 @@ inline void copy_sizes(const Layer& layer, ForwardLayer& to) {
 // for each. The workspace does not depend on where the weights lie, nor on the number of launches.
 inline Plan plan_forward(const std::vector<Layer>& layers, DType weight_type, const Device& device, bool one_launch,
                          ForwardCall& call, ForwardLayer* out, Segment* segments) {
-  const int64_t total = total_size(layers), element = element_size(weight_type);
+  const int64_t element = element_size(weight_type);
+  Total total = {total_size(layers), 0};
+  for (const Layer& layer : layers) total.work += work_of(layer, pack_of(layer, element));
   const int n = int(layers.size());
   Plan plan = {0, counter_bytes(n), 0, 0, kMinShared, {}};
   call.n_segments = n * kPhases;
-  call.write_elements = flat_tile(total, device, 32768);
+  call.write_elements = flat_tile(total.size, device, 32768);
   int64_t sums = 0, slots = 0;
   std::vector<std::array<Stage, kPhases>> stages;
   for (int j = 0; j < n; ++j) {

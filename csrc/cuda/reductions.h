@@ -15,34 +15,23 @@ constexpr uint32_t kResultsAt = kTotalsAt + (kThreads + kMaxGroups) * sizeof(flo
 constexpr int kMaxSums = 6;
 constexpr uint32_t kAreaAt = kResultsAt + kMaxSums * (kSumParts + 1) * sizeof(double);  // stages, scratch
 constexpr uint32_t kMinShared = kAreaAt + 2 * kSplitElements * sizeof(float);
-static_assert(kMinShared >= kAreaAt + kMaxSums * kThreads * sizeof(double), "block_sums");
 static_assert(kResultsAt % 16 == 0 && kAreaAt % 16 == 0, "doubles, and copies of 16 bytes");
 
 // Sums `N` numbers over the threads of a block: get(thread, x) gives the N of one thread. Returns them in shared
 // memory.
 template <int N, class Block, class Get>
 BSSN_HD const double* block_sums(Block& block, Get get) {
-  static_assert(N <= kMaxSums, "shared memory");
-  double* const scratch = block.template shared<double>(kAreaAt);
-  double* const parts = block.template shared<double>(kResultsAt);
+  constexpr int kWarps = Block::kThreads / 32;
+  static_assert(N <= kMaxSums && kWarps <= kSumParts, "shared memory");
+  double* const parts = block.template shared<double>(kResultsAt);  // of the warps
   double* const results = parts + kMaxSums * kSumParts;
-  block.each([&](int thread) {
-    double x[N] = {};
-    get(thread, x);
-    BSSN_UNROLL
-    for (int j = 0; j < N; ++j) scratch[j * Block::kThreads + thread] = x[j];
-  });
-  block.each([&](int thread) {
-    if (thread >= N * kSumParts) return;
-    double sum = 0;
-    const double* const mine = scratch + thread / kSumParts * Block::kThreads + thread % kSumParts;
-    for (int j = 0; j < Block::kThreads; j += kSumParts) sum += mine[j];
-    parts[thread] = sum;
-  });
+  block.template sum_lanes<double, N, 1>(get, [&](int warp) { return parts + warp * N; });
+  block.sync();
   block.each([&](int thread) {
     if (thread >= N) return;
     double sum = 0;
-    for (int j = 0; j < kSumParts; ++j) sum += parts[thread * kSumParts + j];
+    BSSN_UNROLL
+    for (int warp = 0; warp < kWarps; ++warp) sum += parts[warp * N + thread];
     results[thread] = sum;
   });
   return results;

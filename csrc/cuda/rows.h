@@ -7,6 +7,7 @@
 #pragma once
 
 #include "staging.h"
+#include "tickets.h"
 
 namespace bssn::cuda {
 
@@ -24,7 +25,11 @@ struct RowShape {
   static constexpr int kChannels = kWholeChannels ? 4 : Kernel < 4 ? 4 / Kernel : 1;      // of a unit
   static constexpr int kClasses = !kWholeChannels && Kernel > 4 ? Kernel / 4 : 1;         // units that share a channel
   static constexpr int kPositions = Kernel / kClasses;                                    // of a unit
-  static constexpr bool kKeepsRow = 3 * kUnits * (kSize + kChannels) <= 216;              // in registers
+  static constexpr int kNumbers = 1 + kPositions;  // of a row: s and q
+  // Rows that lie in a lane's registers at a time: what takes long between two barriers then serves both.
+  static constexpr int kRegisters = 2 * kUnits * (kSize + kChannels);
+  static constexpr int kRows = kRegisters + 2 * kUnits * kSize <= 160 && 2 * kNumbers * kClasses <= 32 ? 2 : 1;
+  static constexpr bool kKeepsRows = kRegisters + kRows * kUnits * kSize <= 180;
   static_assert(kUnits > 0 && 32 % kClasses == 0);
 
   static BSSN_HD constexpr int channel_of(int e) { return KernelMajor ? e % 4 : e / kPositions; }
@@ -42,8 +47,8 @@ struct RowThread {
   int group;  // of warps that share a row
   float v[Shape::kUnits * Shape::kSize], t[Shape::kUnits * Shape::kSize];
   float u[Shape::kUnits * Shape::kChannels], r[Shape::kUnits * Shape::kChannels];
-  float row[Shape::kKeepsRow ? Shape::kUnits * Shape::kSize : 1];
-  float sums[1 + Shape::kPositions];  // s and q: the lane's part, then of the whole row
+  float rows[Shape::kKeepsRows ? Shape::kRows * Shape::kUnits * Shape::kSize : 1];
+  float sums[Shape::kRows * Shape::kNumbers];  // s and q of each row: the lane's part, then of the whole row
 
   BSSN_HD void take_place(const ForwardLayer& layer, int thread) {
     const int warp = thread / 32;
@@ -65,8 +70,11 @@ BSSN_HD void begin_vectors(const ForwardLayer& layer, float* to, int thread) {
         copy_element(to + k * layer.c_in + i, layer.vectors[1] + i * Shape::kKernel + k);
       }
     }
+  } else if (reinterpret_cast<uintptr_t>(layer.vectors[1]) % 16 == 0) {
+    BSSN_UNROLL_BY(1)
+    for (int x = 4 * thread; x < row; x += 4 * kThreads) copy16(to + x, layer.vectors[1] + x);
   } else {
-    BSSN_UNROLL_BY(4)
+    BSSN_UNROLL_BY(1)
     for (int x = thread; x < row; x += kThreads) copy_element(to + x, layer.vectors[1] + x);
   }
   BSSN_UNROLL_BY(1)
@@ -107,9 +115,9 @@ BSSN_HD void load_unit(const ForwardLayer& layer, const W* row, int unit, float*
   for (int p = 0; p < Shape::kPacks; ++p) load_pack<4>(row + Shape::offset(layer, there, p), to + 4 * p);
 }
 
-// A lane's part of s and q.
+// A lane's part of s and q, of the a-th row of a step.
 template <class Shape, class W>
-BSSN_HD void add_row(const ForwardLayer& layer, const W* row, RowThread<Shape>& my) {
+BSSN_HD void add_row(const ForwardLayer& layer, const W* row, RowThread<Shape>& my, int a) {
   constexpr int kParts = Shape::kPositions == 1 ? 4 : Shape::kPositions;  // short chains of additions
   float s[4] = {}, q[kParts] = {};
   BSSN_UNROLL
@@ -119,46 +127,49 @@ BSSN_HD void add_row(const ForwardLayer& layer, const W* row, RowThread<Shape>& 
     BSSN_UNROLL
     for (int e = 0; e < Shape::kSize; ++e) {
       const float w = loaded[e];
-      if constexpr (Shape::kKeepsRow) my.row[j * Shape::kSize + e] = w;
+      if constexpr (Shape::kKeepsRows) my.rows[(a * Shape::kUnits + j) * Shape::kSize + e] = w;
       s[e % 4] += w * my.v[j * Shape::kSize + e];
       q[kParts == Shape::kPositions ? Shape::position_of(e) : e % 4] +=
           w * my.u[j * Shape::kChannels + Shape::channel_of(e)];
     }
   }
-  my.sums[0] = (s[0] + s[1]) + (s[2] + s[3]);
+  float* const sums = my.sums + a * Shape::kNumbers;
+  sums[0] = (s[0] + s[1]) + (s[2] + s[3]);
   if constexpr (kParts == Shape::kPositions) {
     BSSN_UNROLL
-    for (int k = 0; k < Shape::kPositions; ++k) my.sums[1 + k] = q[k];
+    for (int k = 0; k < Shape::kPositions; ++k) sums[1 + k] = q[k];
   } else {
-    my.sums[1] = (q[0] + q[1]) + (q[2] + q[3]);
+    sums[1] = (q[0] + q[1]) + (q[2] + q[3]);
   }
 }
 
 // Adds the row, times s and q, to a lane's t and r.
 template <class Shape, class W>
-BSSN_HD void add_to_columns(const ForwardLayer& layer, const W* row, RowThread<Shape>& my) {
+BSSN_HD void add_to_columns(const ForwardLayer& layer, const W* row, RowThread<Shape>& my, int a) {
+  const float* const sums = my.sums + a * Shape::kNumbers;
   BSSN_UNROLL
   for (int j = 0; j < Shape::kUnits; ++j) {
     float loaded[Shape::kSize];
-    if constexpr (!Shape::kKeepsRow) load_unit<Shape>(layer, row, my.unit + 32 * j, loaded);
+    if constexpr (!Shape::kKeepsRows) load_unit<Shape>(layer, row, my.unit + 32 * j, loaded);
     BSSN_UNROLL
     for (int e = 0; e < Shape::kSize; ++e) {
-      const float w = Shape::kKeepsRow ? my.row[j * Shape::kSize + e] : loaded[e];
-      my.t[j * Shape::kSize + e] += my.sums[0] * w;
-      my.r[j * Shape::kChannels + Shape::channel_of(e)] += my.sums[1 + Shape::position_of(e)] * w;
+      const float w = Shape::kKeepsRows ? my.rows[(a * Shape::kUnits + j) * Shape::kSize + e] : loaded[e];
+      my.t[j * Shape::kSize + e] += sums[0] * w;
+      my.r[j * Shape::kChannels + Shape::channel_of(e)] += sums[1 + Shape::position_of(e)] * w;
     }
   }
 }
 
 // s and q of a row, which all its lanes have.
 template <class Shape>
-BSSN_HD void write_sums(const ForwardLayer& layer, uint32_t o, const RowThread<Shape>& my, int lane) {
+BSSN_HD void write_sums(const ForwardLayer& layer, uint32_t o, const RowThread<Shape>& my, int a, int lane) {
+  const float* const sums = my.sums + a * Shape::kNumbers;
   if (!my.leads()) return;
-  if (lane == 0) layer.snapshot[0][o] = my.sums[0];
+  if (lane == 0) layer.snapshot[0][o] = sums[0];
   if (layer.two_sided() && lane < Shape::kClasses) {
     float* const q = layer.snapshot[3] + int64_t(o) * Shape::kKernel + lane * Shape::kPositions;
     BSSN_UNROLL
-    for (int k = 0; k < Shape::kPositions; ++k) q[k] = my.sums[1 + k];
+    for (int k = 0; k < Shape::kPositions; ++k) q[k] = sums[1 + k];
   }
 }
 
@@ -169,7 +180,6 @@ BSSN_HD void write_row_share(Block& block, const ForwardLayer& layer, Registers&
   const int channels = units * Shape::kChannels;  // each as often as units share it
   float* const table = block.template shared<float>(kAreaAt);
   float* const r_table = table + groups * row;
-  block.sync();
   block.each([&](int thread) {
     const RowThread<Shape>& my = registers[thread];
     BSSN_UNROLL
@@ -212,13 +222,32 @@ BSSN_HD void write_row_share(Block& block, const ForwardLayer& layer, Registers&
   });
 }
 
-// One tile. A step is a row for each group of warps; `layer.stages` of them lie in shared memory at a time.
-template <class Shape, class W, class Block>
-BSSN_HD void power_rows(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
-  constexpr int kNumbers = 1 + Shape::kPositions, kWarpNumbers = Shape::kClasses * kNumbers;
-  const int groups = layer.groups, stages = layer.stages;
+// Has the weights of the block's next ticket brought into the second-level cache, as many as memory brings in the time
+// that the end of one tile and the beginning of the next take.
+template <class W, class Block, class Args>
+BSSN_HD void fetch_ahead(Block& block, const Args& args, uint32_t ticket) {
+  constexpr uint32_t kMost = 96 << 10;
+  const ForwardCall& call = args.call;
+  if (ticket >= call.end_ticket) return;
+  const Segment segment = segment_of(args.segments, call.n_segments, ticket);
+  const ForwardLayer& layer = args.layers[segment.layer()];
+  if (segment.phase() == reduce || layer.gathered) return;
+  const uint32_t elements = segment.phase() == write ? call.write_elements : uint32_t(layer.channels) * layer.row();
+  const uint32_t size = uint32_t(layer.c_out) * uint32_t(layer.row());
+  const uint32_t first = lesser((ticket - segment.first) * elements, size);
+  const uint32_t bytes = lesser(lesser(elements, size - first) * uint32_t(sizeof(W)), kMost);
+  const unsigned char* const from = static_cast<const unsigned char*>(layer.weight) + uint64_t(first) * sizeof(W);
+  block.fetch_to_l2(from, bytes);
+}
+
+// One tile. A step is kRows rows for each group of warps; `layer.stages` of them lie in shared memory at a time.
+template <class Shape, class W, class Block, class Args>
+BSSN_HD void power_rows(Block& block, const Args& args, const ForwardLayer& layer, uint32_t tile) {
+  constexpr int kRows = Shape::kRows, kWarpNumbers = kRows * Shape::kNumbers * Shape::kClasses;
+  const ForwardCall& call = args.call;
+  const int groups = layer.groups, stages = layer.stages, of_step = groups * kRows;
   const uint32_t first = layer.first_channel(tile), end = layer.end_channel(tile);
-  const int steps = (int(end - first) + groups - 1) / groups;
+  const int steps = (int(end - first) + of_step - 1) / of_step;
   float* const parts = block.template shared<float>(kLanesAt);  // the sums of a step's warps, of two steps at a time
   static_assert(2 * kWarpNumbers * (kThreads / 32) * sizeof(float) <= kPartsAt - kLanesAt, "shared memory");
   unsigned char* const area = block.template shared<unsigned char>(kAreaAt);
@@ -239,9 +268,9 @@ BSSN_HD void power_rows(Block& block, const ForwardCall& call, const ForwardLaye
       int to = begin_stage;
       BSSN_UNROLL_BY(1)
       for (int j = begun; j < wanted; ++j) {
-        const uint32_t from = first + uint32_t(j * groups);
+        const uint32_t from = first + uint32_t(j * of_step);
         if (j < steps) {
-          const int rows = int(lesser(end - from, uint32_t(groups)));
+          const int rows = int(lesser(end - from, uint32_t(of_step)));
           begin_rows<W, 4>(layer, from, rows, area + uint32_t(to) * layer.stage_bytes, thread);
         }
         block.commit_copies();
@@ -253,19 +282,25 @@ BSSN_HD void power_rows(Block& block, const ForwardCall& call, const ForwardLaye
     begin_stage -= begin_stage < stages ? 0 : stages;
     begun = wanted;
     const auto parts_of = [&](int warp) { return parts + ((n & 1) * (kThreads / 32) + warp) * kWarpNumbers; };
-    const auto sums_of = [&](int thread) { return registers[thread].sums; };
-    const auto channel = [&](int thread) { return first + uint32_t(n * groups + registers[thread].group); };
-    const auto is_at_work = [&](int thread) { return registers[thread].group < groups && channel(thread) < end; };
-    const auto row = [&](int thread) {
-      const W* const rows = reinterpret_cast<const W*>(area + uint32_t(stage) * layer.stage_bytes);
-      return rows + registers[thread].group * layer.row();
+    // Calls f(row in shared memory, a) for the rows of a thread's group.
+    const auto for_rows = [&](int thread, auto f) {
+      const RowThread<Shape>& my = registers[thread];
+      const W* const staged = reinterpret_cast<const W*>(area + uint32_t(stage) * layer.stage_bytes);
+      BSSN_UNROLL
+      for (int a = 0; a < kRows; ++a) {
+        const int row = my.group + a * groups;
+        const uint32_t o = first + uint32_t(n * of_step + row);
+        if (my.group < groups && o < end) f(staged + row * layer.row(), o, a);
+      }
     };
     if (n >= 0) {
-      block.template sum_warps<kNumbers, Shape::kClasses>(layer.row_warps, parts_of, sums_of);
+      block.template sum_warps<kRows, Shape::kNumbers, Shape::kClasses>(
+          layer.row_warps, parts_of, [&](int thread) { return registers[thread].sums; });
       block.all([&](int thread) {
-        if (!is_at_work(thread)) return;
-        write_sums<Shape>(layer, channel(thread), registers[thread], thread % 32);
-        if (call.update) add_to_columns<Shape>(layer, row(thread), registers[thread]);
+        for_rows(thread, [&](const W* row, uint32_t o, int a) {
+          write_sums<Shape>(layer, o, registers[thread], a, thread % 32);
+          if (call.update) add_to_columns<Shape>(layer, row, registers[thread], a);
+        });
       });
     }
     if (++n == steps) break;
@@ -277,21 +312,37 @@ BSSN_HD void power_rows(Block& block, const ForwardCall& call, const ForwardLaye
       block.each([&](int thread) { take_vectors<Shape>(layer, vectors, registers[thread]); });
     }
     block.all([&](int thread) {
-      if (is_at_work(thread)) add_row<Shape>(layer, row(thread), registers[thread]);
+      for_rows(thread, [&](const W* row, uint32_t, int a) { add_row<Shape>(layer, row, registers[thread], a); });
     });
-    block.template sum_lanes<kNumbers, Shape::kClasses>(sums_of, parts_of);
-    // Behind this barrier the sums can be read, and the next step's rows if they had begun; and if the row is in
-    // registers its place can be filled again.
+    block.template sum_lanes<float, kRows * Shape::kNumbers, Shape::kClasses>(
+        [&](int thread, float* x) {
+          BSSN_UNROLL
+          for (int j = 0; j < kRows * Shape::kNumbers; ++j) x[j] = registers[thread].sums[j];
+        },
+        parts_of);
+    // Behind this barrier the sums can be read, and the next step's rows if they had begun; and if the rows are in
+    // registers their place can be filled again.
     block.each([&](int) {
       if (begun > n + 1) block.wait_for_copies(begun - n - 2);
     });
-    wanted = n + stages + (Shape::kKeepsRow ? 1 : 0);
+    wanted = n + stages + (Shape::kKeepsRows ? 1 : 0);
   }
+  fetch_ahead<W>(block, args, block.next_ticket());
   if (call.update) write_row_share<Shape>(block, layer, registers, call.slot(layer, tile));
 }
 
 // The shapes that there are; what is not among them is power.h's.
-enum RowKind : uint8_t { no_rows = 0, rows_1, rows_3, rows_4, rows_9, rows_16, rows_9_kernel_major, rows_9_long };
+enum RowKind : uint8_t {
+  no_rows = 0,
+  rows_1,
+  rows_3,
+  rows_4,
+  rows_9,
+  rows_16,
+  rows_9_kernel_major,
+  rows_9_long,
+  short_rows  // see short_rows.h
+};
 
 constexpr int kRowElements = 36;  // of a lane: four channels of 3x3
 
@@ -319,23 +370,23 @@ BSSN_HD void with_row_shape(RowKind kind, F f) {
 }
 
 // One tile of any kind of rows. (A function that is given the shape's case would not be inlined.)
-template <class W, class Block>
-BSSN_HD void power_row_kind(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
+template <class W, class Block, class Args>
+BSSN_HD void power_row_kind(Block& block, const Args& args, const ForwardLayer& layer, uint32_t tile) {
   switch (RowKind(layer.rows)) {
     case rows_1:
-      return power_rows<RowShape<1, false, kRowElements>, W>(block, call, layer, tile);
+      return power_rows<RowShape<1, false, kRowElements>, W>(block, args, layer, tile);
     case rows_3:
-      return power_rows<RowShape<3, false, kRowElements>, W>(block, call, layer, tile);
+      return power_rows<RowShape<3, false, kRowElements>, W>(block, args, layer, tile);
     case rows_4:
-      return power_rows<RowShape<4, false, kRowElements>, W>(block, call, layer, tile);
+      return power_rows<RowShape<4, false, kRowElements>, W>(block, args, layer, tile);
     case rows_9:
-      return power_rows<RowShape<9, false, kRowElements>, W>(block, call, layer, tile);
+      return power_rows<RowShape<9, false, kRowElements>, W>(block, args, layer, tile);
     case rows_16:
-      return power_rows<RowShape<16, false, kRowElements>, W>(block, call, layer, tile);
+      return power_rows<RowShape<16, false, kRowElements>, W>(block, args, layer, tile);
     case rows_9_kernel_major:
-      return power_rows<RowShape<9, true, kRowElements>, W>(block, call, layer, tile);
+      return power_rows<RowShape<9, true, kRowElements>, W>(block, args, layer, tile);
     case rows_9_long:
-      return power_rows<RowShape<9, false, 2 * kRowElements>, W>(block, call, layer, tile);
+      return power_rows<RowShape<9, false, 2 * kRowElements>, W>(block, args, layer, tile);
     default:
       return;
   }

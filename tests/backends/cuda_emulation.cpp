@@ -86,39 +86,37 @@ class HostBlock {
   }
 
   void sync() {}
+  uint32_t next_ticket() { return 0; }  // no matter which: it is only looked at ahead of time
+  void fetch_to_l2(const unsigned char*, uint32_t) {}
 
-  template <int N, int Classes, class Values, class Out>
-  void sum_lanes(Values values, Out out) {
+  template <class T, int N, int Classes, class Get, class Out>
+  void sum_lanes(Get get, Out out) {
     for (int warp = 0; warp < Threads / 32; ++warp) {
-      std::fill_n(out(warp), N * Classes, 0.0f);
+      std::vector<T> sums(N * Classes);
       for (int lane = 0; lane < 32; ++lane) {
-        for (int j = 0; j < N; ++j) out(warp)[lane % Classes * N + j] += values(32 * warp + lane)[j];
+        T x[N] = {};
+        get(32 * warp + lane, x);
+        for (int j = 0; j < N; ++j) sums[size_t(lane % Classes * N + j)] += x[j];
       }
+      std::copy(sums.begin(), sums.end(), out(warp));
     }
   }
 
-  template <int N, int Classes, class In, class Values>
+  template <int Rows, int Numbers, int Classes, class In, class Values>
   void sum_warps(int warps, In in, Values values) {
+    constexpr int kAll = Rows * Numbers;
     for (int thread = 0; thread < Threads; ++thread) {
       const int lane = thread % 32, warp = thread / 32, first = warp - warp % warps;
       float* const to = values(thread);
-      std::fill_n(to, N, 0.0f);
-      for (int w = first; w < std::min(first + warps, Threads / 32); ++w) {
-        for (int c = 0; c < Classes; ++c) to[0] += in(w)[c * N];
-        for (int j = 1; j < N; ++j) to[j] += in(w)[lane % Classes * N + j];
+      for (int j = 0; j < kAll; ++j) {
+        to[j] = 0;
+        for (int w = first; w < std::min(first + warps, Threads / 32); ++w) {
+          for (int c = 0; c < (j % Numbers == 0 ? Classes : 1); ++c) {
+            to[j] += in(w)[(j % Numbers == 0 ? c : lane % Classes) * kAll + j];
+          }
+        }
       }
     }
-  }
-
-  template <class Value>
-  double sum_for_first(double* parts, Value value) {
-    std::fill_n(parts, Threads / 32, 0.0);
-    std::vector<double> values(Threads);
-    each([&](int thread) { values[size_t(thread)] = value(thread); });
-    for (int thread = 0; thread < Threads; ++thread) parts[thread / 32] += values[size_t(thread)];
-    double sum = 0;
-    for (int warp = 0; warp < Threads / 32; ++warp) sum += parts[warp];
-    return sum;
   }
 
   template <class T>

@@ -80,5 +80,9 @@ class Done:
 def test_preparing_says_what_came_of_it(monkeypatch, tmp_path, capsys, found, status):
     monkeypatch.setattr(extension, "PREPARED", tmp_path / "gpu")
     monkeypatch.setattr(prepare, "compile_for", lambda arch, target: found)
+    extension.PREPARED.mkdir()
+    for name in ("extension-0123.abi3.so", "notes.txt"):
+        (extension.PREPARED / name).touch()
     assert prepare.main([]) == status
+    assert [path.name for path in extension.PREPARED.iterdir()] == ["notes.txt"]
     assert capsys.readouterr().out == f"{found}\n"

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 import threading
 import time
-from pathlib import Path
+from functools import partial
+from types import SimpleNamespace
 
 import pretended_gpu
 import pytest
 import torch
 
 from benchmarks.against import peers
-from benchmarks.gpu import files, measurements, outcomes, profiled
+from benchmarks.gpu import compile_once, compile_peers, files, measurements, outcomes, profiled, timetable
 from benchmarks.gpu.measurements import Unit
 from benchmarks.shown import page, plots, results
-from benchmarks.timing import gpu_plan, machine
-from benchmarks.timing.record import BOTH
+from benchmarks.timing import gpu_plan, machine, measure
+from benchmarks.timing.record import BOTH, Record
 from benchmarks.work import layer_sets
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
-
-import compile_once
 
 KEY = machine.key(pretended_gpu.ABOUT)
 WAYS = ["bssn_fast cpu", "bssn_fast cpu phases", "bssn_fast cpu graph"]
@@ -86,10 +83,46 @@ def test_everything_is_timed_and_shown(tiny, tmp_path):
 
 def test_units_come_in_the_order_of_interest():
     names = [unit.name for unit in measurements.units()]
-    assert len(set(names)) == len(names) == 4 * len(gpu_plan.SETS) + 2 * len(gpu_plan.MANY) + 2
+    assert len(set(names)) == len(names) == 4 * len(gpu_plan.SETS) + 4 * len(gpu_plan.MANY) + 2 + 2
     assert names[:2] == ["layers sngan_d32 bssn float32", "layers sngan_d32 sn float32"]
-    assert names[-1] == "layers dcgan_g32 sn bfloat16"
+    assert names[-7:-5] == ["layers dcgan_g32 sn bfloat16", "launches sngan_d32 bssn"]  # the profiler disturbs others
     assert len(measurements.compiled_units()) == 2 * len(gpu_plan.SETS)
+
+
+def test_all_that_is_timed_is_compiled_before(monkeypatch, tmp_path):
+    """Each unit of layer sets by one of the steps beside the tests, if it has not been timed."""
+    compiled = []
+    monkeypatch.setattr(compile_peers, "compile_peers", lambda unit, known: compiled.append(unit.name) or True)
+    monkeypatch.setattr(compile_once, "install", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    units = [unit.name for unit in (*measurements.units(), *measurements.compiled_units()) if unit.problem is not None]
+    assert len(units) == 6 * len(gpu_plan.SETS) + 2 * len(gpu_plan.MANY)
+    sources = outcomes.sources(KEY, *outcomes.TIMING)
+    outcomes.append(tmp_path / outcomes.FILE, "unit", name=units[0], sources=sources, records=[])
+    for step in timetable.compilers(timetable.Files(tmp_path, tmp_path, KEY), 60):
+        assert compile_peers.main(step.command[3:]) == 0
+    assert sorted(compiled) == sorted(units[1:])
+
+
+def test_only_peers_that_compile_run_before(monkeypatch, capsys):
+    """In the caches that the timing looks into; and one that fails is left to the timing."""
+    ran = []
+
+    def prepare(name, problem, *, empty_cache):
+        assert not empty_cache
+        ran.append(name)
+        if name == "bssn_fast triton":
+            raise RuntimeError("no assembler")
+        return SimpleNamespace(prepare_seconds=3.0)
+
+    monkeypatch.setattr(measure, "prepare", prepare)
+    names = ["copy", "torch", *peers.COMPILED, "bssn_fast cuda", "bssn_fast triton", "bssn_fast triton phases"]
+    unit = Unit("layers a", records, names, lambda: None)
+    assert compile_peers.compile_peers(unit)
+    assert not ran
+    assert not compile_peers.compile_peers(dataclasses.replace(unit, problem=object))
+    assert ran == [*peers.COMPILED, "bssn_fast triton", "bssn_fast triton phases"]
+    assert "layers a, bssn_fast triton: RuntimeError: no assembler" in capsys.readouterr().out
 
 
 def test_what_the_profiler_looks_at(monkeypatch):
@@ -116,9 +149,9 @@ def test_compiled_peers(tiny, monkeypatch, name):
     monkeypatch.setattr(peers, "COMPILED", (name,))
     unit = measurements.compiled_units("cpu", 1e-9)[0]
     assert unit.name == "compiled tiny sn"
-    records = unit.run()
-    assert {r.error for r in records} == {None}
-    assert {r.peer for r in records} == {peers.COPY, name, WAYS[0]}
+    records = unit.records([])
+    assert {r["error"] for r in records} == {None}
+    assert {r["peer"] for r in records} == {peers.COPY, name, WAYS[0]}
 
 
 def test_the_page_lists_what_awaits_measurement():
@@ -127,13 +160,13 @@ def test_the_page_lists_what_awaits_measurement():
     assert page.awaiting(kept) in (page.DOCS / page.KERNELS).read_text()
 
 
-def records() -> list:
+def records(names) -> list:
     return []
 
 
 def test_a_second_process_goes_on(tmp_path):
     done = []
-    units = [Unit(name, lambda name=name: done.append(name) or []) for name in "abc"]
+    units = [Unit(name, lambda names, name=name: done.append(name) or []) for name in "abc"]
     file = tmp_path / outcomes.FILE
     outcomes.append(file, "run", machine=KEY, about={})
     assert measurements.run(units[:1], tmp_path, KEY, 60) == 0
@@ -145,8 +178,41 @@ def test_a_second_process_goes_on(tmp_path):
     assert done == ["a", "c", "b"]
 
 
+def test_other_peers_are_not_timed_again_for_ours(tmp_path, monkeypatch):
+    """Where only the package has changed; a training step, whose peers are compared turn by turn, is timed whole."""
+    timed = []
+
+    def run(names, unit):
+        timed.append((unit, list(names)))
+        return [Record("layers", unit, "sn", peer, "forward", 1, 1.0) for peer in names]
+
+    names = ["copy", "torch", "torch.compile", "bssn_fast cuda"]
+    units = [
+        Unit("layers a", partial(run, unit="layers"), names),
+        Unit("compiled a", partial(run, unit="compiled"), [names[0], *names[2:]], for_others=True),
+        Unit("training step", partial(run, unit="training")),
+    ]
+    file = tmp_path / outcomes.FILE
+    outcomes.append(file, "run", machine=KEY, about={})
+    assert measurements.run(units, tmp_path, KEY, 60) == 0
+    timed.clear()
+    monkeypatch.setattr(outcomes, "sources", lambda machine, *patterns: "kernels changed")
+    outcomes.append(file, "run", machine=KEY, about={})
+    assert measurements.run(units, tmp_path, KEY, 60) == 0
+    assert timed == [("layers", ["copy", "bssn_fast cuda"]), ("training", [])]
+    found = outcomes.measured(outcomes.read(file), KEY)
+    assert {record["peer"] for record in found["layers a"]["records"]} == set(names)
+    assert {record["peer"] for record in found["compiled a"]["records"]} == {"torch.compile"}
+    timed.clear()
+    monkeypatch.setattr(outcomes, "sources", lambda machine, *patterns: "benchmarks changed")
+    monkeypatch.setattr(outcomes, "hash_of", lambda machine, *patterns: "benchmarks changed")
+    outcomes.append(file, "run", machine=KEY, about={})
+    measurements.run(units, tmp_path, KEY, 60)
+    assert timed[0] == ("layers", names)
+
+
 def test_a_unit_that_fails_is_told_and_the_next_one_runs(tmp_path):
-    def fail():
+    def fail(names):
         raise RuntimeError("out of memory\nmore")
 
     outcomes.append(tmp_path / outcomes.FILE, "run", machine=KEY, about={})

@@ -13,6 +13,7 @@ import pytest
 import torch
 from pretended_gpu import ABOUT
 
+from benchmarks.against import peers
 from benchmarks.gpu import outcomes, timetable
 from benchmarks.gpu.timetable import Files
 from benchmarks.timing import machine
@@ -33,7 +34,7 @@ def test_all_tests_for_gpus_are_listed_here(tmp_path):
         assert any(name.startswith(f"tests/gpu/{file.name}::") for name in names)
     for way in ("triton-single", "triton-phases", "cuda-single", "cuda-phases"):
         assert any(way in name for name in names)
-    assert "test_measured" in names[0]
+    assert "::test_matrix[" in names[0]
 
 
 def test_they_do_not_run_without_a_gpu():
@@ -138,10 +139,21 @@ def test_the_hash_knows_sources_and_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(outcomes, "ROOT", tmp_path)
     source = tmp_path / "csrc" / "a.cu"
     source.parent.mkdir()
-    found = set()
+    found, others = set(), set()
     for text, key in (("1", "x"), ("2", "x"), ("2", "y")):
         source.write_text(text)
-        outcomes.sources.cache_clear()
+        outcomes.hash_of.cache_clear()
         found.add(outcomes.sources_of_test("tests/gpu/test_matrix.py::test_a", key))
-    outcomes.sources.cache_clear()
+        others.add(outcomes.hash_of(key, *outcomes.OTHERS))
+    outcomes.hash_of.cache_clear()
     assert len(found) == 3
+    assert len(others) == 2  # our kernels are nothing to the other peers
+
+
+def test_who_is_timed_anew():
+    every = [*peers.names("cpu"), *peers.COMPILED, "torch graph", "bssn_fast cuda graph"]
+    assert {name for name in every if outcomes.is_retimed(name)} == {
+        peers.COPY,
+        "bssn_fast cpu",
+        "bssn_fast cuda graph",
+    }

@@ -18,7 +18,7 @@ from benchmarks.gpu import files, measurements, outcomes, timetable
 from benchmarks.gpu.process import FINISHED, Running, Step
 from benchmarks.gpu.timetable import Files
 from benchmarks.shown import results
-from benchmarks.timing import machine
+from benchmarks.timing import gpu_plan, machine
 from bssn_fast import backends
 
 ROOT = Path(__file__).parents[2]
@@ -176,6 +176,61 @@ def test_when_the_time_is_up_the_rest_is_named(run, capsys):
     assert steps(lines) == {"names": "left out, the time is up", "tests": "left out, the time is up"}
 
 
+def test_chosen_steps_run_alone(run, capsys):
+    """After the first stage, by their names or by the words these begin with."""
+
+    def stages(file):
+        return [
+            [listing(file)],
+            [Step(name, python(""), 60) for name in ("tests cuda", "tests triton", "testsuite")],
+            [Step("measurements", python(""), 60)],
+            [Step(name, python(""), 60) for name in ("profile a", "profile b")],
+        ]
+
+    _, lines = run(stages, "--only", "tests cuda", "profile")
+    assert set(steps(lines)) == {"names", "tests cuda", "profile a", "profile b"}
+    _, lines = run(stages, "--only", "tests")
+    assert set(steps(lines)) == {"names", "tests cuda", "tests triton"}
+    status, _ = run(stages, "--only", "profil")
+    assert status == 2
+    assert "no step is called profil; there are: tests cuda, tests triton" in capsys.readouterr().err
+
+
+def test_what_persists_takes_the_time_that_is_spare(monkeypatch, run):
+    """Timings go on while nobody behind them lacks time; the last stage, which takes what is left, counts for none."""
+    until = {}
+
+    class Ended:
+        outcome, seconds = "done", 0.0
+
+        def __init__(self, step, log, deadline, at_least):
+            self.step = step
+            until[step.name] = at_least, deadline
+
+        def poll(self):
+            return True
+
+    monkeypatch.setattr(gpu, "Running", Ended)
+    run(
+        lambda file: [
+            [Step("timings", [], 20, persists=True), Step("others", [], 20)],
+            [Step("next", [], 10)],
+            [Step("last", [], 600)],
+        ]
+    )
+    at_least, deadline = until["timings"]
+    assert at_least == deadline - 10
+    assert until["others"][0] == until["next"][0] == 0
+
+
+def test_a_step_may_last_longer_where_time_is_spare(tmp_path):
+    running = Running(
+        Step("long", python("import time; time.sleep(600)"), 0), tmp_path / "log", float("inf"), float("inf")
+    )
+    assert not running.poll()
+    running.end()
+
+
 def test_no_step_outlasts_the_run(tmp_path):
     """Its end is the deadline, where that comes before its own time is up."""
     late = Running(Step("late", python("import time; time.sleep(600)"), 500), tmp_path / "late.log", deadline=0.0)
@@ -242,10 +297,14 @@ def test_every_command_is_one_that_its_program_understands(monkeypatch, tmp_path
     monkeypatch.setattr(timetable.shutil, "which", lambda name: f"/bin/{name}")
     stages = timetable.stages(Files(tmp_path, tmp_path, KEY))
     found = {step.name: step for stage in stages for step in stage}
+    compilers = [f"compile {name} {variant}" for name in gpu_plan.SETS for variant in gpu_plan.VARIANTS]
+    compilers.append("compile host")
     assert list(found) == [
-        "extension", "names", "tests cuda", "tests triton", "measurements", "profile sngan_d32",
-        "profile bsn_resnet_d128", "compiled peers", "memcheck", "racecheck", "tests compiled",
+        "extension", "names", "tests cuda", "tests triton", "tests compiled", *compilers, "measurements",
+        "compiled peers", "profile sngan_d32", "profile bsn_resnet_d128", "memcheck", "racecheck",
     ]  # fmt: skip
+    for step in found.values():  # what one has compiled the others find
+        assert all(step.environment[name] == value for name, value in timetable.ENVIRONMENT.items())
     words = [*found["measurements"].command[3:], "--compiled"]
     monkeypatch.setattr(measurements, "run", lambda units, folder, machine, longest: len(units))
     monkeypatch.setattr(measurements, "units", lambda: [])
@@ -259,6 +318,16 @@ def test_every_command_is_one_that_its_program_understands(monkeypatch, tmp_path
     for name in ("memcheck", "racecheck"):
         assert "tests/gpu/sanitized.py" in found[name].command
         assert found[name].command[-1] in backends.NAMES
+
+
+def test_tools_are_found_beside_the_path(monkeypatch, tmp_path):
+    monkeypatch.setattr(timetable, "TOOLS", (str(tmp_path / "none"), str(tmp_path / "ncu-*")))
+    assert "ncu" in timetable.missing_tools()
+    for version in ("1", "2"):
+        tool = tmp_path / f"ncu-{version}" / "ncu"
+        tool.parent.mkdir()
+        tool.touch(0o755)
+    assert timetable.profile("sngan_d32").command[0] == str(tool)
 
 
 def test_a_table_that_fails_does_not_end_the_run(run, monkeypatch, capsys):

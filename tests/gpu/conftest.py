@@ -11,12 +11,13 @@ import torch
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "backends"), str(TESTS / "gpu")]
 
-import compile_once  # noqa: E402 - after the path is set
+from benchmarks.gpu import compile_once  # noqa: E402 - after the path is set
+
+compile_once.install()  # before `ways`, which asks Triton for a kernel
+
 from ways import WAYS  # noqa: E402
 
 HERE = Path(__file__).parent
-
-compile_once.install()
 
 
 def pytest_collection_modifyitems(config, items):

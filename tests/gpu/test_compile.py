@@ -16,7 +16,7 @@ import bssn_fast
 def test_training_is_that_of_the_model(backend, mode, inside):
     """Vectors change in place in the graph's own memory, and several forwards come before one backward."""
     torch._dynamo.reset()
-    model = bssn_fast.apply(Net(), backend=backend).cuda()
+    model = bssn_fast.apply(Net().cuda(), backend=backend)
     twin = copy.deepcopy(model)
 
     def loss(net, x, y):

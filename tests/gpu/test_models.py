@@ -34,10 +34,10 @@ def steps(model, x, n=3):
 def test_training_is_that_of_the_cpu(backend, variant, channels_last):
     plain, x = Net(), images(4)
     on_cpu = bssn_fast.apply(copy.deepcopy(plain), variant, backend="reference")
-    on_gpu = bssn_fast.apply(copy.deepcopy(plain), variant, backend=backend)
+    on_gpu = bssn_fast.apply(copy.deepcopy(plain).cuda(), variant, backend=backend)
     for a, b in zip(norms(on_cpu).values(), norms(on_gpu).values(), strict=True):
         b.load_state_dict(a.state_dict())
-    on_gpu = on_gpu.to("cuda", memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    on_gpu = on_gpu.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     outputs, parameters, vectors = steps(on_cpu, x)
     found, found_parameters, found_vectors = steps(on_gpu, x.cuda())
     for a, b in zip([*outputs, *parameters], [*found, *found_parameters], strict=True):
@@ -52,9 +52,8 @@ def test_blocks_are_those_of_the_cpu(backend, variant):
     plain = torch.nn.Sequential(torch.nn.Conv2d(5, 9, (3, 1)), torch.nn.Flatten(), torch.nn.Linear(5, 9))
     blocks, x = {"0": 3, "2": 3}, torch.randn(9, 5)
     on_cpu = bssn_fast.apply(copy.deepcopy(plain), variant, blocks=blocks, backend="reference")
-    on_gpu = bssn_fast.apply(copy.deepcopy(plain), variant, blocks=blocks, backend=backend)
+    on_gpu = bssn_fast.apply(copy.deepcopy(plain).cuda(), variant, blocks=blocks, backend=backend)
     on_gpu.load_state_dict(on_cpu.state_dict())
-    on_gpu.cuda()
     for net, device in ((on_cpu, "cpu"), (on_gpu, "cuda")):
         with bssn_fast.cached(net):
             (net[2](x.to(device)).square().sum() + (net[0].weight ** 2).sum()).backward()
@@ -69,7 +68,7 @@ def test_blocks_are_those_of_the_cpu(backend, variant):
 
 
 def test_autocast(backend):
-    model = bssn_fast.apply(Net(), backend=backend).cuda()
+    model = bssn_fast.apply(Net().cuda(), backend=backend)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         model(images(4).cuda()).float().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -77,7 +76,7 @@ def test_autocast(backend):
 
 
 def test_evaluation_changes_nothing(backend):
-    model = bssn_fast.apply(Net(), backend=backend).cuda()
+    model = bssn_fast.apply(Net().cuda(), backend=backend)
     model(images(4).cuda())
     before = vectors_of(model)
     model.eval()
@@ -111,7 +110,7 @@ def reproducible(monkeypatch):
 
 def test_training_on_a_side_stream(backend, reproducible):
     """The backward pass runs in a thread of autograd, on the stream of the forward."""
-    plain, x = bssn_fast.apply(Net(), backend=backend).cuda(), images(4).cuda()
+    plain, x = bssn_fast.apply(Net().cuda(), backend=backend), images(4).cuda()
     other = copy.deepcopy(plain)
     expected = trained_twice(plain, x)
     torch.cuda.synchronize()
@@ -126,7 +125,7 @@ def test_training_on_a_device_that_is_not_current(backend, reproducible):
     """Needs two GPUs."""
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU: nothing to confuse")
-    plain, x = bssn_fast.apply(Net(), backend=backend), images(4)
+    plain, x = bssn_fast.apply(Net().cuda(), backend=backend), images(4)
     here, there = copy.deepcopy(plain).to("cuda:0"), copy.deepcopy(plain).to("cuda:1")
     with torch.cuda.device(0):
         expected, found = trained_twice(here, x.to("cuda:0")), trained_twice(there, x.to("cuda:1"))
