@@ -40,7 +40,7 @@ int64_t backward_workspace(const Geometry* geometry, int64_t n, int device) {
   if (error != cudaSuccess) return -int64_t(error);
   const std::vector<Layer> layers = layers_without_memory(geometry, n);
   std::vector<BackwardLayer> planned(layers.size());
-  std::vector<Segment> segments(layers.size() * kBackwardPhases);
+  std::vector<Segment> segments(layers.size() * kBackwardSegments);
   BackwardCall call = {};
   return plan_backward(layers, limits, true, call, planned.data(), segments.data()).workspace_bytes;
 }
@@ -55,7 +55,7 @@ int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* 
   if (guard.error() != cudaSuccess) return guard.error();
   const std::vector<Layer> layers = backward_layers(geometry, n, pointers, snapshot, laws);
   const Settings settings = {weight_type, grad_type, grad_gains, one_launch};
-  return with_arguments<BackwardArgs, BackwardTableArgs, BackwardLayer, kBackwardPhases>(
+  return with_arguments<BackwardArgs, BackwardTableArgs, BackwardLayer, kBackwardSegments>(
       n, [&](auto& args, BackwardLayer* planned, Segment* segments) {
         return run(args, planned, segments, layers, settings, workspace, limits, static_cast<cudaStream_t>(stream));
       });

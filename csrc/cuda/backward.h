@@ -6,17 +6,25 @@
 // up <G, W> where it is needed, and the last tile of a layer makes its record; phase 1 writes.
 #pragma once
 
-#include "backward_args.h"
-#include "forward.h"
+#include "backward_rows.h"
+#include "tickets.h"
 
 namespace bssn::cuda {
 
-constexpr int kBackwardPiece = 4;  // elements that a thread loads at a time
+// The elements of a tile that goes through memory in order.
+struct FlatTile {
+  uint32_t first, end;
+
+  BSSN_HD FlatTile(uint32_t elements, const BackwardLayer& layer, uint32_t tile) {
+    first = tile * elements;
+    end = layer.size - first < elements ? layer.size : first + elements;
+  }
+};
 
 // A thread's part of <G, W> over elements [first, end) in memory order.
 template <class W, class G>
 BSSN_HD double dot_elements(const W* weight, const G* grad, uint32_t first, uint32_t end, int thread) {
-  constexpr int kPiece = kBackwardPiece, kAhead = sizeof(W) + sizeof(G) > 4 ? 2 : 4;
+  constexpr int kPiece = kBackwardPiece, kAhead = 4;
   using WeightPiece = Pack<W, kPiece>;
   using GradPiece = Pack<G, kPiece>;
   uint32_t done = first;
@@ -32,7 +40,7 @@ BSSN_HD double dot_elements(const W* weight, const G* grad, uint32_t first, uint
       GradPiece g[kAhead];
       BSSN_UNROLL
       for (int a = 0; a < kAhead; ++a) {
-        w[a] = load_once(weights + lesser(x + a * kBackwardThreads, pieces_end - 1));
+        w[a] = load_streaming(weights + lesser(x + a * kBackwardThreads, pieces_end - 1));
         g[a] = grads[lesser(x + a * kBackwardThreads, pieces_end - 1)];
       }
       BSSN_UNROLL
@@ -52,87 +60,92 @@ BSSN_HD double dot_elements(const W* weight, const G* grad, uint32_t first, uint
   return total;
 }
 
-// An element's coordinates, dimension 0 being the one with stride 1.
-struct Place {
-  uint32_t x0, x1, x2;
-
-  BSSN_HD Place(const BackwardLayer& layer, uint32_t element) {
-    const uint32_t lines = layer.inner(element);
-    x2 = layer.plane(element);
-    x1 = lines - x2 * layer.middle;
-    x0 = element - lines * layer.inner.value;
-  }
-
-  BSSN_HD void to_next(const BackwardLayer& layer) {
-    if (++x0 < layer.inner.value) return;
-    x0 = 0;
-    if (++x1 < layer.middle) return;
-    x1 = 0;
-    ++x2;
-  }
-
-  BSSN_HD float in(const BackwardLayer& layer, int vector) const {
-    const uint32_t* const step = layer.steps[vector];
-    return layer.vectors[vector][x0 * step[0] + x1 * step[1] + x2 * step[2]];
-  }
-};
-
-// S at one element.
+// S at one element, or twice that in two directions. What a direction needs that the layer does not have is loaded all
+// the same: without branches the loads of several elements are under way at a time.
 BSSN_HD float direction_at(const BackwardLayer& layer, const Place& place) {
-  const float out_side = place.in(layer, 0) * place.in(layer, 1);
-  return layer.two_sided() ? 0.5f * (out_side + place.in(layer, 2) * place.in(layer, 3)) : out_side;
+  const auto element = [&](int vector) { return layer.vectors[vector][place.in(layer, vector)]; };
+  const float ab = element(0) * element(1), cd = element(2) * element(3);
+  return (layer.has(0) ? ab : 0.0f) + (layer.has(2) ? cd : 0.0f);
 }
 
-template <class W, class G>
-BSSN_HD void write_gradient(const BackwardLayer& layer, const BackwardRecord& record, uint32_t first, uint32_t end,
+// Writes the elements of a tile in memory order, of any layer.
+template <class W>
+BSSN_HD void write_elements(const BackwardLayer& layer, int32_t grad_type, const BackwardRecord& record, FlatTile tile,
                             int thread) {
-  constexpr int kPiece = kBackwardPiece, kAhead = 2;
-  using GradPiece = Pack<G, kPiece>;
-  using OutputPiece = Pack<W, kPiece>;
-  const G* const grad = static_cast<const G*>(layer.grad);
+  constexpr int kAhead = 4;
+  const float multiplier = record.multiplier, ratio = layer.two_sided() ? 0.5f * record.ratio : record.ratio;
   W* const output = static_cast<W*>(layer.output);
-  const float multiplier = record.multiplier, ratio = record.ratio;
-  const auto value = [&](float g, const Place& place) { return multiplier * (g - ratio * direction_at(layer, place)); };
-  uint32_t done = first;
-  if (is_aligned(reinterpret_cast<const GradPiece*>(grad)) && is_aligned(reinterpret_cast<OutputPiece*>(output))) {
-    const GradPiece* const grads = reinterpret_cast<const GradPiece*>(grad);
-    OutputPiece* const outputs = reinterpret_cast<OutputPiece*>(output);
-    const uint32_t pieces_end = end / kPiece;
-    BSSN_UNROLL_BY(1)
-    for (uint32_t x = first / kPiece + thread; x < pieces_end; x += kBackwardThreads * kAhead) {
-      GradPiece g[kAhead];
-      BSSN_UNROLL
-      for (int a = 0; a < kAhead; ++a) g[a] = load_once(grads + lesser(x + a * kBackwardThreads, pieces_end - 1));
-      BSSN_UNROLL
-      for (int a = 0; a < kAhead; ++a) {
-        if (x + a * kBackwardThreads < pieces_end) {
-          OutputPiece result;
-          Place place(layer, (x + a * kBackwardThreads) * kPiece);
-          BSSN_UNROLL
-          for (int j = 0; j < kPiece; ++j) {
-            result.set(j, value(g[a].get(j), place));
-            place.to_next(layer);
-          }
-          store_once(outputs + x + a * kBackwardThreads, result);
-        }
-      }
-    }
-    done = pieces_end * kPiece;
-  }
   BSSN_UNROLL_BY(1)
-  for (uint32_t x = done + thread; x < end; x += kBackwardThreads)
-    from_float(value(to_float(grad[x]), Place(layer, x)), output[x]);
+  for (uint32_t x = tile.first + thread; x < tile.end; x += kBackwardThreads * kAhead) {
+    float g[kAhead], s[kAhead];
+    with_element_type(grad_type, [&](auto element) {
+      const auto* const grad = static_cast<const decltype(element)*>(layer.grad);
+      BSSN_UNROLL
+      for (int a = 0; a < kAhead; ++a) g[a] = to_float(grad[lesser(x + a * kBackwardThreads, tile.end - 1)]);
+    });
+    BSSN_UNROLL
+    for (int a = 0; a < kAhead; ++a) {
+      s[a] = direction_at(layer, Place(layer, lesser(x + a * kBackwardThreads, tile.end - 1)));
+    }
+    BSSN_UNROLL
+    for (int a = 0; a < kAhead; ++a) {
+      const uint32_t at = x + a * kBackwardThreads;
+      if (at < tile.end) from_float(multiplier * (g[a] - ratio * s[a]), output[at]);
+    }
+  }
+}
+
+template <class W, class Block>
+BSSN_HD void write_tile(Block& block, const BackwardCall& call, const BackwardLayer& layer, int index, uint32_t tile) {
+  const bool by_rows = layer.rows.column_blocks > 0;
+  typename Block::template PerThread<GradientColumns> columns;
+  // Before the wait, so that G is on its way meanwhile.
+  block.prepare([&](int thread) {
+    GradientColumns& my = columns[thread];
+    my = GradientColumns{};
+    if (!by_rows) return;
+    my.take_place(layer, tile, thread);
+    with_element_type(call.grad_type, [&](auto element) { my.load_first<decltype(element)>(layer); });
+    my.load_vectors(layer);
+  });
+  block.wait(counter_of(call.counters, index, recorded), 1);
+  block.all([&](int thread) {
+    const BackwardRecord& record = call.records[index];
+    if (by_rows) {
+      with_element_type(call.grad_type,
+                        [&](auto element) { write_rows<W, decltype(element)>(layer, record, columns[thread]); });
+    } else {
+      write_elements<W>(layer, call.grad_type, record, FlatTile(call.write_elements, layer, tile), thread);
+    }
+  });
+}
+
+// Adds up a number of each thread, value(thread); use(sum) is called by thread 0 alone, for which no other has to wait.
+template <class Block, class Value, class Use>
+BSSN_HD void sum_threads(Block& block, Value value, Use use) {
+  double* const parts = block.template shared<double>(kWarpSumsAt);
+  block.template sum_lanes<double, 1, 1>([&](int thread, double* x) { x[0] = value(thread); },
+                                         [&](int warp) { return parts + warp; });
+  block.sync();
+  block.all([&](int thread) {
+    if (thread != 0) return;
+    double sum = 0;
+    BSSN_UNROLL
+    for (int warp = 0; warp < kBackwardThreads / 32; ++warp) sum += parts[warp];
+    use(sum);
+  });
 }
 
 template <class Block>
 BSSN_HD void finish_gradient_layer(Block& block, const BackwardCall& call, const BackwardLayer& layer, int index) {
-  const double* const totals = block_sums<1>(block, [&](int thread, double* sums) {
-    for (uint32_t x = thread; x < layer.tiles; x += kBackwardThreads) sums[0] += call.sums[layer.sums + x];
-  });
-  block.each([&](int thread) {
-    if (thread != 0) return;
+  const auto sum_of_tiles = [&](int thread) {
+    double sum = 0;
+    for (uint32_t x = thread; x < layer.dot_tiles; x += kBackwardThreads) sum += call.sums[layer.sums + x];
+    return sum;
+  };
+  sum_threads(block, sum_of_tiles, [&](double total) {
     const float sigma = *layer.sigma;
-    const float ratio = sigma == 0.0f || layer.slack() ? 0.0f : float(totals[0] / double(sigma));
+    const float ratio = sigma == 0.0f || layer.slack() ? 0.0f : float(total / double(sigma));
     call.records[index] = {multiplier(layer.number, layer.law, sigma), ratio};
     if (LawKind(layer.law) == LawKind::gain) call.grad_gains[layer.grad_gain] = ratio;
   });
@@ -140,21 +153,21 @@ BSSN_HD void finish_gradient_layer(Block& block, const BackwardCall& call, const
 }
 
 template <class W, class Block>
-BSSN_HD void dot_tile(Block& block, const BackwardCall& call, const BackwardLayer& layer, int index, uint32_t tile,
-                      uint32_t first, uint32_t end) {
-  const double* const totals = block_sums<1>(block, [&](int thread, double* sums) {
-    if (layer.slack()) return;
+BSSN_HD void dot_tile(Block& block, const BackwardCall& call, const BackwardLayer& layer, int index, uint32_t tile) {
+  const FlatTile flat(call.dot_elements, layer, tile);
+  const auto part = [&](int thread) {
+    double sum = 0;
+    if (layer.slack()) return sum;
     with_element_type(call.grad_type, [&](auto element) {
       using G = decltype(element);
       const W* const weight = static_cast<const W*>(layer.weight);
-      sums[0] = dot_elements(weight, static_cast<const G*>(layer.grad), first, end, thread);
+      sum = dot_elements(weight, static_cast<const G*>(layer.grad), flat.first, flat.end, thread);
     });
-  });
-  block.each([&](int thread) {
-    if (thread == 0) call.sums[layer.sums + tile] = totals[0];
-  });
+    return sum;
+  };
+  sum_threads(block, part, [&](double total) { call.sums[layer.sums + tile] = total; });
   const uint32_t before = block.arrive(counter_of(call.counters, index, power_done));
-  if (before + 1 == layer.tiles) finish_gradient_layer(block, call, layer, index);
+  if (before + 1 == layer.dot_tiles) finish_gradient_layer(block, call, layer, index);
 }
 
 template <class W, class Block, class Args>
@@ -163,22 +176,13 @@ BSSN_HD void backward_ticket(Block& block, const Args& args, uint32_t ticket) {
   const Segment segment = segment_of(args.segments, call.n_segments, ticket);
   const int index = segment.layer();
   const BackwardLayer& layer = args.layers[index];
-  // The gradient is written from its end: what was read last is the likeliest to be in the cache still.
-  const bool writes = segment.phase() == 1;
-  const uint32_t tile = writes ? layer.tiles - 1 - (ticket - segment.first) : ticket - segment.first;
-  const uint32_t first = tile * call.tile_elements;
-  const uint32_t end = layer.size - first < call.tile_elements ? layer.size : first + call.tile_elements;
-  if (!writes) {
-    dot_tile<W>(block, call, layer, index, tile, first, end);
-    return;
+  const uint32_t place = ticket - segment.first;
+  if (segment.phase() == subtract) {
+    write_tile<W>(block, call, layer, index, layer.write_tiles - 1 - place);  // from its end: see order_backward.h
+  } else {
+    const uint32_t before = segment.phase() == dot_rest ? layer.first_dot_tiles : 0;
+    dot_tile<W>(block, call, layer, index, before + place);
   }
-  block.wait(counter_of(call.counters, index, recorded), 1);
-  block.each([&](int thread) {
-    with_element_type(call.grad_type, [&](auto element) {
-      using G = decltype(element);
-      write_gradient<W, G>(layer, call.records[index], first, end, thread);
-    });
-  });
 }
 
 }  // namespace bssn::cuda

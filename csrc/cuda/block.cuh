@@ -35,6 +35,13 @@ class DeviceBlock {
     f(int(threadIdx.x));
   }
 
+  // The same for what may be done before a wait: it reads nothing that other blocks write, and writes to PerThread
+  // alone.
+  template <class F>
+  __device__ __forceinline__ void prepare(F f) {
+    f(int(threadIdx.x));
+  }
+
   __device__ __forceinline__ void sync() { __syncthreads(); }
 
   // Adds up N numbers of each thread, given by get(thread, x), over the lanes of a warp whose numbers are equal modulo

@@ -121,7 +121,8 @@ BSSN_HD void with_element_type(int32_t type, F f) {
 // V neighbouring elements, moved as one. Half precisions lie in words, as they do in the GPU's registers.
 template <class T, int V>
 struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
-  uint32_t words[sizeof(T) * V / 4];
+  static constexpr int kWords = int(sizeof(T)) * V / 4;
+  uint32_t words[kWords];
 
   BSSN_HD float get(int j) const {
     if constexpr (sizeof(T) == 4) {

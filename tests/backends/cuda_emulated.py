@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU (cuda_emulation.cpp), with the functions that the extension module has for CUDA."""
+"""The CUDA kernels on the CPU, with the functions that the extension module has for CUDA, and their plans."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
+SOURCES = (HERE / "cuda_emulation.cpp", HERE / "cuda_plans.cpp")
 
 I32, I64, REAL, ADDRESS, BOOL = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_bool
 DEVICE = (I32, I64)
@@ -31,6 +32,7 @@ SIGNATURES = {
     "divide": (ctypes.c_uint32, (ctypes.c_uint32, I64)),
     "plan_of": (None, (ADDRESS, I32, I64, *DEVICE, ADDRESS)),
     "order_of": (None, (ADDRESS, I32, I64, *DEVICE, ADDRESS)),
+    "backward_plan_of": (I32, (ADDRESS, I32, *DEVICE, ADDRESS)),
 }
 
 
@@ -51,7 +53,7 @@ def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "emulation.so"
         flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-        subprocess.run([compiler(), *flags, f"-I{CSRC}", HERE / "cuda_emulation.cpp", "-o", target], check=True)
+        subprocess.run([compiler(), *flags, f"-I{CSRC}", *SOURCES, "-o", target], check=True)
         loaded = ctypes.CDLL(str(target))
     for name, (result, arguments) in SIGNATURES.items():
         getattr(loaded, name).restype, getattr(loaded, name).argtypes = result, arguments

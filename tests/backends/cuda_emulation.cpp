@@ -15,6 +15,7 @@
 #include "cuda/forward.h"
 #include "cuda/plan_backward.h"
 #include "cuda/plan_forward.h"
+#include "cuda_limits.h"
 
 namespace {
 
@@ -77,6 +78,12 @@ class HostBlock {
   template <class F>
   void all(F f) {
     each(f);
+  }
+
+  // What it writes is written again if the tile has to wait.
+  template <class F>
+  void prepare(F f) {
+    for (int thread = 0; thread < Threads; ++thread) f(thread);
   }
 
   void sync() {}
@@ -255,11 +262,6 @@ int work_through(const Call& call, uint32_t shared_bytes, Process process) {
   return error ? error : shared.is_intact() ? 0 : kBeyondShared;
 }
 
-// Turing's code is the one for 64 KiB of shared memory.
-Device device_of(int multiprocessors, int64_t shared) {
-  return {multiprocessors, shared, columns_of_code(shared <= 64 * 1024 ? 75 : 80)};
-}
-
 }  // namespace
 
 extern "C" {
@@ -271,49 +273,6 @@ void set_order(uint64_t seed) { order_seed = seed; }
 int count_launches() { return launches; }
 
 uint32_t divide(uint32_t x, int64_t by) { return divisor(by)(x); }
-
-// Of each layer of a forward call: power tiles, their channels, bytes of a step in shared memory (0: the
-// rows are read from global memory), steps in shared memory at a time, threads that share a row, chunks of a row,
-// reduce tiles, those that add up s and q.
-void plan_of(const Geometry* geometry, int n, DType weight_type, int multiprocessors, int64_t shared, int64_t* out) {
-  std::vector<Layer> layers;
-  for (int j = 0; j < n; ++j) {
-    layers.push_back(with_geometry(geometry[j]));
-    layers.back().weight = reinterpret_cast<const void*>(uintptr_t(j) * 256);  // to know it again: the plan is sorted
-  }
-  ForwardCall call = {};
-  std::vector<ForwardLayer> planned(layers.size());
-  std::vector<Segment> segments(layers.size() * kPhases);
-  call.update = true;
-  plan_forward(layers, weight_type, device_of(multiprocessors, shared), true, call, planned.data(), segments.data());
-  for (const ForwardLayer& layer : planned) {
-    int64_t elements = 0;
-    for (uint32_t tile = 0; tile < layer.first_tiles(); ++tile) {
-      elements += int64_t(layer.firsts_of(tile).end) - layer.firsts_of(tile).first;
-    }
-    const int64_t found[] = {layer.tiles[power],  layer.channels,        layer.stage_bytes,
-                             layer.stages,        layer.group_threads(), layer.chunks(),
-                             layer.tiles[reduce], layer.first_tiles(),   elements};
-    std::copy(std::begin(found), std::end(found), out + 9 * (reinterpret_cast<uintptr_t>(layer.weight) / 256));
-  }
-}
-
-// The segments of a forward call in one launch: three numbers for each, layer, phase and first ticket; then the end.
-void order_of(const Geometry* geometry, int n, DType weight_type, int multiprocessors, int64_t shared, int64_t* out) {
-  std::vector<Layer> layers = layers_without_memory(geometry, n);
-  std::vector<ForwardLayer> planned(layers.size());
-  std::vector<Segment> segments(layers.size() * kPhases);
-  ForwardCall call = {};
-  call.update = true;
-  const Device device = device_of(multiprocessors, shared);
-  const Plan plan = plan_forward(layers, weight_type, device, true, call, planned.data(), segments.data());
-  for (const Segment& segment : segments) {
-    *out++ = segment.layer();
-    *out++ = segment.phase();
-    *out++ = segment.first;
-  }
-  *out = plan.phase_first.back();
-}
 
 // Everything as in csrc/cuda/cuda.h, but for the device, given by its limits.
 int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int multiprocessors, int64_t shared) {
@@ -329,7 +288,7 @@ int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type
 int64_t backward_workspace(const Geometry* geometry, int64_t n, int multiprocessors, int64_t shared) {
   const std::vector<Layer> layers = layers_without_memory(geometry, n);
   std::vector<BackwardLayer> planned(layers.size());
-  std::vector<Segment> segments(layers.size() * kBackwardPhases);
+  std::vector<Segment> segments(layers.size() * kBackwardSegments);
   BackwardCall call = {};
   const Device device = device_of(multiprocessors, shared);
   return plan_backward(layers, device, true, call, planned.data(), segments.data()).workspace_bytes;
@@ -370,7 +329,7 @@ int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* 
              int multiprocessors, int64_t shared) {
   const std::vector<Layer> layers = backward_layers(geometry, n, pointers, snapshot, laws);
   std::vector<BackwardLayer> planned(layers.size());
-  std::vector<Segment> segments(layers.size() * kBackwardPhases);
+  std::vector<Segment> segments(layers.size() * kBackwardSegments);
   BackwardTableArgs args = {};
   BackwardCall& call = args.call;
   call.grad_gains = grad_gains;

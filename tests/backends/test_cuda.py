@@ -69,6 +69,27 @@ def test_rows_of_many_elements(gpu, memory, dtype, offset):
     matrix.check("cuda", Case(shapes=shapes, dims=(0,) * 6, memory=memory, offset=offset, **types))
 
 
+@pytest.mark.parametrize("limits", [H200, TINY], ids=["h200", "tiny"])
+@pytest.mark.parametrize("memory", matrix.MEMORY[:3])
+@pytest.mark.parametrize(
+    "types", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize("both", [True, False])
+def test_gradients_written_by_rows(gpu, limits, memory, types, both):
+    """One tile and several beside and below each other, the last of them narrower and of few rows; all kernel sizes."""
+    gpu(limits)
+    shapes = (
+        (4, 8),
+        (70, 12, 3, 3),
+        (37, 400, 3, 3),
+        (41, 260, 2, 2),
+        (130, 36, 4, 4),
+        (90, 20, 5, 5),
+        (33, 1028, 1, 1),
+    )
+    matrix.check("cuda", Case(shapes=shapes, memory=memory, weight_dtype=types[0], result_dtype=types[1], both=both))
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 64, 1, 1), (2, 64), (2, 2048), (2, 8192), (3, 8000), (64, 64), (2, 4_600_000, 2)]
 )

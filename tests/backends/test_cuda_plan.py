@@ -19,6 +19,7 @@ if cuda_emulated.compiler() is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 POWER, REDUCE, WRITE = range(3)
+DOT, DOT_REST, SUBTRACT = range(3)
 SETS = json.loads((Path(__file__).parents[2] / "benchmarks" / "work" / "layer_sets.json").read_text())
 
 
@@ -139,3 +140,78 @@ def test_later_phases_begin_as_soon_as_nothing_waits_for_them():
     assert phases.index(REDUCE) < len(phases) - 1 - phases[::-1].index(POWER)
     phases = [phase for _, phase, _ in order(shapes_of("sngan_d32"))[0]]
     assert set(phases[: len(phases) // 3]) == {POWER}
+
+
+class GradientPlan(NamedTuple):
+    dot_tiles: int
+    write_tiles: int
+    column_blocks: int
+    width: int
+    tile_rows: int
+    rows_at_once: int
+
+
+class Segment(NamedTuple):
+    layer: int
+    kind: int
+    first: int
+    tiles: int
+
+
+def backward_plan(layers, n) -> tuple[list[GradientPlan], list[Segment]]:
+    numbers = (ctypes.c_int64 * (15 * n + 1))()
+    count = cuda_emulated.library().backward_plan_of(layers.address, n, *H200.limits, ctypes.addressof(numbers))
+    segments = [tuple(numbers[j : j + 3]) for j in range(6 * n, 6 * n + 3 * count, 3)]
+    ends = [first for _, _, first in segments[1:]] + [numbers[6 * n + 3 * count]]
+    planned = [GradientPlan(*numbers[j : j + 6]) for j in range(0, 6 * n, 6)]
+    return planned, [Segment(*s, end - s[2]) for s, end in zip(segments, ends, strict=True)]
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("shape", [(64, 64, 3, 3), (1024, 1000, 3, 3), (256, 128, 1, 1), (512, 256, 4, 4), (8192, 128)])
+def test_usual_gradients_are_written_by_rows(shape, dim, memory):
+    """By most of a block's threads, in tiles that cover all of it and nothing twice."""
+    weight = torch.empty(shape, device="meta")
+    ((plan,), _) = backward_plan(table((shape,), (matrix.place(weight, memory).stride(),), dim), 1)
+    rows, pieces = shape[0], prod(shape[1:]) // 4
+    assert plan.column_blocks > 0
+    assert (plan.column_blocks - 1) * plan.width < pieces <= plan.column_blocks * plan.width
+    assert plan.write_tiles == plan.column_blocks * -(-rows // plan.tile_rows)
+    assert plan.tile_rows % plan.rows_at_once == 0
+    assert 0.6 * 256 < plan.width * plan.rows_at_once <= 256
+
+
+@pytest.mark.parametrize(
+    ("shape", "memory"),
+    [
+        ((64, 3, 3, 3), "contiguous"),  # rows that are no multiple of four
+        ((1, 8192), "contiguous"),  # few rows
+        ((64, 64, 9), "reversed"),  # kernel positions outermost
+    ],
+)
+def test_other_gradients_are_not_written_by_rows(shape, memory):
+    weight = torch.empty(shape, device="meta")
+    ((plan,), _) = backward_plan(table((shape,), (matrix.place(weight, memory).stride(),)), 1)
+    assert plan.column_blocks == 0
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_gradients_are_written_soon_and_not_too_soon(name):
+    """Behind all their <G, W>, with about as many tiles in between as there are blocks: G can be cached still."""
+    shapes = sorted(shapes_of(name), key=prod, reverse=True)
+    planned, segments = backward_plan(table(shapes), len(shapes))
+    blocks, ticket = 3 * H200.multiprocessors, 0
+    for segment in segments:
+        assert segment.first == ticket
+        ticket += segment.tiles
+    for layer, plan in enumerate(planned):
+        at = [j for j, segment in enumerate(segments) if segment.layer == layer]
+        kinds = [segments[j].kind for j in at]
+        assert kinds in ([DOT, SUBTRACT], [DOT, DOT_REST, SUBTRACT])
+        assert sum(segments[j].tiles for j in at[:-1]) == plan.dot_tiles
+        assert segments[at[-1]].tiles == plan.write_tiles
+        between = [segment for segment in segments[at[-2] + 1 : at[-1]] if segment.kind != SUBTRACT]
+        assert sum(segment.tiles for segment in between) <= 2 * blocks
+        if any(segment.kind != SUBTRACT for segment in segments[at[-1] :]):
+            assert segments[at[-1]].first - segments[at[-2]].first - segments[at[-2]].tiles >= 0.6 * blocks

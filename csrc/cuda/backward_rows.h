@@ -1,0 +1,154 @@
+// How the gradient of a layer whose memory is a list of rows is written. A row is all that belongs to one output
+// channel, or of transposed convolutions to one input channel, in any order, if its length is a multiple of four:
+//
+//   dW = g (G - ratio (a b + c d)),   a of a row, b and c of a column, d of both
+//
+// a, b, c, d are u_out, v_out, u_in, v_in, or with the directions exchanged u_in, v_in, u_out, v_out. A tile is a range
+// of columns of some rows. A thread keeps its four columns' b and c in registers, and goes through the rows.
+#pragma once
+
+#include "backward_args.h"
+#include "streaming.h"
+
+namespace bssn::cuda {
+
+// An element's coordinates, dimension 0 being the one with stride 1.
+struct Place {
+  uint32_t x0, x1, x2;
+
+  BSSN_HD Place(const BackwardLayer& layer, uint32_t element) {
+    const uint32_t lines = layer.inner(element);
+    x2 = layer.plane(element);
+    x1 = lines - x2 * layer.middle;
+    x0 = element - lines * layer.inner.value;
+  }
+
+  BSSN_HD void to_next(const BackwardLayer& layer) {
+    if (++x0 < layer.inner.value) return;
+    x0 = 0;
+    if (++x1 < layer.middle) return;
+    x1 = 0;
+    ++x2;
+  }
+
+  // Where its element of a vector lies.
+  BSSN_HD uint32_t in(const BackwardLayer& layer, int vector) const {
+    return x0 * layer.step(vector, 0) + x1 * layer.step(vector, 1) + x2 * layer.step(vector, 2);
+  }
+};
+
+constexpr int kRowsAhead = 4;  // that a thread loads at a time
+
+// A thread's columns of a tile, with what stays the same in all rows, its rows, and its part of the first rows of G.
+struct GradientColumns {
+  uint32_t piece;  // of a row
+  uint32_t row, end, step;
+  Pack<float, kBackwardPiece> first[kRowsAhead];  // as it lies in memory, of any dtype
+  float b[kBackwardPiece], c[kBackwardPiece];
+  uint32_t at_d[kBackwardPiece];  // in row 0
+
+  BSSN_HD void take_place(const BackwardLayer& layer, uint32_t tile, int thread) {
+    const RowTiles& tiles = layer.rows;
+    const uint32_t down = tile / tiles.column_blocks, group = uint32_t(thread) / tiles.width;
+    const uint32_t pieces = layer.row_pieces();
+    piece = (tile - down * tiles.column_blocks) * tiles.width + uint32_t(thread) - group * tiles.width;
+    row = down * tiles.tile_rows + group;
+    step = tiles.rows_at_once;
+    end = group < step && piece < pieces ? lesser((down + 1) * tiles.tile_rows, layer.n_rows()) : 0;
+    piece = lesser(piece, pieces - 1);  // threads without work read what others read too
+  }
+
+  template <class G>
+  BSSN_HD void load_first(const BackwardLayer& layer) {
+    BSSN_UNROLL
+    for (uint32_t n = 0; n < kRowsAhead; ++n) {
+      const uint32_t at = lesser(row + n * step, layer.n_rows() - 1);
+      const Pack<G, kBackwardPiece> loaded = load_streaming(piece_of<G>(layer.grad, layer, at));
+      BSSN_UNROLL
+      for (int w = 0; w < 4; ++w) first[n].words[w] = w < loaded.kWords ? loaded.words[w % loaded.kWords] : 0;
+    }
+  }
+
+  BSSN_HD void load_vectors(const BackwardLayer& layer) {
+    Place place(layer, piece * kBackwardPiece);
+    BSSN_UNROLL
+    for (int j = 0; j < kBackwardPiece; ++j) {
+      b[j] = layer.vectors[1][place.in(layer, 1)];
+      c[j] = layer.vectors[2][place.in(layer, 2)];
+      at_d[j] = place.in(layer, 3);
+      place.to_next(layer);
+    }
+  }
+
+  template <class T>
+  BSSN_HD const Pack<T, kBackwardPiece>* piece_of(const void* memory, const BackwardLayer& layer, uint32_t at) const {
+    return static_cast<const Pack<T, kBackwardPiece>*>(memory) + at * layer.row_pieces() + piece;
+  }
+};
+
+// One row's piece of dW.
+template <class W, class G>
+BSSN_HD void write_piece(const GradientColumns& my, const Pack<G, kBackwardPiece>& g, float a, const float* d,
+                         float multiplier, Pack<W, kBackwardPiece>* output) {
+  Pack<W, kBackwardPiece> result;
+  BSSN_UNROLL
+  for (int j = 0; j < kBackwardPiece; ++j) result.set(j, multiplier * (g.get(j) - a * my.b[j] - d[j] * my.c[j]));
+  store_streaming(output, result);
+}
+
+template <class W, class G>
+BSSN_HD void write_rows(const BackwardLayer& layer, const BackwardRecord& record, GradientColumns& my) {
+  using GradPiece = Pack<G, kBackwardPiece>;
+  // Kept in a register: of what is an argument the compiler thinks that it can be read again each time.
+  const uint32_t pieces = uint32_t(not_before_here(int(layer.row_pieces())));
+  const uint32_t step_d = layer.step(3, 2), step = my.step;
+  // Of a direction that the layer does not have something is loaded all the same, and counts for nothing.
+  const float multiplier = record.multiplier, ratio = layer.two_sided() ? 0.5f * record.ratio : record.ratio;
+  BSSN_UNROLL
+  for (int j = 0; j < kBackwardPiece; ++j) {
+    my.b[j] *= layer.has(0) ? ratio : 0.0f;
+    my.c[j] *= layer.has(2) ? ratio : 0.0f;
+  }
+  const float* const vector_a = layer.vectors[0];
+  const float* const vector_d = layer.vectors[3];
+  const GradPiece* const grads = static_cast<const GradPiece*>(layer.grad) + my.piece;
+  Pack<W, kBackwardPiece>* const outputs = static_cast<Pack<W, kBackwardPiece>*>(layer.output) + my.piece;
+  GradPiece g[kRowsAhead];
+  BSSN_UNROLL
+  for (int n = 0; n < kRowsAhead; ++n) {
+    BSSN_UNROLL
+    for (int w = 0; w < GradPiece::kWords; ++w) g[n].words[w] = my.first[n].words[w];
+  }
+  // The compiler shall not know that they are equal: it would write the loop twice, once for the first rows.
+  const uint32_t first_row = uint32_t(not_before_here(int(my.row)));
+  uint32_t row = my.row;
+  BSSN_UNROLL_BY(1)
+  for (; row + (kRowsAhead - 1) * step < my.end; row += kRowsAhead * step) {
+    if (row != first_row) {
+      BSSN_UNROLL
+      for (uint32_t n = 0; n < kRowsAhead; ++n) g[n] = load_streaming(grads + (row + n * step) * pieces);
+    }
+    float a[kRowsAhead], d[kRowsAhead][kBackwardPiece];
+    BSSN_UNROLL
+    for (uint32_t n = 0; n < kRowsAhead; ++n) {
+      const uint32_t at = row + n * step;
+      a[n] = vector_a[at];
+      BSSN_UNROLL
+      for (int j = 0; j < kBackwardPiece; ++j) d[n][j] = vector_d[at * step_d + my.at_d[j]];
+    }
+    BSSN_UNROLL
+    for (uint32_t n = 0; n < kRowsAhead; ++n) {
+      write_piece<W>(my, g[n], a[n], d[n], multiplier, outputs + (row + n * step) * pieces);
+    }
+  }
+  BSSN_UNROLL_BY(1)
+  for (; row < my.end; row += step) {
+    float d[kBackwardPiece];
+    BSSN_UNROLL
+    for (int j = 0; j < kBackwardPiece; ++j) d[j] = vector_d[row * step_d + my.at_d[j]];
+    const GradPiece last = load_streaming(grads + row * pieces);
+    write_piece<W>(my, last, vector_a[row], d, multiplier, outputs + row * pieces);
+  }
+}
+
+}  // namespace bssn::cuda
