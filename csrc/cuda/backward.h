@@ -72,7 +72,7 @@ BSSN_HD float direction_at(const BackwardLayer& layer, const Place& place) {
 template <class W>
 BSSN_HD void write_elements(const BackwardLayer& layer, int32_t grad_type, const BackwardRecord& record, FlatTile tile,
                             int thread) {
-  constexpr int kAhead = 4;
+  constexpr int kAhead = 2;
   const float multiplier = record.multiplier, ratio = layer.two_sided() ? 0.5f * record.ratio : record.ratio;
   W* const output = static_cast<W*>(layer.output);
   BSSN_UNROLL_BY(1)

@@ -37,7 +37,12 @@ struct Place {
   }
 };
 
-constexpr int kRowsAhead = 4;  // that a thread loads at a time
+// That a thread loads at a time.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kRowsAhead = 2;  // where rounding to bf16 takes many instructions, for the sake of the code's size
+#else
+constexpr int kRowsAhead = 4;
+#endif
 
 // A thread's columns of a tile, with what stays the same in all rows, its rows, and its part of the first rows of G.
 struct GradientColumns {
