@@ -144,20 +144,59 @@ class DeviceBlock {
     return broadcast();
   }
 
-  // The next ticket, for all threads, while the one in hand is still being worked on. Behind a barrier.
-  __device__ __forceinline__ uint32_t next_ticket() {
-    if (threadIdx.x == 0) *word() = first_ticket_ + ticket_;
+  // Copies of whole stages, by the copy engine of sm_90 and later: one thread asks for them, while those of a thread's
+  // own (cp.async) hold it up as soon as memory is busy.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  static constexpr bool kHasStages = true;
+#else
+  static constexpr bool kHasStages = false;
+#endif
+
+  // Before stages are filled: what threads have written or read there before comes first. A barrier.
+  __device__ __forceinline__ void open_stages() {
+    if (!stages_open_ && threadIdx.x == 0) {
+      for (int stage = 0; stage < kMaxRowStages; ++stage) {
+        asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(arrival(stage)) : "memory");
+      }
+    }
+    stages_open_ = true;
+    order_stages();
     __syncthreads();
-    return *word();
   }
 
-  // Has memory brought into the second-level cache, line by line.
-  __device__ __forceinline__ void fetch_to_l2(const unsigned char* from, uint32_t bytes) {
-    constexpr uint32_t kLine = 128;
-    BSSN_UNROLL_BY(1)
-    for (uint32_t x = kLine * threadIdx.x; x < bytes; x += kLine * Threads) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(from + x));
+  // Lets the copy engine see the calling thread's accesses to shared memory, behind a barrier.
+  __device__ __forceinline__ void order_stages() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+  }
+
+  // Begins to fill a stage; addresses and size are multiples of 16 bytes.
+  __device__ __forceinline__ void begin_stage(int stage, void* to, const void* from, uint32_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (threadIdx.x != 0) return;
+    const uint32_t target = uint32_t(__cvta_generic_to_shared(to));
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(arrival(stage)), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+                 "l"(from), "r"(bytes), "r"(arrival(stage))
+                 : "memory");
+#endif
+  }
+
+  // Until a stage that has begun is there, for the calling thread. All threads wait for each stage, once.
+  __device__ __forceinline__ void wait_for_stage(int stage) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const uint32_t parity = stage_parities_ >> stage & 1u;
+    uint32_t there = 0;
+    while (there == 0) {
+      asm volatile(
+          "{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+          : "=r"(there)
+          : "r"(arrival(stage)), "r"(parity)
+          : "memory");
     }
+    stage_parities_ ^= 1u << stage;
+#endif
   }
 
   // Four numbers at a multiple of 16 bytes, past the first-level cache, for what is read once.
@@ -169,6 +208,12 @@ class DeviceBlock {
  private:
   const uint32_t first_ticket_;
   uint32_t ticket_ = 0;  // thread 0's, counted from the first
+  bool stages_open_ = false;
+  uint32_t stage_parities_ = 0;  // a bit for each: of its next arrival
+
+  __device__ __forceinline__ uint32_t arrival(int stage) {
+    return uint32_t(__cvta_generic_to_shared(dynamic_shared)) + kStagesAt + 8u * uint32_t(stage);
+  }
 
   __device__ __forceinline__ uint32_t* word() { return reinterpret_cast<uint32_t*>(dynamic_shared); }
 

@@ -194,11 +194,10 @@ BSSN_HD void forward_ticket(Block& block, const Args& args, uint32_t ticket) {
   const ForwardLayer& layer = args.layers[index];
   const uint32_t tile = ticket - segment.first;
   if (phase == power) {
-    power_tile<W>(block, args, layer, index, tile);
+    power_tile<W>(block, call, layer, index, tile);
   } else if (phase == reduce) {
     reduce_tile<W>(block, call, layer, index, tile);
   } else {
-    fetch_ahead<W>(block, args, block.next_ticket());
     write_tile<W>(block, call, layer, index, tile);
   }
 }

@@ -171,9 +171,8 @@ BSSN_HD const double* sums_of_split_columns(Block& block, const ForwardLayer& la
 }
 
 // One power tile: s and q of its channels, and its share of t and r.
-template <class W, class Block, class Args>
-BSSN_HD void power_tile(Block& block, const Args& args, const ForwardLayer& layer, int index, uint32_t tile) {
-  const ForwardCall& call = args.call;
+template <class W, class Block>
+BSSN_HD void power_tile(Block& block, const ForwardCall& call, const ForwardLayer& layer, int index, uint32_t tile) {
   if (layer.stage_bytes == 0) {
     power_split<W>(block, call, layer, index, tile);
     return;
@@ -181,7 +180,7 @@ BSSN_HD void power_tile(Block& block, const Args& args, const ForwardLayer& laye
   if (layer.rows == short_rows) {
     power_short<W>(block, call, layer, tile);
   } else if (layer.rows != no_rows) {
-    power_row_kind<W>(block, args, layer, tile);
+    power_row_kind<W>(block, call, layer, tile);
   } else if (layer.packed) {
     power_staged<W, kMaxPack>(block, call, layer, tile);
   } else {

@@ -7,7 +7,6 @@
 #pragma once
 
 #include "staging.h"
-#include "tickets.h"
 
 namespace bssn::cuda {
 
@@ -229,29 +228,10 @@ BSSN_HD void write_row_share(Block& block, const ForwardLayer& layer, Registers&
   });
 }
 
-// Has the weights of the block's next ticket brought into the second-level cache, as many as memory brings in the time
-// that the end of one tile and the beginning of the next take.
-template <class W, class Block, class Args>
-BSSN_HD void fetch_ahead(Block& block, const Args& args, uint32_t ticket) {
-  constexpr uint32_t kMost = 224 << 10;
-  const ForwardCall& call = args.call;
-  if (ticket >= call.end_ticket) return;
-  const Segment segment = segment_of(args.segments, call.n_segments, ticket);
-  const ForwardLayer& layer = args.layers[segment.layer()];
-  if (segment.phase() == reduce || layer.gathered) return;
-  const uint32_t elements = segment.phase() == write ? call.write_elements : uint32_t(layer.channels) * layer.row();
-  const uint32_t size = uint32_t(layer.c_out) * uint32_t(layer.row());
-  const uint32_t first = lesser((ticket - segment.first) * elements, size);
-  const uint32_t bytes = lesser(lesser(elements, size - first) * uint32_t(sizeof(W)), kMost);
-  const unsigned char* const from = static_cast<const unsigned char*>(layer.weight) + uint64_t(first) * sizeof(W);
-  block.fetch_to_l2(from, bytes);
-}
-
 // One tile. A step is kRows rows for each group of warps; `layer.stages` of them lie in shared memory at a time.
-template <class Shape, class W, class Block, class Args>
-BSSN_HD void power_rows(Block& block, const Args& args, const ForwardLayer& layer, uint32_t tile) {
+template <class Shape, class W, class Block>
+BSSN_HD void power_rows(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
   constexpr int kRows = Shape::kRows, kWarpNumbers = kRows * Shape::kNumbers * Shape::kClasses;
-  const ForwardCall& call = args.call;
   const int groups = layer.groups, stages = layer.stages, of_step = groups * kRows;
   const uint32_t first = layer.first_channel(tile), end = layer.end_channel(tile);
   const int steps = (int(end - first) + of_step - 1) / of_step;
@@ -260,34 +240,38 @@ BSSN_HD void power_rows(Block& block, const Args& args, const ForwardLayer& laye
   unsigned char* const area = block.template shared<unsigned char>(kAreaAt);
   float* const vectors = block.template shared<float>(kAreaAt + 16u * layer.vectors_at);
 
+  const bool by_engine = Block::kHasStages && !layer.gathered;
+
   typename Block::template PerThread<RowThread<Shape>> registers;
+  if (by_engine) block.open_stages();
   block.all([&](int thread) {
     // What is first written under a condition would keep its registers through the whole kernel.
     registers[thread] = RowThread<Shape>{};
     registers[thread].take_place(layer, thread);
     begin_vectors<Shape>(layer, vectors, thread);
+    block.commit_copies();
   });
   // Steps that have begun to arrive, and how many shall have: at first none where the vectors are to lie.
   int begun = 0, wanted = int(lesser(16u * layer.vectors_at / layer.stage_bytes, uint32_t(stages)));
   int begin_stage = 0, stage = -1;
   for (int n = -1;;) {  // the step whose sums lie in `parts`
-    block.all([&](int thread) {
-      int to = begin_stage;
-      BSSN_UNROLL_BY(1)
-      for (int j = begun; j < wanted; ++j) {
-        const uint32_t from = first + uint32_t(j * of_step);
-        if (j < steps) {
-          const int rows = int(lesser(end - from, uint32_t(of_step)));
-          begin_rows<W, 4>(layer, from, rows, area + uint32_t(to) * layer.stage_bytes, thread);
-        }
-        block.commit_copies();
-        to = to + 1 == stages ? 0 : to + 1;
-      }
-    });
     const bool is_late = n + 1 >= begun;  // the next step: no barrier has waited for it
-    begin_stage += wanted - begun;
-    begin_stage -= begin_stage < stages ? 0 : stages;
-    begun = wanted;
+    BSSN_UNROLL_BY(1)
+    for (; begun < wanted; ++begun) {
+      const uint32_t from = first + uint32_t(begun * of_step);
+      const int rows = begun < steps ? int(lesser(end - from, uint32_t(of_step))) : 0;
+      unsigned char* const to = area + uint32_t(begin_stage) * layer.stage_bytes;
+      if (!by_engine) {
+        block.all([&](int thread) {
+          if (rows > 0) begin_rows<W, 4>(layer, from, rows, to, thread);
+          block.commit_copies();
+        });
+      } else if (rows > 0) {
+        const W* const source = static_cast<const W*>(layer.weight) + int64_t(from) * layer.row();
+        block.begin_stage(begin_stage, to, source, uint32_t(rows * layer.row()) * uint32_t(sizeof(W)));
+      }
+      begin_stage = begin_stage + 1 == stages ? 0 : begin_stage + 1;
+    }
     const auto parts_of = [&](int warp) { return parts + ((n & 1) * (kThreads / 32) + warp) * kWarpNumbers; };
     // Calls f(row in shared memory, a) for the rows of a thread's group.
     const auto for_rows = [&](int thread, auto f) {
@@ -316,12 +300,16 @@ BSSN_HD void power_rows(Block& block, const Args& args, const ForwardLayer& laye
     }
     if (++n == steps) break;
     stage = stage + 1 == stages ? 0 : stage + 1;
-    if (n == 0 || is_late) {
-      block.each([&](int) { block.wait_for_copies(begun - n - 1); });
+    if (n == 0 || (is_late && !by_engine)) {
+      block.each([&](int) { block.wait_for_copies(by_engine ? 0 : begun - n - 1); });
     }
     if (n == 0) {
-      block.each([&](int thread) { take_vectors<Shape>(layer, vectors, registers[thread]); });
+      block.each([&](int thread) {
+        take_vectors<Shape>(layer, vectors, registers[thread]);
+        block.order_stages();
+      });
     }
+    if (by_engine) block.wait_for_stage(stage);
     block.all([&](int thread) {
       for_rows(thread, [&](const W* row, uint32_t, int a) { add_row<Shape>(layer, row, registers[thread], a); });
     });
@@ -334,11 +322,11 @@ BSSN_HD void power_rows(Block& block, const Args& args, const ForwardLayer& laye
     // Behind this barrier the sums can be read, and the next step's rows if they had begun; and if the rows are in
     // registers their place can be filled again.
     block.each([&](int) {
-      if (begun > n + 1) block.wait_for_copies(begun - n - 2);
+      if (!by_engine && begun > n + 1) block.wait_for_copies(begun - n - 2);
     });
     wanted = n + stages + (Shape::kKeepsRows ? 1 : 0);
   }
-  fetch_ahead<W>(block, args, block.next_ticket());
+  block.sync();
   if (call.update) write_row_share<Shape>(block, layer, registers, call.slot(layer, tile));
 }
 
@@ -381,23 +369,23 @@ BSSN_HD void with_row_shape(RowKind kind, F f) {
 }
 
 // One tile of any kind of rows. (A function that is given the shape's case would not be inlined.)
-template <class W, class Block, class Args>
-BSSN_HD void power_row_kind(Block& block, const Args& args, const ForwardLayer& layer, uint32_t tile) {
+template <class W, class Block>
+BSSN_HD void power_row_kind(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
   switch (RowKind(layer.rows)) {
     case rows_1:
-      return power_rows<RowShape<1, false, kRowElements>, W>(block, args, layer, tile);
+      return power_rows<RowShape<1, false, kRowElements>, W>(block, call, layer, tile);
     case rows_3:
-      return power_rows<RowShape<3, false, kRowElements>, W>(block, args, layer, tile);
+      return power_rows<RowShape<3, false, kRowElements>, W>(block, call, layer, tile);
     case rows_4:
-      return power_rows<RowShape<4, false, kRowElements>, W>(block, args, layer, tile);
+      return power_rows<RowShape<4, false, kRowElements>, W>(block, call, layer, tile);
     case rows_9:
-      return power_rows<RowShape<9, false, kRowElements>, W>(block, args, layer, tile);
+      return power_rows<RowShape<9, false, kRowElements>, W>(block, call, layer, tile);
     case rows_16:
-      return power_rows<RowShape<16, false, kRowElements>, W>(block, args, layer, tile);
+      return power_rows<RowShape<16, false, kRowElements>, W>(block, call, layer, tile);
     case rows_9_kernel_major:
-      return power_rows<RowShape<9, true, kRowElements>, W>(block, args, layer, tile);
+      return power_rows<RowShape<9, true, kRowElements>, W>(block, call, layer, tile);
     case rows_9_long:
-      return power_rows<RowShape<9, false, 2 * kRowElements>, W>(block, args, layer, tile);
+      return power_rows<RowShape<9, false, 2 * kRowElements>, W>(block, call, layer, tile);
     default:
       return;
   }

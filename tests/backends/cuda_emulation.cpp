@@ -7,6 +7,7 @@
 //   On a GPU a block may be overtaken by any number of others: what a tile reads must be what it waited for.
 #include <algorithm>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -87,8 +88,30 @@ class HostBlock {
   }
 
   void sync() {}
-  uint32_t next_ticket() { return 0; }  // no matter which: it is only looked at ahead of time
-  void fetch_to_l2(const unsigned char*, uint32_t) {}
+
+  static constexpr bool kHasStages = true;
+
+  void open_stages() {}
+  void order_stages() {}
+
+  // What is in a stage is lost once it is being filled, and what comes is there when it has been waited for, not before.
+  void begin_stage(int stage, void* to, const void* from, uint32_t bytes) {
+    if (stages_.count(stage) || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
+      failed_ = true;
+    }
+    std::memset(to, 0xff, bytes);  // NaN
+    stages_[stage] = {to, from, bytes};
+  }
+
+  void wait_for_stage(int stage) {
+    const auto begun = stages_.find(stage);
+    if (begun == stages_.end()) {
+      failed_ = true;
+    } else {
+      std::memcpy(begun->second.to, begun->second.from, begun->second.bytes);
+      stages_.erase(begun);
+    }
+  }
 
   template <class T, int N, int Classes, class Get, class Out>
   void sum_lanes(Get get, Out out) {
@@ -136,9 +159,16 @@ class HostBlock {
     failed_ = true;
   }
   Pack<float, 4> load_l2(const float* address) { return *reinterpret_cast<const Pack<float, 4>*>(address); }
-  bool failed() const { return failed_; }
+  bool failed() const { return failed_ || !stages_.empty(); }
 
  private:
+  struct Stage {
+    void* to;
+    const void* from;
+    uint32_t bytes;
+  };
+
+  std::map<int, Stage> stages_;
   unsigned char* shared_;
   bool may_wait_, begun_ = false, failed_ = false;
 };
