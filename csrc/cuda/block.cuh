@@ -10,9 +10,6 @@ extern __shared__ __align__(16) unsigned char dynamic_shared[];
 template <int Threads>
 class DeviceBlock {
  public:
-  // Of a launch whose tickets begin with this one.
-  __device__ __forceinline__ explicit DeviceBlock(uint32_t first_ticket) : first_ticket_(first_ticket) {}
-
   static constexpr int kThreads = Threads;
 
   // A thread's registers; on the CPU, an array over the threads.
@@ -140,63 +137,8 @@ class DeviceBlock {
   }
 
   __device__ __forceinline__ uint32_t hand_out_ticket() {
-    if (threadIdx.x == 0) *word() = first_ticket_ + ticket_;
+    if (threadIdx.x == 0) *word() = ticket_;
     return broadcast();
-  }
-
-  // Copies of whole stages, by the copy engine of sm_90 and later: one thread asks for them, while those of a thread's
-  // own (cp.async) hold it up as soon as memory is busy.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  static constexpr bool kHasStages = true;
-#else
-  static constexpr bool kHasStages = false;
-#endif
-
-  // Before stages are filled: what threads have written or read there before comes first. A barrier.
-  __device__ __forceinline__ void open_stages() {
-    if (!stages_open_ && threadIdx.x == 0) {
-      for (int stage = 0; stage < kMaxRowStages; ++stage) {
-        asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(arrival(stage)) : "memory");
-      }
-    }
-    stages_open_ = true;
-    order_stages();
-    __syncthreads();
-  }
-
-  // Lets the copy engine see the calling thread's accesses to shared memory, behind a barrier.
-  __device__ __forceinline__ void order_stages() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-  }
-
-  // Begins to fill a stage; addresses and size are multiples of 16 bytes.
-  __device__ __forceinline__ void begin_stage(int stage, void* to, const void* from, uint32_t bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (threadIdx.x != 0) return;
-    const uint32_t target = uint32_t(__cvta_generic_to_shared(to));
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(arrival(stage)), "r"(bytes) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-                 "l"(from), "r"(bytes), "r"(arrival(stage))
-                 : "memory");
-#endif
-  }
-
-  // Until a stage that has begun is there, for the calling thread. All threads wait for each stage, once.
-  __device__ __forceinline__ void wait_for_stage(int stage) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    const uint32_t parity = stage_parities_ >> stage & 1u;
-    uint32_t there = 0;
-    while (there == 0) {
-      asm volatile(
-          "{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-          : "=r"(there)
-          : "r"(arrival(stage)), "r"(parity)
-          : "memory");
-    }
-    stage_parities_ ^= 1u << stage;
-#endif
   }
 
   // Four numbers at a multiple of 16 bytes, past the first-level cache, for what is read once.
@@ -206,14 +148,7 @@ class DeviceBlock {
   }
 
  private:
-  const uint32_t first_ticket_;
-  uint32_t ticket_ = 0;  // thread 0's, counted from the first
-  bool stages_open_ = false;
-  uint32_t stage_parities_ = 0;  // a bit for each: of its next arrival
-
-  __device__ __forceinline__ uint32_t arrival(int stage) {
-    return uint32_t(__cvta_generic_to_shared(dynamic_shared)) + kStagesAt + 8u * uint32_t(stage);
-  }
+  uint32_t ticket_ = 0;  // thread 0's
 
   __device__ __forceinline__ uint32_t* word() { return reinterpret_cast<uint32_t*>(dynamic_shared); }
 
@@ -225,8 +160,8 @@ class DeviceBlock {
     return value;
   }
 
-  // In each round a lane gives half of its numbers to another and adds what it gets to the other half; once one is left,
-  // all of it. In the end a lane has the sums of numbers from `index` on, `count` of them.
+  // In each round a lane gives half of its numbers to another and adds what it gets to the other half; once one is
+  // left, all of it. In the end a lane has the sums of numbers from `index` on, `count` of them.
   template <class T, int N, int Offset, int Classes>
   static __device__ __forceinline__ void add_lanes(T* x, int lane, int index, int count, bool writes, T* out) {
     if constexpr (Offset >= Classes) {

@@ -57,7 +57,10 @@ BSSN_HD const double* sums_of_columns(Block& block, const ForwardCall& call, con
   const float* const slots = call.slot(layer, 0);
   float* const parts = block.template shared<float>(kLanesAt);  // [slices][elements]
   static_assert(kLanesAt + 4 * kThreads * sizeof(float) <= kResultsAt, "shared memory");
-  typename Block::template PerThread<float> totals;
+  struct Squares {
+    double t, r;
+  };
+  typename Block::template PerThread<Squares> squares;
   block.each([&](int thread) {
     const int quad = thread % quads, slice = thread / quads, x = first + 4 * quad;
     float sum[4] = {};
@@ -77,26 +80,26 @@ BSSN_HD const double* sums_of_columns(Block& block, const ForwardCall& call, con
     for (int j = 0; j < 4; ++j) parts[4 * thread + j] = sum[j];
   });
   block.each([&](int thread) {
-    const int x = first + thread;
-    if (thread >= elements || x >= size) {
-      totals[thread] = 0;
-      return;
-    }
-    float sum = 0;
-    for (int slice = 0; slice < slices; ++slice) sum += parts[slice * elements + thread];
-    totals[thread] = sum;
-    const int transposed = layer.kernel_major ? x % layer.c_in * layer.kernel + x / layer.c_in : x;
-    if (x < row) {
-      layer.snapshot[1][transposed] = sum;
-    } else {
-      layer.snapshot[2][x - row] = sum;
+    squares[thread] = {0.0, 0.0};
+    BSSN_UNROLL_BY(1)
+    for (int e = thread; e < elements && first + e < size; e += kThreads) {
+      const int x = first + e;
+      float sum = 0;
+      for (int slice = 0; slice < slices; ++slice) sum += parts[slice * elements + e];
+      const double square = double(sum) * sum;
+      if (x < row) {
+        const int transposed = layer.kernel_major ? x % layer.c_in * layer.kernel + x / layer.c_in : x;
+        layer.snapshot[1][transposed] = sum;
+        squares[thread].t += square;
+      } else {
+        layer.snapshot[2][x - row] = sum;
+        squares[thread].r += square;
+      }
     }
   });
   return block_sums<kSums>(block, [&](int thread, double* mine) {
-    const double x = totals[thread];
-    const bool is_t = first + thread < row;
-    mine[4] = is_t ? x * x : 0.0;
-    mine[5] = is_t ? 0.0 : x * x;
+    mine[4] = squares[thread].t;
+    mine[5] = squares[thread].r;
   });
 }
 

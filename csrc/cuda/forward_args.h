@@ -44,7 +44,7 @@ enum Phase : int {
   kPhases = 3
 };
 
-constexpr int kFirsts = 8 * kThreads;         // elements of s and q for a reduce tile
+constexpr int kFirsts = 8 * kThreads;          // elements of s and q for a reduce tile
 constexpr int kSplitElements = 12 * kThreads;  // of t and r, of a row that is not staged, for a reduce tile
 
 // What the write phase needs to know of a layer.
@@ -82,7 +82,7 @@ struct ForwardLayer {
   uint8_t group_shift : 4;   // 2^this threads share an output channel
   uint8_t groups : 4;        // of them in a block
   uint8_t stages : 4;
-  uint8_t slices : 4;        // threads that share an element of a reduce tile
+  uint8_t slices : 4;  // threads that share an element of a reduce tile
   uint8_t both_sides : 1;
   uint8_t packed : 1;        // staged rows begin at multiples of 16 bytes
   uint8_t kernel_major : 1;  // [o][k][i] rather than [o][i][k]

@@ -34,10 +34,6 @@ inline RowKind row_kind(const Layer& layer, int64_t elements) {
   switch (layer.kernel) {
     case 1:
       return rows_1;
-    case 3:
-      return rows_3;
-    case 4:
-      return rows_4;
     case 9:
       return rows_9;
     case 16:
@@ -201,12 +197,17 @@ inline void plan_split(const Layer& layer, int64_t total, const Device& device, 
   out.slices = uint8_t(std::clamp(kThreads / of_tile, int64_t(1), std::min(layer.c_out, kThreads / kFewestColumns)));
 }
 
-inline void plan_rows(const Layer& layer, int64_t channels, ForwardLayer& out) {
+// columns: of t and r, for a reduce tile. The fewer, the more threads share one.
+inline void plan_rows(const Layer& layer, int64_t channels, int64_t columns, ForwardLayer& out) {
   out.chunk = out.c_in;
   out.channels = int32_t(std::min(channels, layer.c_out));
   out.tiles[power] = uint32_t(divide_up(layer.c_out, out.channels));
-  out.slices = 4;
-  while (out.slices < kThreads / 32 && out.tiles[power] / out.slices > 16) out.slices *= 2;
+  constexpr int kMostSlices = kThreads / 32;
+  out.slices = 1;
+  while (out.slices < kMostSlices && out.slices < out.tiles[power] &&
+         4 * kThreads / out.slices > columns + columns / 2) {
+    out.slices *= 2;
+  }
 }
 
 // Floats that the power tiles leave for the reduce tiles.
@@ -215,9 +216,9 @@ inline int64_t shares_size(const ForwardLayer& layer, bool update) {
   return update ? int64_t(layer.tiles[power]) * layer.slot_size() : 0;
 }
 
-// Of all layers: elements, and what their power iterations take.
+// Of all layers: elements, those of t and r, and what their power iterations take.
 struct Total {
-  int64_t size;
+  int64_t size, columns;
   double work;
 };
 
@@ -235,7 +236,7 @@ inline int64_t plan_tiles(const Layer& layer, int64_t element, const Total& tota
     plan_split(layer, total.size, device, to);
     to.tiles[reduce] += call.update ? uint32_t(divide_up(layer.c_in, to.column_channels)) : 0;
   } else {
-    plan_rows(layer, round_up(channels, groups), to);
+    plan_rows(layer, round_up(channels, groups), total.columns / device.multiprocessors, to);
     to.tiles[reduce] += uint32_t(divide_up(reduced, 4 * kThreads / to.slices));
   }
   to.tiles[write] = uint32_t(divide_up(layer.size(), call.write_elements));
@@ -283,8 +284,11 @@ inline void copy_sizes(const Layer& layer, ForwardLayer& to) {
 inline Plan plan_forward(const std::vector<Layer>& layers, DType weight_type, const Device& device, bool one_launch,
                          ForwardCall& call, ForwardLayer* out, Segment* segments) {
   const int64_t element = element_size(weight_type);
-  Total total = {total_size(layers), 0};
-  for (const Layer& layer : layers) total.work += work_of(layer, pack_of(layer, element));
+  Total total = {total_size(layers), 0, 0};
+  for (const Layer& layer : layers) {
+    total.columns += layer.columns() + (layer.two_sided ? layer.c_in : 0);
+    total.work += work_of(layer, pack_of(layer, element));
+  }
   const int n = int(layers.size());
   Plan plan = {0, counter_bytes(n), 0, 0, kMinShared, {}};
   call.n_segments = n * kPhases;

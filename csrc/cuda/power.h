@@ -106,6 +106,7 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
     BSSN_UNROLL_BY(1)
     for (int stage = 0; stage == 0 || stage < ahead; ++stage) begin_copy(first + stage * groups, stage, thread);
     PowerThread<V>& my = registers[thread];
+    my = PowerThread<V>{};  // see power_rows
     my.at = Lane(layer, thread, V);
     // v_out is in the order [i][k], whatever that of the weight.
     const int between = layer.kernel_major ? kernel : 1, step = layer.stride * between;

@@ -8,8 +8,7 @@
 namespace bssn::cuda {
 
 // Shared memory, in bytes from its start.
-constexpr uint32_t kStagesAt = 16;  // before it: the block's own; from there: what tells that a stage has arrived
-constexpr uint32_t kLanesAt = kStagesAt + (kMaxRowStages + 1) / 2 * 16;  // see LaneSums
+constexpr uint32_t kLanesAt = 16;  // before it: the block's own; from there: see LaneSums
 constexpr uint32_t kPartsAt = kLanesAt + (1 + kMaxPack) * kThreads * sizeof(float);
 constexpr uint32_t kTotalsAt = kPartsAt + (kThreads / kSumParts + kThreads) * sizeof(float);
 constexpr uint32_t kResultsAt = kTotalsAt + (kThreads + kMaxGroups) * sizeof(float);

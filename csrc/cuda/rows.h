@@ -21,14 +21,14 @@ struct RowShape {
   static constexpr int kPacks = kWholeChannels ? Kernel : 1;  // of a unit
   static constexpr int kSize = 4 * kPacks;
   static constexpr int kUnits = Elements / kSize;
-  static constexpr int kChannels = kWholeChannels ? 4 : Kernel < 4 ? 4 / Kernel : 1;      // of a unit
-  static constexpr int kClasses = !kWholeChannels && Kernel > 4 ? Kernel / 4 : 1;         // units that share a channel
-  static constexpr int kPositions = Kernel / kClasses;                                    // of a unit
-  static constexpr int kNumbers = 1 + kPositions;  // of a row: s and q
+  static constexpr int kChannels = kWholeChannels ? 4 : Kernel < 4 ? 4 / Kernel : 1;  // of a unit
+  static constexpr int kClasses = !kWholeChannels && Kernel > 4 ? Kernel / 4 : 1;     // units that share a channel
+  static constexpr int kPositions = Kernel / kClasses;                                // of a unit
+  static constexpr int kNumbers = 1 + kPositions;                                     // of a row: s and q
   // Rows that lie in a lane's registers at a time: what takes long between two barriers then serves both.
   static constexpr int kRegisters = 2 * kUnits * (kSize + kChannels);
   static constexpr int kRows = kRegisters + 2 * kUnits * kSize <= 160 && 2 * kNumbers * kClasses <= 32 ? 2 : 1;
-  static constexpr bool kKeepsRows = kRegisters + kRows * kUnits * kSize <= 180;
+  static constexpr bool kKeepsRows = kRegisters + kRows * kUnits * kSize <= 176;
   static_assert(kUnits > 0 && 32 % kClasses == 0);
 
   static BSSN_HD constexpr int channel_of(int e) { return KernelMajor ? e % 4 : e / kPositions; }
@@ -186,6 +186,7 @@ BSSN_HD void write_row_share(Block& block, const ForwardLayer& layer, Registers&
   const int channels = units * Shape::kChannels;  // each as often as units share it
   float* const table = block.template shared<float>(kAreaAt);
   float* const r_table = table + groups * row;
+  block.sync();  // the rows have been read
   block.each([&](int thread) {
     const RowThread<Shape>& my = registers[thread];
     BSSN_UNROLL
@@ -240,38 +241,34 @@ BSSN_HD void power_rows(Block& block, const ForwardCall& call, const ForwardLaye
   unsigned char* const area = block.template shared<unsigned char>(kAreaAt);
   float* const vectors = block.template shared<float>(kAreaAt + 16u * layer.vectors_at);
 
-  const bool by_engine = Block::kHasStages && !layer.gathered;
-
   typename Block::template PerThread<RowThread<Shape>> registers;
-  if (by_engine) block.open_stages();
   block.all([&](int thread) {
     // What is first written under a condition would keep its registers through the whole kernel.
     registers[thread] = RowThread<Shape>{};
     registers[thread].take_place(layer, thread);
     begin_vectors<Shape>(layer, vectors, thread);
-    block.commit_copies();
   });
   // Steps that have begun to arrive, and how many shall have: at first none where the vectors are to lie.
   int begun = 0, wanted = int(lesser(16u * layer.vectors_at / layer.stage_bytes, uint32_t(stages)));
   int begin_stage = 0, stage = -1;
   for (int n = -1;;) {  // the step whose sums lie in `parts`
-    const bool is_late = n + 1 >= begun;  // the next step: no barrier has waited for it
-    BSSN_UNROLL_BY(1)
-    for (; begun < wanted; ++begun) {
-      const uint32_t from = first + uint32_t(begun * of_step);
-      const int rows = begun < steps ? int(lesser(end - from, uint32_t(of_step))) : 0;
-      unsigned char* const to = area + uint32_t(begin_stage) * layer.stage_bytes;
-      if (!by_engine) {
-        block.all([&](int thread) {
-          if (rows > 0) begin_rows<W, 4>(layer, from, rows, to, thread);
-          block.commit_copies();
-        });
-      } else if (rows > 0) {
-        const W* const source = static_cast<const W*>(layer.weight) + int64_t(from) * layer.row();
-        block.begin_stage(begin_stage, to, source, uint32_t(rows * layer.row()) * uint32_t(sizeof(W)));
+    block.all([&](int thread) {
+      int to = begin_stage;
+      BSSN_UNROLL_BY(1)
+      for (int j = begun; j < wanted; ++j) {
+        const uint32_t from = first + uint32_t(j * of_step);
+        if (j < steps) {
+          const int rows = int(lesser(end - from, uint32_t(of_step)));
+          begin_rows<W, 4>(layer, from, rows, area + uint32_t(to) * layer.stage_bytes, thread);
+        }
+        block.commit_copies();
+        to = to + 1 == stages ? 0 : to + 1;
       }
-      begin_stage = begin_stage + 1 == stages ? 0 : begin_stage + 1;
-    }
+    });
+    const bool is_late = n + 1 >= begun;  // the next step: no barrier has waited for it
+    begin_stage += wanted - begun;
+    begin_stage -= begin_stage < stages ? 0 : stages;
+    begun = wanted;
     const auto parts_of = [&](int warp) { return parts + ((n & 1) * (kThreads / 32) + warp) * kWarpNumbers; };
     // Calls f(row in shared memory, a) for the rows of a thread's group.
     const auto for_rows = [&](int thread, auto f) {
@@ -300,16 +297,12 @@ BSSN_HD void power_rows(Block& block, const ForwardCall& call, const ForwardLaye
     }
     if (++n == steps) break;
     stage = stage + 1 == stages ? 0 : stage + 1;
-    if (n == 0 || (is_late && !by_engine)) {
-      block.each([&](int) { block.wait_for_copies(by_engine ? 0 : begun - n - 1); });
+    if (n == 0 || is_late) {
+      block.each([&](int) { block.wait_for_copies(begun - n - 1); });
     }
     if (n == 0) {
-      block.each([&](int thread) {
-        take_vectors<Shape>(layer, vectors, registers[thread]);
-        block.order_stages();
-      });
+      block.each([&](int thread) { take_vectors<Shape>(layer, vectors, registers[thread]); });
     }
-    if (by_engine) block.wait_for_stage(stage);
     block.all([&](int thread) {
       for_rows(thread, [&](const W* row, uint32_t, int a) { add_row<Shape>(layer, row, registers[thread], a); });
     });
@@ -322,11 +315,10 @@ BSSN_HD void power_rows(Block& block, const ForwardCall& call, const ForwardLaye
     // Behind this barrier the sums can be read, and the next step's rows if they had begun; and if the rows are in
     // registers their place can be filled again.
     block.each([&](int) {
-      if (!by_engine && begun > n + 1) block.wait_for_copies(begun - n - 2);
+      if (begun > n + 1) block.wait_for_copies(begun - n - 2);
     });
     wanted = n + stages + (Shape::kKeepsRows ? 1 : 0);
   }
-  block.sync();
   if (call.update) write_row_share<Shape>(block, layer, registers, call.slot(layer, tile));
 }
 
@@ -334,8 +326,6 @@ BSSN_HD void power_rows(Block& block, const ForwardCall& call, const ForwardLaye
 enum RowKind : uint8_t {
   no_rows = 0,
   rows_1,
-  rows_3,
-  rows_4,
   rows_9,
   rows_16,
   rows_9_kernel_major,
@@ -351,10 +341,6 @@ BSSN_HD void with_row_shape(RowKind kind, F f) {
   switch (kind) {
     case rows_1:
       return f(RowShape<1, false, kRowElements>{});
-    case rows_3:
-      return f(RowShape<3, false, kRowElements>{});
-    case rows_4:
-      return f(RowShape<4, false, kRowElements>{});
     case rows_9:
       return f(RowShape<9, false, kRowElements>{});
     case rows_16:
@@ -374,10 +360,6 @@ BSSN_HD void power_row_kind(Block& block, const ForwardCall& call, const Forward
   switch (RowKind(layer.rows)) {
     case rows_1:
       return power_rows<RowShape<1, false, kRowElements>, W>(block, call, layer, tile);
-    case rows_3:
-      return power_rows<RowShape<3, false, kRowElements>, W>(block, call, layer, tile);
-    case rows_4:
-      return power_rows<RowShape<4, false, kRowElements>, W>(block, call, layer, tile);
     case rows_9:
       return power_rows<RowShape<9, false, kRowElements>, W>(block, call, layer, tile);
     case rows_16:

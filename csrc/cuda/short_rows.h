@@ -27,7 +27,8 @@ BSSN_HD int64_t short_scratch(int64_t rows, int64_t kernel) {
 template <class W>
 BSSN_HD float short_row(const ForwardLayer& layer, const W* row, const float* v, const float* u, float* q, int lane,
                         int lanes) {
-  const int kernel = layer.kernel, step_i = layer.kernel_major ? 1 : kernel, step_k = layer.kernel_major ? layer.c_in : 1;
+  const int kernel = layer.kernel, step_i = layer.kernel_major ? 1 : kernel,
+            step_k = layer.kernel_major ? layer.c_in : 1;
   float s = 0;
   BSSN_UNROLL_BY(1)
   for (int k = lane; k < kernel; k += lanes) {

@@ -7,7 +7,6 @@
 //   On a GPU a block may be overtaken by any number of others: what a tile reads must be what it waited for.
 #include <algorithm>
 #include <cstdlib>
-#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -89,30 +88,6 @@ class HostBlock {
 
   void sync() {}
 
-  static constexpr bool kHasStages = true;
-
-  void open_stages() {}
-  void order_stages() {}
-
-  // What is in a stage is lost once it is being filled, and what comes is there when it has been waited for, not before.
-  void begin_stage(int stage, void* to, const void* from, uint32_t bytes) {
-    if (stages_.count(stage) || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
-      failed_ = true;
-    }
-    std::memset(to, 0xff, bytes);  // NaN
-    stages_[stage] = {to, from, bytes};
-  }
-
-  void wait_for_stage(int stage) {
-    const auto begun = stages_.find(stage);
-    if (begun == stages_.end()) {
-      failed_ = true;
-    } else {
-      std::memcpy(begun->second.to, begun->second.from, begun->second.bytes);
-      stages_.erase(begun);
-    }
-  }
-
   template <class T, int N, int Classes, class Get, class Out>
   void sum_lanes(Get get, Out out) {
     for (int warp = 0; warp < Threads / 32; ++warp) {
@@ -159,16 +134,9 @@ class HostBlock {
     failed_ = true;
   }
   Pack<float, 4> load_l2(const float* address) { return *reinterpret_cast<const Pack<float, 4>*>(address); }
-  bool failed() const { return failed_ || !stages_.empty(); }
+  bool failed() const { return failed_; }
 
  private:
-  struct Stage {
-    void* to;
-    const void* from;
-    uint32_t bytes;
-  };
-
-  std::map<int, Stage> stages_;
   unsigned char* shared_;
   bool may_wait_, begun_ = false, failed_ = false;
 };
