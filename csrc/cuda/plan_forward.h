@@ -103,7 +103,7 @@ inline int64_t plan_row_shape(const Layer& layer, int64_t element, int64_t chann
     const int64_t stages = std::min({room / stage, steps, int64_t(kMaxRowStages)});
     // t, and r for each unit of each group.
     const int64_t table = int64_t(sizeof(float)) * groups * (row + std::max(layer.c_in, row / 4));
-    if (stages < std::min(steps, int64_t(3)) || std::max(table, vectors + stage) > room) continue;
+    if (stages < std::min(steps, int64_t(2)) || std::max(table, vectors + stage) > room) continue;
     const int64_t vectors_at = std::min(round_up(stages * stage, 16), (room - vectors) / 16 * 16);
     out.rows = uint8_t(plan.kind);
     out.row_warps = uint8_t(plan.warps);

@@ -2,8 +2,8 @@
 // layers that most models consist of. power.h has the formulas, and serves all other rows.
 //
 // One or more warps share a row. A lane has some of its elements, the same in each row, and with them in registers
-// those of v_out and u_in, its sums for t and r, and between s and t the row's elements themselves. So W is read once
-// from shared memory, s and q are added up by shuffles, and a step, one row for each group of warps, needs one barrier.
+// those of v_out and u_in, its sums for t and r, and mostly, between s and t, the row's elements themselves. s and q
+// are added up by shuffles, and a step, one or two rows for each group of warps, needs one barrier.
 #pragma once
 
 #include "staging.h"
@@ -322,15 +322,16 @@ BSSN_HD void power_rows(Block& block, const ForwardCall& call, const ForwardLaye
   if (call.update) write_row_share<Shape>(block, layer, registers, call.slot(layer, tile));
 }
 
-// The shapes that there are; what is not among them is power.h's.
+// How a layer's rows are taken: by power.h, by a shape of this file, or by short_rows.h. Each shape is a good part of
+// the kernel's code, so they are those that many layers have.
 enum RowKind : uint8_t {
   no_rows = 0,
   rows_1,
   rows_9,
   rows_16,
   rows_9_kernel_major,
-  rows_9_long,
-  short_rows  // see short_rows.h
+  rows_9_long,  // lanes have twice as many elements
+  short_rows
 };
 
 constexpr int kRowElements = 36;  // of a lane: four channels of 3x3

@@ -12,7 +12,7 @@ extern "C" {
 
 // Of each layer of a forward call: power tiles, their channels, bytes of a step in shared memory (0: the
 // rows are read from global memory), steps in shared memory at a time, threads that share a row, chunks of a row,
-// reduce tiles, those that add up s and q.
+// reduce tiles, those that add up s and q, how many numbers these add up, how its rows are taken.
 void plan_of(const Geometry* geometry, int n, DType weight_type, int multiprocessors, int64_t shared, int64_t* out) {
   std::vector<Layer> layers;
   for (int j = 0; j < n; ++j) {
@@ -29,10 +29,10 @@ void plan_of(const Geometry* geometry, int n, DType weight_type, int multiproces
     for (uint32_t tile = 0; tile < layer.first_tiles(); ++tile) {
       elements += int64_t(layer.firsts_of(tile).end) - layer.firsts_of(tile).first;
     }
-    const int64_t found[] = {layer.tiles[power],  layer.channels,        layer.stage_bytes,
-                             layer.stages,        layer.group_threads(), layer.chunks(),
-                             layer.tiles[reduce], layer.first_tiles(),   elements};
-    std::copy(std::begin(found), std::end(found), out + 9 * (reinterpret_cast<uintptr_t>(layer.weight) / 256));
+    const int64_t found[] = {
+        layer.tiles[power], layer.channels,      layer.stage_bytes,   layer.stages, layer.group_threads(),
+        layer.chunks(),     layer.tiles[reduce], layer.first_tiles(), elements,     layer.rows};
+    std::copy(std::begin(found), std::end(found), out + 10 * (reinterpret_cast<uintptr_t>(layer.weight) / 256));
   }
 }
 

@@ -33,6 +33,7 @@ class Plan(NamedTuple):
     reduce_tiles: int
     first_tiles: int
     firsts: int
+    rows: int
 
 
 def table(shapes, strides=None, dim=0, both=None):
@@ -73,6 +74,41 @@ def test_which_rows_are_staged(shape, dim, dtype, staged):
         assert not staged or plan.stages >= 2 or plan.power_tiles * plan.channels == shape[dim], (
             "nothing is copied ahead"
         )
+
+
+GENERAL, ROWS_1, ROWS_9, ROWS_16, ROWS_9_KERNEL_MAJOR, ROWS_9_LONG, SHORT = range(7)
+
+
+@pytest.mark.parametrize(
+    ("shape", "memory", "taken"),
+    [
+        ((128, 128, 3, 3), "contiguous", ROWS_9),
+        ((1024, 1024, 3, 3), "contiguous", ROWS_9),
+        ((128, 128, 3, 3), "channels_last", ROWS_9_KERNEL_MAJOR),
+        ((1536, 1536, 3, 3), "contiguous", ROWS_9_LONG),
+        ((256, 256, 4, 4), "contiguous", ROWS_16),
+        ((256, 256, 1, 1), "channels_last", ROWS_1),
+        ((1, 8192), "contiguous", ROWS_1),
+        ((64, 3, 3, 3), "contiguous", SHORT),
+        ((64, 3, 4, 4), "channels_last", SHORT),
+        ((512, 1, 3, 3), "contiguous", SHORT),
+        ((64, 3, 5, 5), "contiguous", SHORT),  # 75 elements: an odd number, so no two in the same bank
+        ((256, 64, 5, 5), "contiguous", GENERAL),
+        ((256, 63, 3, 3), "contiguous", GENERAL),
+        ((16, 20000), "contiguous", GENERAL),
+    ],
+)
+def test_how_rows_are_taken(shape, memory, taken):
+    weight = matrix.place(torch.empty(shape, device="meta"), memory)
+    (plan,) = plans(table((shape,), (weight.stride(),)), 1)
+    assert plan.rows == taken
+
+
+@pytest.mark.parametrize("name", ["sngan_d32", "bsn_cnn_d32"])
+def test_small_models_are_one_wave_of_tiles(name):
+    """Each multiprocessor has one, or a second one would come behind all others."""
+    shapes = shapes_of(name)
+    assert 90 <= sum(plan.power_tiles for plan in plans(table(shapes), len(shapes))) <= H200.multiprocessors
 
 
 @pytest.mark.parametrize(
