@@ -197,7 +197,7 @@ struct TableChunk {
   static constexpr int kCapacity = (kMaxArgumentBytes - 16) / int(sizeof(Planned));
   Planned* target;
   int32_t n;
-  Planned planned[kCapacity];
+  alignas(uint64_t) Planned planned[kCapacity];  // segments are aligned to half of it
 
   BSSN_HD void write(int thread, int threads) const {
     const uint64_t* const from = reinterpret_cast<const uint64_t*>(planned);

@@ -53,6 +53,8 @@ def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "emulation.so"
         flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        # An address that a GPU refuses ends the process here too.
+        flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
         subprocess.run([compiler(), *flags, f"-I{CSRC}", *SOURCES, "-o", target], check=True)
         loaded = ctypes.CDLL(str(target))
     for name, (result, arguments) in SIGNATURES.items():

@@ -1,6 +1,7 @@
 """What Triton's calls keep on the device, and what they share, in Triton's interpreter (run by test_triton.py)."""
 
 import gc
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -40,6 +41,23 @@ def test_calls_keep_no_buffers_and_need_none_of_earlier_calls(monkeypatch, made,
     assert made
     del problem
     assert not alive(made)
+
+
+def test_what_stays_is_allocated_by_a_thread_of_its_own(monkeypatch):
+    """CUDA graphs of torch.compile take what the running thread allocates, and complain about what stays of it."""
+    threads = []
+    for name in ("empty_table", "new_counters"):
+        allocate = getattr(prepared, name)
+
+        def noted(*arguments, allocate=allocate):
+            threads.append(threading.get_ident())
+            return allocate(*arguments)
+
+        monkeypatch.setattr(prepared, name, noted)
+    monkeypatch.setattr(launch, "_cache", prepared.Cache())
+    check(Problem(LAYERS[:2]))
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 def test_a_call_between_anothers_table_and_launch_changes_nothing(monkeypatch):

@@ -107,11 +107,13 @@ def flat_rows_tile(
             q_sum = fold(p_fold, b_q, step_vectors * V, k_size, COLUMNS, BO, KB, ACC)
             k = tl.arange(0, KB)[None, :]
             tl.store(scratch + (o_q + k), q_sum, mask=m_o[:, None] & (k < k_size))
-            if ITERATE:
-                tl.debug_barrier()
-                q = tl.load(scratch + (o_q + position(e, channel, k_size)[None, :]), mask=m_o[:, None], other=0)
-
         if ITERATE:
+            # t is made with the very s whose square is added up: the compiler may add another one up in another order,
+            # which is another number where s is the small rest of large products.
+            tl.debug_barrier()
+            s = tl.load(scratch + (field(row, f.SOURCE) + o), mask=m_o, other=0)
+            if TWO:
+                q = tl.load(scratch + (o_q + position(e, channel, k_size)[None, :]), mask=m_o[:, None], other=0)
             for n in range(steps):
                 start = n * step_vectors * V
                 m_e = e < tl.minimum(step_vectors, row_vectors - n * step_vectors) * V

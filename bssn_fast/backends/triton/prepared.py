@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -107,6 +108,22 @@ def _with_counters(made: Made, like: Tensor) -> Found:
     return prepared, new_counters(prepared, like) if prepared else None, others
 
 
+def _made_to_stay(make: Callable[[], Made], like: Tensor) -> Found:
+    """Make what is kept, in a thread of its own.
+
+    Where torch.compile uses CUDA graphs, it runs a function once before it captures it, and all that the running thread
+    allocates comes from the graph's memory: from there nothing may stay.
+    """
+    same = torch.cuda.stream(torch.cuda.current_stream(like.device)) if like.is_cuda else nullcontext()
+
+    def on_the_same_stream() -> Found:
+        with same:
+            return _with_counters(make(), like)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(on_the_same_stream).result()
+
+
 class Cache:
     """Programs by what they were made for, per stream: calls on different streams may overlap.
 
@@ -136,7 +153,7 @@ class Cache:
             stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
             found = self._kept.get((key, stream))
             if found is None:
-                found = _with_counters(make(), like)
+                found = _made_to_stay(make, like)
                 self._kept[(key, stream)] = found
                 while len(self._kept) > MAX_KEPT:
                     self._kept.popitem(last=False)

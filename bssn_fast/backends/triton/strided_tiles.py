@@ -89,6 +89,8 @@ def strided_rows_tile(
                 q = tl.load(scratch + o_q, mask=m_o[:, None] & m_group[None, :], other=0)  # [BO, BG BJ]
 
         if ITERATE:
+            tl.debug_barrier()
+            s = tl.load(scratch + (field(row, f.SOURCE) + o), mask=m_o, other=0)  # the same for t: see flat_tiles
             for g_start in range(0, groups, BG):
                 m_e = m_group & (g_start + g < groups)
                 p_w = weight + (o_offset[:, None] + (g_start * (group_stride * V) + offset)[None, :])
