@@ -11,7 +11,7 @@ import pytest
 from bssn_fast.backends import extension
 
 REGISTERS = {"forward": 255, "backward": 80}
-"""Of 256 threads, so that one block of the forward kernel fits on a multiprocessor, and three of the backward kernel."""
+"""Of 256 threads: one block of the forward kernel fits on a multiprocessor, and three of the backward kernel."""
 
 CODE = {"forward": 384 << 10, "backward": 48 << 10}
 """Bytes. What a launch runs comes through instruction caches of about 128 KiB; paths that no layer takes do not."""
