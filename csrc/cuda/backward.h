@@ -127,8 +127,7 @@ BSSN_HD void sum_threads(Block& block, Value value, Use use) {
   block.template sum_lanes<double, 1, 1>([&](int thread, double* x) { x[0] = value(thread); },
                                          [&](int warp) { return parts + warp; });
   block.sync();
-  block.all([&](int thread) {
-    if (thread != 0) return;
+  block.lead([&] {
     double sum = 0;
     BSSN_UNROLL
     for (int warp = 0; warp < kBackwardThreads / 32; ++warp) sum += parts[warp];

@@ -39,6 +39,12 @@ class DeviceBlock {
     f(int(threadIdx.x));
   }
 
+  // Runs f() for the thread that also publishes and arrives. No barrier.
+  template <class F>
+  __device__ __forceinline__ void lead(F f) {
+    if (threadIdx.x == 0) f();
+  }
+
   __device__ __forceinline__ void sync() { __syncthreads(); }
 
   // Adds up N numbers of each thread, given by get(thread, x), over the lanes of a warp whose numbers are equal modulo

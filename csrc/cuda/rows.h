@@ -186,7 +186,6 @@ BSSN_HD void write_row_share(Block& block, const ForwardLayer& layer, Registers&
   const int channels = units * Shape::kChannels;  // each as often as units share it
   float* const table = block.template shared<float>(kAreaAt);
   float* const r_table = table + groups * row;
-  block.sync();  // the rows have been read
   block.each([&](int thread) {
     const RowThread<Shape>& my = registers[thread];
     BSSN_UNROLL
@@ -319,6 +318,7 @@ BSSN_HD void power_rows(Block& block, const ForwardCall& call, const ForwardLaye
     });
     wanted = n + stages + (Shape::kKeepsRows ? 1 : 0);
   }
+  block.sync();  // s and q are written, for others to know it, and the rows have been read
   if (call.update) write_row_share<Shape>(block, layer, registers, call.slot(layer, tile));
 }
 

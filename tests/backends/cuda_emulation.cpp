@@ -21,7 +21,7 @@ namespace {
 
 using namespace bssn::cuda;
 
-enum Error : int { kWaited = 1, kBadType = 2, kStuck = 3, kBeyondShared = 4 };
+enum Error : int { kWaited = 1, kBadType = 2, kStuck = 3, kBeyondShared = 4, kTooSoon = 5 };
 
 // Whether a block's threads run from the last to the first.
 bool last_thread_first = false;
@@ -71,13 +71,20 @@ class HostBlock {
 
   template <class F>
   void each(F f) {
-    begun_ = true;
-    for (int thread = 0; thread < Threads; ++thread) f(last_thread_first ? Threads - 1 - thread : thread);
+    all(f);
+    sync();
   }
 
   template <class F>
   void all(F f) {
-    each(f);
+    begun_ = true;
+    behind_barrier_ = false;
+    for (int thread = 0; thread < Threads; ++thread) f(last_thread_first ? Threads - 1 - thread : thread);
+  }
+
+  template <class F>
+  void lead(F f) {
+    f();
   }
 
   // What it writes is written again if the tile has to wait.
@@ -86,7 +93,7 @@ class HostBlock {
     for (int thread = 0; thread < Threads; ++thread) f(thread);
   }
 
-  void sync() {}
+  void sync() { behind_barrier_ = true; }
 
   template <class T, int N, int Classes, class Get, class Out>
   void sum_lanes(Get get, Out out) {
@@ -126,19 +133,23 @@ class HostBlock {
 
   void commit_copies() {}
   void wait_for_copies(int) {}
-  void publish(uint32_t* counter) { ++*counter; }
-  uint32_t arrive(uint32_t* counter) { return (*counter)++; }
+  void publish(uint32_t* counter) { arrive(counter); }
+  uint32_t arrive(uint32_t* counter) {
+    if (!behind_barrier_) error_ = kTooSoon;
+    return (*counter)++;
+  }
   void wait(const uint32_t* counter, uint32_t value) {
     if (*counter >= value) return;
     if (may_wait_ && !begun_) throw Postponed{counter, value};
-    failed_ = true;
+    error_ = kWaited;
   }
   Pack<float, 4> load_l2(const float* address) { return *reinterpret_cast<const Pack<float, 4>*>(address); }
-  bool failed() const { return failed_; }
+  int error() const { return error_; }
 
  private:
   unsigned char* shared_;
-  bool may_wait_, begun_ = false, failed_ = false;
+  bool may_wait_, begun_ = false, behind_barrier_ = true;
+  int error_ = 0;
 };
 
 // A block's shared memory, and behind it some where nothing may be written.
@@ -201,7 +212,7 @@ int in_order(const Call& call, Shared& shared, Process process) {
   for (uint32_t ticket = call.first_ticket; ticket < call.end_ticket; ++ticket) {
     HostBlock<Threads> block(shared.begin(), false);
     process(block, ticket);
-    if (block.failed()) return kWaited;
+    if (block.error()) return block.error();
   }
   return 0;
 }
@@ -243,7 +254,7 @@ int in_any_order(const Call& call, Shared& shared, Process process) {
     HostBlock<Threads> block(shared.begin(), true);
     try {
       process(block, chosen->ticket);
-      if (block.failed()) return kWaited;
+      if (block.error()) return block.error();
       pending.erase(chosen);
     } catch (const Postponed& until) {
       chosen->until = until;
