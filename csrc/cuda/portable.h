@@ -183,16 +183,23 @@ BSSN_HD P load_once(const P* from) {
 // that is written only under a condition is kept alive by the compiler through the whole kernel.
 BSSN_HD uint32_t lesser(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
+// On the CPU. Tests have another in its place, which lets copies take a while.
+#ifndef BSSN_HOST_COPY
+#define BSSN_HOST_COPY(to, from, bytes) std::memcpy(to, from, bytes)
+#endif
+
 // Copies 16 bytes into shared memory; where the chip can, without waiting for them: see Block::wait_for_copies.
 BSSN_HD void copy16(void* shared, const void* global) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   const uint32_t address = uint32_t(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
-#else
+#elif defined(__CUDA_ARCH__)
   struct alignas(16) Bytes {
     uint32_t words[4];
   };
   *static_cast<Bytes*>(shared) = *static_cast<const Bytes*>(global);
+#else
+  BSSN_HOST_COPY(shared, global, 16);
 #endif
 }
 
@@ -203,6 +210,11 @@ BSSN_HD void copy_element(W* shared, const W* global) {
   if constexpr (sizeof(W) == 4) {
     const uint32_t address = uint32_t(__cvta_generic_to_shared(shared));
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(global) : "memory");
+    return;
+  }
+#elif !defined(__CUDA_ARCH__)
+  if constexpr (sizeof(W) == 4) {
+    BSSN_HOST_COPY(shared, global, 4);
     return;
   }
 #endif

@@ -41,6 +41,7 @@ ERRORS = {
     2: "bad dtype",
     3: "all tiles that are left wait",
     4: "wrote beyond the shared memory that was asked for",
+    6: "ended with copies into shared memory on their way",
     5: "told other blocks of results before a barrier: some threads may not have written theirs",
 }
 

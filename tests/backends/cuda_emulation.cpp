@@ -7,9 +7,14 @@
 //   On a GPU a block may be overtaken by any number of others: what a tile reads must be what it waited for.
 #include <algorithm>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <random>
 #include <vector>
+
+// Copies into shared memory arrive when they are waited for, not before; until then there is noise in their place.
+void begin_copy(void* to, const void* from, size_t bytes);
+#define BSSN_HOST_COPY(to, from, bytes) ::begin_copy(to, from, bytes)
 
 #include "cuda/backward.h"
 #include "cuda/forward.h"
@@ -21,7 +26,7 @@ namespace {
 
 using namespace bssn::cuda;
 
-enum Error : int { kWaited = 1, kBadType = 2, kStuck = 3, kBeyondShared = 4, kTooSoon = 5 };
+enum Error : int { kWaited = 1, kBadType = 2, kStuck = 3, kBeyondShared = 4, kTooSoon = 5, kOnTheWay = 6 };
 
 // Whether a block's threads run from the last to the first.
 bool last_thread_first = false;
@@ -42,6 +47,25 @@ void fill_with_noise(void* memory, size_t bytes, Random& random) {
     std::memcpy(static_cast<unsigned char*>(memory) + x, &value, std::min(sizeof value, bytes - x));
   }
 }
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
+// Of one thread: those it has begun, and its groups of them, as cp.async has it.
+struct Copies {
+  std::vector<Copy> begun;
+  std::deque<std::vector<Copy>> groups;
+
+  bool empty() const {
+    return begun.empty() && std::all_of(groups.begin(), groups.end(), [](const auto& group) { return group.empty(); });
+  }
+};
+
+std::vector<Copies> copies;
+size_t current_thread = 0;
 
 // A tile has to wait, and has done nothing yet.
 struct Postponed {
@@ -67,7 +91,7 @@ class HostBlock {
     std::vector<T> values_ = std::vector<T>(Threads);
   };
 
-  HostBlock(unsigned char* shared, bool may_wait) : shared_(shared), may_wait_(may_wait) {}
+  HostBlock(unsigned char* shared, bool may_wait) : shared_(shared), may_wait_(may_wait) { copies.assign(Threads, {}); }
 
   template <class F>
   void each(F f) {
@@ -79,7 +103,11 @@ class HostBlock {
   void all(F f) {
     begun_ = true;
     behind_barrier_ = false;
-    for (int thread = 0; thread < Threads; ++thread) f(last_thread_first ? Threads - 1 - thread : thread);
+    for (int j = 0; j < Threads; ++j) {
+      const int thread = last_thread_first ? Threads - 1 - j : j;
+      current_thread = size_t(thread);
+      f(thread);
+    }
   }
 
   template <class F>
@@ -131,8 +159,17 @@ class HostBlock {
     return reinterpret_cast<T*>(shared_ + offset);
   }
 
-  void commit_copies() {}
-  void wait_for_copies(int) {}
+  void commit_copies() {
+    Copies& mine = copies[current_thread];
+    mine.groups.push_back(std::move(mine.begun));
+    mine.begun.clear();
+  }
+  void wait_for_copies(int pending) {
+    std::deque<std::vector<Copy>>& groups = copies[current_thread].groups;
+    for (; groups.size() > size_t(pending); groups.pop_front()) {
+      for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+  }
   void publish(uint32_t* counter) { arrive(counter); }
   uint32_t arrive(uint32_t* counter) {
     if (!behind_barrier_) error_ = kTooSoon;
@@ -144,7 +181,10 @@ class HostBlock {
     error_ = kWaited;
   }
   Pack<float, 4> load_l2(const float* address) { return *reinterpret_cast<const Pack<float, 4>*>(address); }
-  int error() const { return error_; }
+  int error() const {
+    const bool all_there = std::all_of(copies.begin(), copies.end(), [](const Copies& one) { return one.empty(); });
+    return error_ || all_there ? error_ : kOnTheWay;
+  }
 
  private:
   unsigned char* shared_;
@@ -272,6 +312,11 @@ int work_through(const Call& call, uint32_t shared_bytes, Process process) {
 }
 
 }  // namespace
+
+void begin_copy(void* to, const void* from, size_t bytes) {
+  std::memset(to, 0xff, bytes);  // NaN
+  copies[current_thread].begun.push_back({to, from, bytes});
+}
 
 extern "C" {
 
