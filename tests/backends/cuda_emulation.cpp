@@ -7,190 +7,14 @@
 //   On a GPU a block may be overtaken by any number of others: what a tile reads must be what it waited for.
 #include <algorithm>
 #include <cstdlib>
-#include <deque>
 #include <memory>
 #include <random>
 #include <vector>
 
-// Copies into shared memory arrive when they are waited for, not before; until then there is noise in their place.
-void begin_copy(void* to, const void* from, size_t bytes);
-#define BSSN_HOST_COPY(to, from, bytes) ::begin_copy(to, from, bytes)
-
-#include "cuda/backward.h"
-#include "cuda/forward.h"
-#include "cuda/plan_backward.h"
-#include "cuda/plan_forward.h"
+#include "cuda_host_block.h"
 #include "cuda_limits.h"
 
 namespace {
-
-using namespace bssn::cuda;
-
-enum Error : int { kWaited = 1, kBadType = 2, kStuck = 3, kBeyondShared = 4, kTooSoon = 5, kOnTheWay = 6 };
-
-// Whether a block's threads run from the last to the first.
-bool last_thread_first = false;
-
-// How many have there been.
-int launches = 0;
-
-// Of the order of tickets; 0: as they are numbered.
-uint64_t order_seed = 0;
-
-using Random = std::mt19937_64;
-
-// Floats of any size, infinities and NaN among them.
-void fill_with_noise(void* memory, size_t bytes, Random& random) {
-  const uint64_t start = random(), step = random() | 1u;
-  uint64_t value = start;
-  for (size_t x = 0; x < bytes; x += sizeof value, value += step) {
-    std::memcpy(static_cast<unsigned char*>(memory) + x, &value, std::min(sizeof value, bytes - x));
-  }
-}
-
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
-};
-
-// Of one thread: those it has begun, and its groups of them, as cp.async has it.
-struct Copies {
-  std::vector<Copy> begun;
-  std::deque<std::vector<Copy>> groups;
-
-  bool empty() const {
-    return begun.empty() && std::all_of(groups.begin(), groups.end(), [](const auto& group) { return group.empty(); });
-  }
-};
-
-std::vector<Copies> copies;
-size_t current_thread = 0;
-
-// A tile has to wait, and has done nothing yet.
-struct Postponed {
-  const uint32_t* counter;
-  uint32_t value;
-};
-
-template <int Threads>
-class HostBlock {
- public:
-  static constexpr int kThreads = Threads;
-
-  template <class T>
-  class PerThread {
-   public:
-    PerThread() {
-      Random random(order_seed);
-      fill_with_noise(static_cast<void*>(values_.data()), Threads * sizeof(T), random);
-    }
-    T& operator[](int thread) { return values_[size_t(thread)]; }
-
-   private:
-    std::vector<T> values_ = std::vector<T>(Threads);
-  };
-
-  HostBlock(unsigned char* shared, bool may_wait) : shared_(shared), may_wait_(may_wait) { copies.assign(Threads, {}); }
-
-  template <class F>
-  void each(F f) {
-    all(f);
-    sync();
-  }
-
-  template <class F>
-  void all(F f) {
-    begun_ = true;
-    behind_barrier_ = false;
-    for (int j = 0; j < Threads; ++j) {
-      const int thread = last_thread_first ? Threads - 1 - j : j;
-      current_thread = size_t(thread);
-      f(thread);
-    }
-  }
-
-  template <class F>
-  void lead(F f) {
-    f();
-  }
-
-  // What it writes is written again if the tile has to wait.
-  template <class F>
-  void prepare(F f) {
-    for (int thread = 0; thread < Threads; ++thread) f(thread);
-  }
-
-  void sync() { behind_barrier_ = true; }
-
-  template <class T, int N, int Classes, class Get, class Out>
-  void sum_lanes(Get get, Out out) {
-    for (int warp = 0; warp < Threads / 32; ++warp) {
-      std::vector<T> sums(N * Classes);
-      for (int lane = 0; lane < 32; ++lane) {
-        T x[N] = {};
-        get(32 * warp + lane, x);
-        for (int j = 0; j < N; ++j) sums[size_t(lane % Classes * N + j)] += x[j];
-      }
-      std::copy(sums.begin(), sums.end(), out(warp));
-    }
-  }
-
-  template <int Rows, int Numbers, int Classes, class First, class In, class Values>
-  void sum_warps(int warps, First first_warp, In in, Values values) {
-    constexpr int kAll = Rows * Numbers;
-    for (int thread = 0; thread < Threads; ++thread) {
-      const int lane = thread % 32, first = first_warp(thread), end = std::min(first + warps, Threads / 32);
-      float* const to = values(thread);
-      std::fill_n(to, kAll + 1, 0.0f);
-      for (int w = first; w < end; ++w) {
-        for (int j = 0; j < kAll; ++j) {
-          for (int c = 0; c < (j % Numbers == 0 ? Classes : 1); ++c) {
-            to[j] += in(w)[(j % Numbers == 0 ? c : lane % Classes) * kAll + j];
-          }
-        }
-        if (lane < kAll * Classes) to[kAll] += in(w)[lane];
-      }
-    }
-  }
-
-  template <class T>
-  T* shared(uint32_t offset) {
-    return reinterpret_cast<T*>(shared_ + offset);
-  }
-
-  void commit_copies() {
-    Copies& mine = copies[current_thread];
-    mine.groups.push_back(std::move(mine.begun));
-    mine.begun.clear();
-  }
-  void wait_for_copies(int pending) {
-    std::deque<std::vector<Copy>>& groups = copies[current_thread].groups;
-    for (; groups.size() > size_t(pending); groups.pop_front()) {
-      for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
-    }
-  }
-  void publish(uint32_t* counter) { arrive(counter); }
-  uint32_t arrive(uint32_t* counter) {
-    if (!behind_barrier_) error_ = kTooSoon;
-    return (*counter)++;
-  }
-  void wait(const uint32_t* counter, uint32_t value) {
-    if (*counter >= value) return;
-    if (may_wait_ && !begun_) throw Postponed{counter, value};
-    error_ = kWaited;
-  }
-  Pack<float, 4> load_l2(const float* address) { return *reinterpret_cast<const Pack<float, 4>*>(address); }
-  int error() const {
-    const bool all_there = std::all_of(copies.begin(), copies.end(), [](const Copies& one) { return one.empty(); });
-    return error_ || all_there ? error_ : kOnTheWay;
-  }
-
- private:
-  unsigned char* shared_;
-  bool may_wait_, begun_ = false, behind_barrier_ = true;
-  int error_ = 0;
-};
 
 // A block's shared memory, and behind it some where nothing may be written.
 class Shared {
@@ -312,11 +136,6 @@ int work_through(const Call& call, uint32_t shared_bytes, Process process) {
 }
 
 }  // namespace
-
-void begin_copy(void* to, const void* from, size_t bytes) {
-  std::memset(to, 0xff, bytes);  // NaN
-  copies[current_thread].begun.push_back({to, from, bytes});
-}
 
 extern "C" {
 
