@@ -180,7 +180,7 @@ class DeviceBlock {
           x[j] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, Offset);
         }
         index += upper ? kHalf : 0;
-        count = upper ? count - kHalf : int(lesser(uint32_t(count), uint32_t(kHalf)));
+        count = upper ? (count > kHalf ? count - kHalf : 0) : (count < kHalf ? count : kHalf);
       } else {
         x[0] += __shfl_xor_sync(~0u, x[0], Offset);
         writes = writes && !upper;

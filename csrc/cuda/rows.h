@@ -54,8 +54,9 @@ struct RowThread {
   BSSN_HD void take_place(const ForwardLayer& layer, int thread) {
     const int warp = thread / 32;
     group = warp / layer.row_warps;
-    first_warp = group * layer.row_warps;
-    unit = (warp - first_warp) * Shape::kUnits * 32 + thread % 32;
+    const int first = group * layer.row_warps;
+    first_warp = first + layer.row_warps <= kThreads / 32 ? first : 0;  // warps that are left over read what is there
+    unit = (warp - first) * Shape::kUnits * 32 + thread % 32;
   }
   BSSN_HD bool leads() const { return unit < 32; }  // its row's warps
 };

@@ -17,10 +17,10 @@ BSSN_HD bool is_short(int64_t row) {
 // Threads that share a row, of a tile of so many.
 BSSN_HD int short_lanes(int rows) { return int(lesser(uint32_t(kThreads / rows), 4u)); }
 
-// Shared memory of a tile after its rows and its vectors: q of all rows, each lane's part of s, then t and r of the
-// threads.
+// Shared memory of a tile of so many rows, or fewer, after its rows and its vectors: q of all rows, each lane's part of
+// s, then t and r of the threads.
 BSSN_HD int64_t short_scratch(int64_t rows, int64_t kernel) {
-  return (rows * (kernel + short_lanes(int(rows))) + 2 * kThreads) * int64_t(sizeof(float));
+  return (rows * kernel + 3 * kThreads) * int64_t(sizeof(float));
 }
 
 // A lane's part of s, and q of every `lanes`-th kernel position, of a row.
@@ -52,7 +52,7 @@ BSSN_HD void power_short(Block& block, const ForwardCall& call, const ForwardLay
   unsigned char* const stage = block.template shared<unsigned char>(kAreaAt);
   float* const v = block.template shared<float>(kAreaAt + 16u * layer.vectors_at);
   float *const u = v + row, *const q = u + c_in, *const s = q + rows * kernel;
-  float *const t_parts = s + rows * lanes, *const r_parts = t_parts + kThreads;
+  float *const t_parts = s + kThreads, *const r_parts = t_parts + kThreads;
   const W* const staged = staged_rows<W>(layer, first, stage);
   const bool two_sided = layer.two_sided();
   block.each([&](int thread) {

@@ -31,7 +31,7 @@ class Shared {
   }
 
  private:
-  static constexpr uint32_t kBeyond = 256;
+  static constexpr uint32_t kBeyond = 4096;
   uint32_t bytes_;
   std::unique_ptr<unsigned char, decltype(&std::free)> memory_;
 };

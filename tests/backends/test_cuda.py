@@ -41,6 +41,12 @@ def test_one_launch_for_each_phase(gpu, monkeypatch, memory, n_power_iterations)
     assert all(matrix.same_bits(a, b) for a, b in zip(single.normalized, phases.normalized, strict=True))
 
 
+def test_last_tile_of_short_rows(gpu):
+    """Of 128 rows, behind one of 129: more threads share a row of it."""
+    gpu(cuda_emulated.Gpu(1, 99 * 1024))
+    matrix.check("cuda", Case(shapes=((257, 51),), dims=(0,)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_slack_bound_needs_no_look_at_the_weight_in_backward(gpu, dtype):
     matrix.check_slack("cuda", dtype)

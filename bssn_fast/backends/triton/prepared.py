@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -109,19 +109,29 @@ def _with_counters(made: Made, like: Tensor) -> Found:
 
 
 def _made_to_stay(make: Callable[[], Made], like: Tensor) -> Found:
-    """Make what is kept, in a thread of its own.
+    """Make what is kept, in a thread and on a stream of its own.
 
     Where torch.compile uses CUDA graphs, it runs a function once before it captures it, and all that the running thread
-    allocates comes from the graph's memory: from there nothing may stay.
+    (in older versions of torch: the current stream) allocates comes from the graph's memory: from there nothing may stay.
     """
-    same = torch.cuda.stream(torch.cuda.current_stream(like.device)) if like.is_cuda else nullcontext()
+    if not like.is_cuda:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(lambda: _with_counters(make(), like)).result()
+    current, other = torch.cuda.current_stream(like.device), torch.cuda.Stream(like.device)
+    other.wait_stream(current)
 
-    def on_the_same_stream() -> Found:
-        with same:
+    def on_the_other_stream() -> Found:
+        with torch.cuda.stream(other):
             return _with_counters(make(), like)
 
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(on_the_same_stream).result()
+        found = thread.submit(on_the_other_stream).result()
+    current.wait_stream(other)
+    prepared, counters, _ = found
+    for kept in (counters, prepared.segments if prepared else None):
+        if kept is not None:
+            kept.record_stream(current)
+    return found
 
 
 class Cache:
