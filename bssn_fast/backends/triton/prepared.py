@@ -111,8 +111,8 @@ def _with_counters(made: Made, like: Tensor) -> Found:
 def _made_to_stay(make: Callable[[], Made], like: Tensor) -> Found:
     """Make what is kept, in a thread and on a stream of its own.
 
-    Where torch.compile uses CUDA graphs, it runs a function once before it captures it, and all that the running thread
-    (in older versions of torch: the current stream) allocates comes from the graph's memory: from there nothing may stay.
+    Where torch.compile uses CUDA graphs, it runs a function once before it captures it. What the running thread (with
+    older versions of torch: the current stream) allocates then is the graph's memory, and of that nothing may stay.
     """
     if not like.is_cuda:
         with ThreadPoolExecutor(1) as thread:
