@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -83,14 +84,15 @@ def test_a_call_between_anothers_table_and_launch_changes_nothing(monkeypatch):
 
 
 def test_captured_graphs_keep_tables_alone(monkeypatch):
-    counters, tables = [], []
+    counters, tables, used_by = [], [], []
 
     def new_zeros(size, dtype):
         counters.append(torch.zeros(size, dtype=dtype))
         return counters[-1]
 
     def make():
-        tables.append(SimpleNamespace(single=True, program=SimpleNamespace(counters_size=4), indices=[0]))
+        program = SimpleNamespace(counters_size=4)
+        tables.append(SimpleNamespace(single=True, program=program, indices=[0], segments=torch.zeros(1)))
         return tables[-1], []
 
     def new_empty(size, dtype=torch.float32):
@@ -98,11 +100,16 @@ def test_captured_graphs_keep_tables_alone(monkeypatch):
         return counters[-1]
 
     like = SimpleNamespace(is_cuda=True, device=None, new_zeros=new_zeros, new_empty=new_empty)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1))
+    current, other = (SimpleNamespace(cuda_stream=n, wait_stream=lambda stream: None) for n in (1, 2))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: other)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: used_by.append(stream))
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     cache = prepared.Cache()
     table = cache.get("key", like, make)[0]
+    assert used_by == [current, current]  # counters and table, which came from the other stream
     capturing = True
     first, second = cache.get("key", like, make), cache.get("key", like, make)
     assert first[0] is second[0] is table
