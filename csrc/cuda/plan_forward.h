@@ -49,7 +49,6 @@ struct RowPlan {
   int64_t warps, rows;  // rows of each group at a time
 
   int64_t groups() const { return kThreads / 32 / warps; }
-  int64_t of_step() const { return groups() * rows; }
 };
 
 inline RowPlan row_plan(const Layer& layer, int pack) {

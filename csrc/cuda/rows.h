@@ -356,23 +356,10 @@ BSSN_HD void with_row_shape(RowKind kind, F f) {
   }
 }
 
-// One tile of any kind of rows. (A function that is given the shape's case would not be inlined.)
+// One tile of any kind of rows.
 template <class W, class Block>
 BSSN_HD void power_row_kind(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
-  switch (RowKind(layer.rows)) {
-    case rows_1:
-      return power_rows<RowShape<1, false, kRowElements>, W>(block, call, layer, tile);
-    case rows_9:
-      return power_rows<RowShape<9, false, kRowElements>, W>(block, call, layer, tile);
-    case rows_16:
-      return power_rows<RowShape<16, false, kRowElements>, W>(block, call, layer, tile);
-    case rows_9_kernel_major:
-      return power_rows<RowShape<9, true, kRowElements>, W>(block, call, layer, tile);
-    case rows_9_long:
-      return power_rows<RowShape<9, false, 2 * kRowElements>, W>(block, call, layer, tile);
-    default:
-      return;
-  }
+  with_row_shape(RowKind(layer.rows), [&](auto shape) { power_rows<decltype(shape), W>(block, call, layer, tile); });
 }
 
 }  // namespace bssn::cuda
