@@ -3,6 +3,11 @@
 BSSN_FAST_CUDA_LAUNCH=single runs all phases in one launch, in which tiles wait for those they build on (the default);
 BSSN_FAST_CUDA_LAUNCH=phases starts one launch per phase. With several power iterations, each is a launch of its own.
 
+BSSN_FAST_CUDA_PLAN chooses how a forward pass in one launch reads its weights. `tiles` (the default) reads them twice,
+the second time partly out of the cache. Two more wait for a GPU to say that they are faster: `clusters` gives small
+layers to a cluster of eight blocks each, on GPUs that have clusters (compute capability 9.0 and later), and `keep` has
+rows stay on the chip, as many as it has room for, from the first reading until they are written.
+
 A call with weights that the kernels do not address (fp64, 2^31 elements or more, none at all, kernel dimensions that do
 not form one stride) is computed by Triton where it works, else by the reference.
 """
@@ -26,6 +31,8 @@ from bssn_fast.layout import Batch, channels
 
 DEVICES = ("cuda",)
 
+_PLANS = {"tiles": 0, "clusters": 2, "keep": 3}
+_PHASES = 1
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -63,7 +70,7 @@ class _Table:
     def __init__(self, batch: Batch, layers: Sequence[int]) -> None:
         fields: list[int] = []
         self.addressable = True
-        self._workspace: dict[tuple[bool, torch.dtype, torch.device], int] = {}
+        self._workspace: dict[tuple[int | None, torch.dtype, torch.device], int] = {}
         for j in layers:
             shape, stride, dim = batch.shapes[j], batch.strides[j], batch.dims[j]
             both, begin = batch.two_sided[j], batch.snapshot_offsets[j]
@@ -75,14 +82,15 @@ class _Table:
         self._n = len(layers)
         self.address = self._fields.buffer_info()[0]
 
-    def workspace(self, forward: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Allocate the device memory that a call needs."""
-        key = forward, dtype, device
+    def workspace(self, way: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Allocate the device memory that a forward call of this way needs, or with None a backward call."""
+        key = way, dtype, device
         if key not in self._workspace:
-            if forward:
-                size = extension.module.cuda_forward_workspace(self.address, self._n, _DTYPES[dtype], device.index)
-            else:
+            if way is None:
                 size = extension.module.cuda_backward_workspace(self.address, self._n, device.index)
+            else:
+                kind = _DTYPES[dtype]
+                size = extension.module.cuda_forward_workspace(self.address, self._n, kind, way, device.index)
             _check(max(-size, 0), "asking for the limits", device)
             self._workspace[key] = size
         return torch.empty(self._workspace[key], dtype=torch.uint8, device=device)
@@ -123,6 +131,18 @@ def _single_launch() -> bool:
     return mode == "single"
 
 
+def _way() -> int:
+    """Return how a forward call runs: `enum class Way` of csrc/cuda/layer.h."""
+    plan = os.environ.get("BSSN_FAST_CUDA_PLAN", "tiles")
+    if plan not in _PLANS:
+        raise ValueError(f"BSSN_FAST_CUDA_PLAN must be {', '.join(map(repr, _PLANS))}, not {plan!r}")
+    if _single_launch():
+        return _PLANS[plan]
+    if plan != "tiles":
+        raise ValueError(f"BSSN_FAST_CUDA_PLAN={plan} needs BSSN_FAST_CUDA_LAUNCH=single; unset one of the two")
+    return _PHASES
+
+
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
@@ -148,7 +168,8 @@ def forward(
     places = list(map(Tensor.data_ptr, normalized)) or [0] * n
     rest = map(Tensor.data_ptr, (*vectors, *laws.gains))
     pointers = array("q", [*map(Tensor.data_ptr, weights), *places, *rest])
-    workspace = table.workspace(True, dtype, device)
+    way = _way()
+    workspace = table.workspace(way, dtype, device)
     error = extension.module.cuda_forward(
         table.address,
         n,
@@ -161,7 +182,7 @@ def forward(
         eps,
         n_power_iterations,
         workspace.data_ptr(),
-        _single_launch(),
+        way,
         device.index,
         _stream(device),
     )
@@ -189,7 +210,7 @@ def backward(
     pointers.extend([first + element * j for j in layers])
     laws = laws.part(layers)
     pointers.extend(map(Tensor.data_ptr, laws.gains))
-    workspace = table.workspace(False, dtype, device)
+    workspace = table.workspace(None, dtype, device)
     error = extension.module.cuda_backward(
         table.address,
         n,

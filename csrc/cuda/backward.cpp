@@ -28,7 +28,9 @@ int run(Args& args, BackwardLayer* planned, Segment* segments, const std::vector
   if (error != cudaSuccess) return error;
   const Kernels kernels = backward_kernels(settings.weight_type);
   return launch_phases(call, plan, [&] {
-    return int(launch_kernel(kernels, args, kBackwardThreads, kBackwardBlocks, limits, plan.shared_bytes, stream));
+    const Grid grid = grid_of(call.end_ticket - call.first_ticket, limits.multiprocessors * kBackwardBlocks,
+                              kBackwardThreads, plan.shared_bytes);
+    return int(launch_kernel(kernels, args, grid, limits, stream));
   });
 }
 

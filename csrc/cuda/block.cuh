@@ -11,6 +11,11 @@ template <int Threads>
 class DeviceBlock {
  public:
   static constexpr int kThreads = Threads;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr bool kHasClusters = false;
+#else
+  static constexpr bool kHasClusters = true;
+#endif
 
   // A thread's registers; on the CPU, an array over the threads.
   template <class T>
@@ -101,17 +106,7 @@ class DeviceBlock {
   // Until at most `pending` of the calling thread's groups are on their way.
   __device__ __forceinline__ void wait_for_copies(int pending) {
 #if __CUDA_ARCH__ >= 800
-    if (pending == 0) {
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
-    } else if (pending == 1) {
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
-    } else if (pending == 2) {
-      asm volatile("cp.async.wait_group 2;" ::: "memory");
-    } else if (pending == 3) {
-      asm volatile("cp.async.wait_group 3;" ::: "memory");
-    } else {
-      asm volatile("cp.async.wait_group 4;" ::: "memory");
-    }
+    wait_for_groups<0>(pending);
 #endif
   }
 
@@ -124,6 +119,13 @@ class DeviceBlock {
   // What others published before their arrival can be read afterwards.
   __device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
     if (threadIdx.x == 0) *word() = add_acquire_release(counter);
+    return broadcast();
+  }
+
+  // Sets a word and returns what it was before, to all threads. If another block had set it, what that one had read or
+  // written before can be read afterwards.
+  __device__ __forceinline__ uint32_t exchange(uint32_t* address, uint32_t value) {
+    if (threadIdx.x == 0) *word() = exchange_acquire_release(address, value);
     return broadcast();
   }
 
@@ -147,6 +149,33 @@ class DeviceBlock {
     return broadcast();
   }
 
+  // Of a launch in clusters: the block's, how many there are, and the block's number in its own.
+  __device__ __forceinline__ uint32_t cluster() const { return special_register<0>(); }
+  __device__ __forceinline__ uint32_t clusters() const { return special_register<1>(); }
+  __device__ __forceinline__ int rank() const { return int(special_register<2>()); }
+
+  // The cluster's barrier, in two parts: all that its blocks have written before they arrive can be read after waiting.
+  __device__ __forceinline__ void arrive_in_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+  }
+  __device__ __forceinline__ void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+  }
+
+  // Shared memory of a block of the cluster.
+  template <class T>
+  __device__ __forceinline__ const T* remote(uint32_t offset, int rank) {
+    const unsigned char* there = dynamic_shared + offset;
+#if __CUDA_ARCH__ >= 900
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(dynamic_shared + offset), "r"(rank));
+#endif
+    return reinterpret_cast<const T*>(there);
+  }
+
   // Four numbers at a multiple of 16 bytes, past the first-level cache, for what is read once.
   __device__ __forceinline__ Pack<float, 4> load_l2(const float* address) {
     const uint4 words = __ldcg(reinterpret_cast<const uint4*>(address));
@@ -164,6 +193,17 @@ class DeviceBlock {
     const uint32_t value = *word();
     __syncthreads();
     return value;
+  }
+
+  // The instruction takes a constant; a smaller one waits for more.
+  template <int N>
+  static __device__ __forceinline__ void wait_for_groups(int pending) {
+#if __CUDA_ARCH__ >= 800
+    if constexpr (N < 7) {
+      if (pending > N) return wait_for_groups<N + 1>(pending);
+    }
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
   }
 
   // In each round a lane gives half of its numbers to another and adds what it gets to the other half; once one is
@@ -199,6 +239,28 @@ class DeviceBlock {
     uint32_t before;
     asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
     return before;
+  }
+
+  static __device__ __forceinline__ uint32_t exchange_acquire_release(uint32_t* address, uint32_t value) {
+    uint32_t before;
+    asm volatile("atom.exch.acq_rel.gpu.global.b32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
+    return before;
+  }
+
+  // 0: %clusterid, 1: %nclusterid, 2: %cluster_ctarank. Without clusters each block is one.
+  template <int Which>
+  static __device__ __forceinline__ uint32_t special_register() {
+    uint32_t value = Which == 0 ? blockIdx.x : Which == 1 ? gridDim.x : 0u;
+#if __CUDA_ARCH__ >= 900
+    if constexpr (Which == 0) {
+      asm("mov.u32 %0, %%clusterid.x;" : "=r"(value));
+    } else if constexpr (Which == 1) {
+      asm("mov.u32 %0, %%nclusterid.x;" : "=r"(value));
+    } else {
+      asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(value));
+    }
+#endif
+    return value;
   }
 
   static __device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {

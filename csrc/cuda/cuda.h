@@ -14,16 +14,16 @@ namespace bssn::cuda {
 int status(int device);
 
 // Bytes of device memory, aligned to 16, that a call needs; if negative, minus an error code.
-int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int device);
+int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, Way way, int device);
 int64_t backward_workspace(const Geometry* geometry, int64_t n, int device);
 
-// Normalises n layers: puts one launch for each iteration (one_launch), or one for each phase, on the stream. For more
+// Normalises n layers: puts one launch for each iteration, or one for each phase, on the stream. For more
 // than 176 layers small launches before them write a table of layers. `pointers`: n weights, n outputs, then each
 // layer's two or four vectors, then the gains [1] of the layers that have one. iterations = 0 evaluates with the
 // vectors as they are. Returns 0 or an error code.
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, float* sigma,
             DType weight_type, DType output_type, const Law* laws, double eps, int64_t iterations, void* workspace,
-            bool one_launch, int device, void* stream);
+            Way way, int device, void* stream);
 
 // Gradients of the weights of n layers. `pointers`: n weights, n gradients, n outputs, n addresses of sigmas,
 // then the gains [1] of the layers that have one. grad_gains: as many numbers to write, in the same order.

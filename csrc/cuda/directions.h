@@ -33,8 +33,8 @@ BSSN_HD Direction direction_of(const ForwardCall& call, const double* sums, int 
   return direction(sums[2 * side], sums[4 + side], sums[2 * side + 1], call.eps, call.update);
 }
 
-// Writes the layer's sigma.
-BSSN_HD Record record_of(const ForwardCall& call, const ForwardLayer& layer, const Direction* sides) {
+// What the write phase needs to know; and the layer's sigma.
+BSSN_HD Record record_of(const ForwardLayer& layer, const Direction* sides, float& sigma_out) {
   double sigma = sides[0].sigma;
   Record record = {};
   record.factors[0] = sides[0].first_factor;
@@ -47,9 +47,8 @@ BSSN_HD Record record_of(const ForwardCall& call, const ForwardLayer& layer, con
     record.usable[1] = sides[1].usable;
   }
   const float rounded = float(sigma);
-  const float written = finite(rounded) ? rounded : float_of(0x7fc00000u);  // NaN
-  call.sigmas[layer.position] = written;
-  record.multiplier = multiplier(layer.number, layer.law, written);
+  sigma_out = finite(rounded) ? rounded : float_of(0x7fc00000u);  // NaN
+  record.multiplier = multiplier(layer.number, layer.law, sigma_out);
   return record;
 }
 

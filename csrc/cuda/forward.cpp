@@ -13,8 +13,20 @@ struct Settings {
   float* sigmas;
   double eps;
   int64_t iterations;
-  bool one_launch;
+  Way way;
 };
+
+// As many blocks as fit at a time and have something to do, in whole clusters if layers are in one.
+Grid grid_of(const ForwardCall& call, const Plan& plan, const Device& limits) {
+  const int64_t blocks = limits.multiprocessors * kForwardBlocks;
+  const uint32_t tickets = call.end_ticket - call.first_ticket;
+  Grid grid = cuda::grid_of(tickets + call.whole_layers * kCluster, blocks, kThreads, plan.shared_bytes);
+  if (call.whole_layers > 0) {
+    grid.cluster = kCluster;
+    grid.blocks = std::max(grid.blocks / kCluster, int64_t(1)) * kCluster;
+  }
+  return grid;
+}
 
 // planned, segments: the arguments' own, or what becomes the table that they point to.
 template <class Args>
@@ -25,7 +37,7 @@ int run(Args& args, ForwardLayer* planned, Segment* segments, const std::vector<
   call.eps = settings.eps;
   call.output_type = int32_t(settings.output_type);
   call.update = settings.iterations > 0;
-  const Plan plan = plan_forward(layers, settings.weight_type, limits, settings.one_launch, call, planned, segments);
+  const Plan plan = plan_forward(layers, settings.weight_type, limits, settings.way, call, planned, segments);
   set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
   if (const int error = launch_tables(args, planned, segments, int64_t(layers.size()), workspace, plan, stream)) {
     return error;
@@ -34,7 +46,7 @@ int run(Args& args, ForwardLayer* planned, Segment* segments, const std::vector<
   return launch_forward(
       call, plan, settings.iterations,
       [&] { return int(cudaMemsetAsync(call.counters, 0, size_t(plan.counter_bytes), stream)); },
-      [&] { return int(launch_kernel(kernels, args, kThreads, kForwardBlocks, limits, plan.shared_bytes, stream)); });
+      [&] { return int(launch_kernel(kernels, args, grid_of(call, plan, limits), limits, stream)); });
 }
 
 // What was compiled for a device, or for an older one from which the driver has made code.
@@ -48,15 +60,17 @@ cudaError_t limits_of(int device, Device& limits) {
   const cudaError_t error = query_device(device, limits);
   if (error != cudaSuccess) return error;
   constexpr int kKept = 64;
-  static std::atomic<int> kept[kKept];  // 0: not asked for yet
-  limits.columns = device < kKept ? kept[device].load(std::memory_order_relaxed) : 0;
-  if (limits.columns == 0) {
+  static std::atomic<int> kept[kKept];  // the code's architecture; 0: not asked for yet
+  int code = device < kKept ? kept[device].load(std::memory_order_relaxed) : 0;
+  if (code == 0) {
     cudaFuncAttributes attributes;
     const cudaError_t second = code_for(device, attributes);
     if (second != cudaSuccess) return second;
-    limits.columns = columns_of_code(attributes.ptxVersion);
-    if (device < kKept) kept[device].store(limits.columns, std::memory_order_relaxed);
+    code = attributes.ptxVersion;
+    if (device < kKept) kept[device].store(code, std::memory_order_relaxed);
   }
+  limits.columns = columns_of_code(code);
+  limits.has_clusters = clusters_in_code(code);
   return cudaSuccess;
 }
 
@@ -67,28 +81,23 @@ int status(int device) {
   return code_for(device, attributes);
 }
 
-int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int device) {
+int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, Way way, int device) {
   Device limits;
   const cudaError_t error = limits_of(device, limits);
   if (error != cudaSuccess) return -int64_t(error);
-  const std::vector<Layer> layers = layers_without_memory(geometry, n);
-  std::vector<ForwardLayer> planned(layers.size());
-  std::vector<Segment> segments(layers.size() * kPhases);
-  ForwardCall call = {};
-  call.update = true;
-  return plan_forward(layers, weight_type, limits, true, call, planned.data(), segments.data()).workspace_bytes;
+  return forward_workspace_bytes(geometry, n, weight_type, limits, way);
 }
 
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, float* sigma,
             DType weight_type, DType output_type, const Law* laws, double eps, int64_t iterations, void* workspace,
-            bool one_launch, int device, void* stream) {
+            Way way, int device, void* stream) {
   Device limits;
   const cudaError_t error = limits_of(device, limits);
   if (error != cudaSuccess) return error;
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return guard.error();
   const std::vector<Layer> layers = forward_layers(geometry, n, pointers, snapshot, sigma, laws);
-  const Settings settings = {weight_type, output_type, sigma, eps, iterations, one_launch};
+  const Settings settings = {weight_type, output_type, sigma, eps, iterations, way};
   return with_arguments<ForwardArgs, ForwardTableArgs, ForwardLayer, kPhases>(
       n, [&](auto& args, ForwardLayer* planned, Segment* segments) {
         return run(args, planned, segments, layers, settings, workspace, limits, static_cast<cudaStream_t>(stream));

@@ -6,11 +6,13 @@
 
 namespace bssn::cuda {
 
-constexpr int kForwardBlocks = 1;  // on a multiprocessor at a time
-constexpr int kThreads = 256;      // of a block; 255 registers each, so that one block fills a multiprocessor
-constexpr int kMaxPack = 4;        // neighbouring elements of a row that a thread takes at a time
-constexpr int kMaxStages = 4;      // steps of channels in shared memory at a time
-constexpr int kMaxRowStages = 6;   // the same: see rows.h
+constexpr int kForwardBlocks = 1;   // on a multiprocessor at a time
+constexpr int kThreads = 256;       // of a block; 255 registers each, so that one block fills a multiprocessor
+constexpr int kMaxPack = 4;         // neighbouring elements of a row that a thread takes at a time
+constexpr int kMaxStages = 4;       // steps of channels in shared memory at a time
+constexpr int kMaxRowStages = 6;    // the same: see rows.h
+constexpr int kMaxKeptStages = 15;  // and of rows that stay there: see keeping.h
+constexpr int kCluster = 8;         // blocks that share a whole layer: see cluster.h
 constexpr int kMaxGroups = kThreads / 32;
 constexpr int kSumParts = 16;  // partial sums that the last addition of a reduction over threads reads
 
@@ -19,6 +21,7 @@ constexpr int kSumParts = 16;  // partial sums that the last addition of a reduc
 // is what the code was compiled for, not what it runs on.
 constexpr int kFewColumns = 32, kManyColumns = 56;
 constexpr int columns_of_code(int architecture) { return architecture < 80 ? kFewColumns : kManyColumns; }
+constexpr bool clusters_in_code(int architecture) { return architecture >= 90; }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 template <int V>
 constexpr int kColumns = kFewColumns;
@@ -41,7 +44,8 @@ enum Phase : int {
   power = 0,   // some output channels: s, q, and their share of t and r
   reduce = 1,  // some elements of s and q, or of t and r, over all shares; the last tile of a layer makes its record
   write = 2,   // some elements of the normalised weight and of the vectors
-  kPhases = 3
+  kPhases = 3,
+  whole = kPhases  // a cluster has the layer to itself, and each of its blocks a power tile: see cluster.h
 };
 
 constexpr int kFirsts = 8 * kThreads;          // elements of s and q for a reduce tile
@@ -67,20 +71,34 @@ struct ForwardLayer {
   float* snapshot[4];  // the same
   LawNumber number;
   int32_t c_out, c_in, kernel;
-  int32_t stride_out, stride_in, stride_kernel;  // in elements
+  union {
+    int32_t stride_out;   // in elements
+    uint32_t reduced_by;  // the first ticket after its reduce tiles, where rows are kept
+  };
+  union {
+    int32_t stride_in;  // in elements
+    uint32_t claims;    // where the words of its power tiles are, where rows are kept: see keeping.h
+  };
+  int32_t stride_kernel;  // in elements
   uint32_t tiles[kPhases];
-  uint32_t slots;            // where its tiles' shares begin, in groups of 4 floats
-  uint32_t sums;             // where its sums of squares and products begin, in doubles
-  uint32_t stage_bytes;      // one step of channels in shared memory; 0: see power_split.h
-  int32_t channels;          // of a power tile
-  int32_t chunk;             // input channels of a power tile: all where rows are staged
-  uint32_t position;         // in the call, and of its sigma
-  uint16_t stride;           // elements of a row between neighbouring packs of one thread
+  uint32_t slots;        // where its tiles' shares begin, in groups of 4 floats; in shared memory if it is a whole
+  uint32_t sums;         // where its sums of squares and products begin, in doubles
+  uint32_t stage_bytes;  // one step of channels in shared memory; 0: see power_split.h
+  int32_t channels;      // of a power tile
+  int32_t chunk;         // input channels of a power tile: all where rows are staged
+  uint32_t position;     // in the call, and of its sigma
+  union {
+    uint16_t stride;    // in power.h: elements of a row between neighbouring packs of one thread
+    uint16_t share_at;  // in rows.h: where in shared memory the groups' t and r are added up, in pieces of 16 bytes
+  };
   uint16_t vectors_at;       // in rows.h: where in shared memory v_out and u_in come, in pieces of 16 bytes
   uint16_t column_channels;  // input channels of a reduce tile where rows are not staged
-  uint8_t q_parts;           // in which the numbers of a group's threads for one q are added up
-  uint8_t group_shift : 4;   // 2^this threads share an output channel
-  uint8_t groups : 4;        // of them in a block
+  union {
+    uint8_t q_parts;      // in power.h: in which the numbers of a group's threads for one q are added up
+    uint8_t lost_stages;  // of kept rows: the first ones, over which t and r are added up
+  };
+  uint8_t group_shift : 4;  // 2^this threads share an output channel
+  uint8_t groups : 4;       // of them in a block
   uint8_t stages : 4;
   uint8_t slices : 4;  // threads that share an element of a reduce tile
   uint8_t both_sides : 1;
@@ -89,6 +107,7 @@ struct ForwardLayer {
   uint8_t gathered : 1;      // rows are put together, as [i][k], from where their elements lie
   uint8_t pieces : 1;        // of 16 bytes, gathered rows that is
   uint8_t more_v : 1;        // rows have more elements than all GPUs have registers for, of v_out
+  uint8_t keeps : 1;         // the last rows of a power tile stay in shared memory until they are written
   uint8_t law;               // LawKind
   uint8_t rows : 4;          // RowKind; 0: power.h
   uint8_t row_warps : 4;     // that share a row, in rows.h
@@ -121,6 +140,11 @@ struct ForwardLayer {
 
 constexpr int kSums = 6;  // of each reduce tile: s s, u_out s, q q, v_in q, t t, r r
 
+// A thread's part of them.
+struct ThreadSums {
+  double x[kSums];
+};
+
 struct ForwardCall {
   uint32_t* counters;  // tickets taken [kPhases + 1], then for each layer: see Counter
   Record* records;
@@ -131,10 +155,14 @@ struct ForwardCall {
   int32_t n_segments;
   int32_t output_type;                // DType
   uint32_t write_elements;            // of a write tile
+  uint32_t whole_layers;              // the first segments, of a ticket each, which no block has to take
   uint32_t first_ticket, end_ticket;  // of this launch
   uint32_t ticket_counter;            // which of the launch
   bool update;                        // a power iteration; else evaluation
   bool write_output;                  // false in all but the last of several iterations
+
+  // Whether a layer's normalised weight is wanted.
+  BSSN_HD bool writes(const ForwardLayer& layer) const { return write_output && layer.output != nullptr; }
 
   BSSN_HD float* slot(const ForwardLayer& layer, uint32_t power_tile) const {
     return slots + 4 * uint64_t(layer.slots) + uint64_t(power_tile) * layer.slot_size();

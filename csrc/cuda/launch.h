@@ -80,20 +80,38 @@ int launch_tables(Args& args, const Planned* planned, const Segment* segments, i
   return 0;
 }
 
+// Of a launch: blocks, threads of each, blocks of a cluster, bytes of shared memory of a block.
+struct Grid {
+  int64_t blocks, threads, cluster;
+  uint32_t shared_bytes;
+};
+
 // As many blocks as fit at a time, if there are tickets for them.
+inline Grid grid_of(uint32_t tickets, int64_t blocks, int64_t threads, uint32_t shared_bytes) {
+  return {std::min(int64_t(tickets), blocks), threads, 1, shared_bytes};
+}
+
 template <class Args>
-cudaError_t launch_kernel(const Kernels& kernels, Args& args, int threads, int blocks_each, const Device& limits,
-                          uint32_t shared_bytes, cudaStream_t stream) {
+cudaError_t launch_kernel(const Kernels& kernels, Args& args, const Grid& grid, const Device& limits,
+                          cudaStream_t stream) {
   const void* const kernel = std::is_pointer_v<decltype(args.layers)> ? kernels.table
                              : sizeof(Args) <= 4096                   ? kernels.small
                                                                       : kernels.by_value;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(limits.shared_bytes));
   if (error != cudaSuccess) return error;
-  const uint32_t tickets = args.call.end_ticket - args.call.first_ticket;
-  const uint32_t blocks = std::min(tickets, uint32_t(limits.multiprocessors * blocks_each));
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {unsigned(grid.cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(grid.blocks));
+  config.blockDim = dim3(unsigned(grid.threads));
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = grid.cluster > 1 ? 1 : 0;
   void* arguments[] = {&args};
-  return cudaLaunchKernel(kernel, dim3(blocks), dim3(uint32_t(threads)), arguments, shared_bytes, stream);
+  return cudaLaunchKernelExC(&config, kernel, arguments);
 }
 
 }  // namespace bssn::cuda

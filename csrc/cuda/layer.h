@@ -9,6 +9,14 @@ namespace bssn::cuda {
 
 enum class DType : int64_t { f32 = 0, bf16 = 1, f16 = 2 };
 
+// How a call runs. All but `phases` are one launch; where a device has no clusters, `clusters` is `tiles`.
+enum class Way : int64_t {
+  tiles = 0,     // blocks take tiles
+  phases = 1,    // the same, with a launch for each phase
+  clusters = 2,  // a cluster of blocks has a small layer to itself: see cluster.h
+  keep = 3,      // rows stay in shared memory between the power iteration and the write: see keeping.h
+};
+
 // A weight is read as W[o, i, k]: output channel, input channel, kernel position. It is dense and has less than 2^31
 // elements.
 struct Geometry {

@@ -1,6 +1,9 @@
 // In which order a backward call's tiles are handed out.
 #pragma once
 
+#include <limits>
+#include <queue>
+
 #include "backward_args.h"
 #include "plan.h"
 

@@ -2,11 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
-#include <functional>
-#include <limits>
-#include <queue>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -25,6 +20,7 @@ struct Device {
   int multiprocessors;
   int64_t shared_bytes;  // that one block can have
   int columns;           // see kColumns: of packs, in the code that runs there
+  bool has_clusters;     // so do both
 };
 
 struct Plan {
@@ -33,12 +29,13 @@ struct Plan {
   int64_t table_at;       // in the workspace: the layers, then the segments
   int64_t segments_at;
   uint32_t shared_bytes;
-  std::vector<uint32_t> phase_first;  // where the phases begin if each has a launch, and where the last one ends
+  std::vector<uint32_t> phase_first;  // the first ticket of each launch, and where the last one ends
 };
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-inline int64_t counter_bytes(int n) { return round_up((kPhases + 1 + n * kCounters) * int64_t(sizeof(uint32_t)), 16); }
+inline int64_t counter_words(int64_t n) { return kPhases + 1 + n * kCounters; }
+inline int64_t counter_bytes(int64_t words) { return round_up(words * int64_t(sizeof(uint32_t)), 16); }
 inline int64_t element_size(DType type) { return type == DType::f32 ? 4 : 2; }
 
 inline int64_t total_size(const std::vector<Layer>& layers) {
@@ -136,58 +133,6 @@ void plan_table(Plan& plan, int64_t n, int64_t n_segments) {
   plan.table_at = round_up(plan.workspace_bytes, 16);
   plan.segments_at = plan.table_at + n * int64_t(sizeof(Planned));
   if (n > kMaxByValue) plan.workspace_bytes = plan.segments_at + n_segments * int64_t(sizeof(Segment));
-}
-
-// What a layer has in one phase: tiles, and how much memory each of them moves, in any unit.
-struct Stage {
-  uint32_t tiles;
-  double work;
-};
-
-// Puts the segments of all layers in order and hands out the tickets. stages[layer][phase].
-//
-// In one launch a layer's next phase follows the one before at such a distance that the last tiles of that one will
-// have been finished, while all blocks together move `lag` times what they move during one of these tiles. No sooner,
-// or blocks would wait; no later, or the weights would have left the cache. One launch for each phase: phase by phase.
-template <size_t Phases>
-std::vector<uint32_t> order_segments(const std::vector<std::array<Stage, Phases>>& stages, bool one_launch, int blocks,
-                                     Segment* out) {
-  struct Due {
-    double position;
-    uint32_t phase, layer;
-    bool operator>(const Due& other) const {
-      return std::tie(position, phase, layer) > std::tie(other.position, other.phase, other.layer);
-    }
-  };
-  constexpr double kLag = 1.5;
-  std::priority_queue<Due, std::vector<Due>, std::greater<Due>> due;
-  std::vector<uint32_t> phase_first;
-  uint32_t ticket = 0;
-  double position = 0;
-  const auto emit = [&](uint32_t layer, uint32_t phase) {
-    const Stage& stage = stages[layer][phase];
-    *out++ = Segment::of(ticket, layer, phase);
-    ticket += stage.tiles;
-    position += stage.tiles * stage.work;
-    if (one_launch && phase + 1 < Phases) due.push({position + kLag * blocks * stage.work, phase + 1, layer});
-  };
-  const auto emit_due = [&](double until) {
-    while (!due.empty() && due.top().position <= until) {
-      const Due next = due.top();
-      due.pop();
-      emit(next.layer, next.phase);
-    }
-  };
-  for (uint32_t phase = 0; phase < (one_launch ? 1u : uint32_t(Phases)); ++phase) {
-    phase_first.push_back(ticket);
-    for (uint32_t layer = 0; layer < stages.size(); ++layer) {
-      emit(layer, phase);
-      emit_due(position);
-    }
-  }
-  emit_due(std::numeric_limits<double>::infinity());
-  phase_first.push_back(ticket);
-  return phase_first;
 }
 
 // A part of the table of layers or segments on its way to the device: the argument of a kernel that writes it there. As

@@ -75,7 +75,7 @@ inline Plan plan_backward(const std::vector<Layer>& layers, const Device& device
                           BackwardLayer* out, Segment* segments) {
   const int64_t total = total_size(layers);
   const int n = int(layers.size());
-  Plan plan = {0, counter_bytes(n), 0, 0, kBackwardShared, {}};
+  Plan plan = {0, counter_bytes(counter_words(n)), 0, 0, kBackwardShared, {}};
   call.dot_elements = flat_tile(total, device, kDotTile);
   call.write_elements = flat_tile(total, device, kGradientTile);
   uint32_t tiles = 0;

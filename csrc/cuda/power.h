@@ -86,7 +86,8 @@ BSSN_HD void write_share(Block& block, const ForwardLayer& layer, Registers& reg
 // For rows that fit into shared memory: W is read once. A step is one row for each group; its copy into shared memory
 // begins while earlier steps are worked on.
 template <class W, int V, class Block>
-BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
+BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile,
+                          float* slot) {
   const int groups = layer.groups, row = layer.row(), kernel = layer.kernel, ahead = layer.stages - 1;
   const uint32_t end = layer.end_channel(tile), first = layer.first_channel(tile);
   const LaneSums sums(block);
@@ -222,7 +223,7 @@ BSSN_HD void power_staged(Block& block, const ForwardCall& call, const ForwardLa
     }
     stage = stage == ahead ? 0 : stage + 1;
   }
-  if (call.update) write_share<V>(block, layer, registers, call.slot(layer, tile));
+  if (call.update) write_share<V>(block, layer, registers, slot);
 }
 
 }  // namespace bssn::cuda

@@ -7,8 +7,6 @@
 #pragma once
 
 #include "power.h"
-#include "rows.h"
-#include "short_rows.h"
 
 namespace bssn::cuda {
 
@@ -154,39 +152,21 @@ BSSN_HD void split_columns(Block& block, const ForwardLayer& layer, int begin, i
   }
 }
 
-// The same, and their squares.
-template <class W, class Block>
-BSSN_HD const double* sums_of_split_columns(Block& block, const ForwardLayer& layer, uint32_t tile) {
+// The same, and to `sums` their squares.
+template <class W, class Block, class Sums>
+BSSN_HD void sum_split_columns(Block& block, const ForwardLayer& layer, uint32_t tile, Sums& sums) {
   const int begin = int(tile) * layer.column_channels, left = layer.c_in - begin;
   const int channels = left < layer.column_channels ? left : layer.column_channels;
   split_columns<W>(block, layer, begin, channels);
-  return block_sums<kSums>(block, [&](int thread, double* sums) {
+  block.all([&](int thread) {
+    double *const t = sums[thread].x + 4, *const r = t + 1;
     const float* const t_all = layer.snapshot[1] + int64_t(begin) * layer.kernel;
     const uint32_t elements = uint32_t(channels) * uint32_t(layer.kernel);
-    for (uint32_t x = uint32_t(thread); x < elements; x += kThreads) sums[4] += double(t_all[x]) * t_all[x];
+    for (uint32_t x = uint32_t(thread); x < elements; x += kThreads) *t += double(t_all[x]) * t_all[x];
     if (!layer.two_sided()) return;
     const float* const r_all = layer.snapshot[2] + begin;
-    for (int i = thread; i < channels; i += kThreads) sums[5] += double(r_all[i]) * r_all[i];
+    for (int i = thread; i < channels; i += kThreads) *r += double(r_all[i]) * r_all[i];
   });
-}
-
-// One power tile: s and q of its channels, and its share of t and r.
-template <class W, class Block>
-BSSN_HD void power_tile(Block& block, const ForwardCall& call, const ForwardLayer& layer, int index, uint32_t tile) {
-  if (layer.stage_bytes == 0) {
-    power_split<W>(block, call, layer, index, tile);
-    return;
-  }
-  if (layer.rows == short_rows) {
-    power_short<W>(block, call, layer, tile);
-  } else if (layer.rows != no_rows) {
-    power_row_kind<W>(block, call, layer, tile);
-  } else if (layer.packed) {
-    power_staged<W, kMaxPack>(block, call, layer, tile);
-  } else {
-    power_staged<W, 1>(block, call, layer, tile);
-  }
-  block.publish(counter_of(call.counters, index, power_done));
 }
 
 }  // namespace bssn::cuda

@@ -13,6 +13,7 @@ constexpr uint32_t kPartsAt = kLanesAt + (1 + kMaxPack) * kThreads * sizeof(floa
 constexpr uint32_t kTotalsAt = kPartsAt + (kThreads / kSumParts + kThreads) * sizeof(float);
 constexpr uint32_t kResultsAt = kTotalsAt + (kThreads + kMaxGroups) * sizeof(float);
 constexpr int kMaxSums = 6;
+constexpr uint32_t kSumsAt = kResultsAt + kMaxSums * kSumParts * sizeof(double);        // results of block_sums
 constexpr uint32_t kAreaAt = kResultsAt + kMaxSums * (kSumParts + 1) * sizeof(double);  // stages, scratch
 constexpr uint32_t kMinShared = kAreaAt + 2 * kSplitElements * sizeof(float);
 static_assert(kResultsAt % 16 == 0 && kAreaAt % 16 == 0, "doubles, and copies of 16 bytes");
@@ -24,7 +25,7 @@ BSSN_HD const double* block_sums(Block& block, Get get) {
   constexpr int kWarps = Block::kThreads / 32;
   static_assert(N <= kMaxSums && kWarps <= kSumParts, "shared memory");
   double* const parts = block.template shared<double>(kResultsAt);  // of the warps
-  double* const results = parts + kMaxSums * kSumParts;
+  double* const results = block.template shared<double>(kSumsAt);
   block.template sum_lanes<double, N, 1>(get, [&](int warp) { return parts + warp * N; });
   block.sync();
   block.each([&](int thread) {

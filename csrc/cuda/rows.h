@@ -180,12 +180,14 @@ BSSN_HD void write_sums(const ForwardLayer& layer, uint32_t o, uint32_t end, con
   }
 }
 
-// Adds the groups' t and r up in shared memory, and writes the tile's share.
+// Adds the groups' t and r up in shared memory, and writes the tile's share. Where rows are kept there, a single group
+// writes its own at once.
 template <class Shape, class Block, class Registers>
 BSSN_HD void write_row_share(Block& block, const ForwardLayer& layer, Registers& registers, float* slot) {
   const int row = layer.row(), groups = layer.groups, units = Shape::units(layer);
   const int channels = units * Shape::kChannels;  // each as often as units share it
-  float* const table = block.template shared<float>(kAreaAt);
+  const bool is_share = layer.keeps && groups == 1 && Shape::kClasses == 1;
+  float* const table = is_share ? slot : block.template shared<float>(kAreaAt + 16u * layer.share_at);
   float* const r_table = table + groups * row;
   block.each([&](int thread) {
     const RowThread<Shape>& my = registers[thread];
@@ -197,12 +199,14 @@ BSSN_HD void write_row_share(Block& block, const ForwardLayer& layer, Registers&
       for (int p = 0; p < Shape::kPacks; ++p) {
         store_pack<4>(my.t + j * Shape::kSize + 4 * p, table + my.group * row + Shape::offset(layer, unit, p));
       }
+      if (!layer.two_sided()) continue;
       BSSN_UNROLL
       for (int c = 0; c < Shape::kChannels; ++c) {
         r_table[my.group * channels + unit * Shape::kChannels + c] = my.r[j * Shape::kChannels + c];
       }
     }
   });
+  if (is_share) return;
   block.each([&](int thread) {
     BSSN_UNROLL_BY(1)
     for (int x = 4 * thread; x < row; x += 4 * kThreads) {
@@ -229,9 +233,10 @@ BSSN_HD void write_row_share(Block& block, const ForwardLayer& layer, Registers&
   });
 }
 
-// One tile. A step is kRows rows for each group of warps; `layer.stages` of them lie in shared memory at a time.
+// One tile, whose share goes to `slot`. A step is kRows rows for each group of warps; `layer.stages` of them lie in
+// shared memory at a time.
 template <class Shape, class W, class Block>
-BSSN_HD void power_rows(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
+BSSN_HD void power_rows(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile, float* slot) {
   constexpr int kRows = Shape::kRows, kWarpNumbers = kRows * Shape::kNumbers * Shape::kClasses;
   const int groups = layer.groups, stages = layer.stages, of_step = groups * kRows;
   const uint32_t first = layer.first_channel(tile), end = layer.end_channel(tile);
@@ -320,7 +325,7 @@ BSSN_HD void power_rows(Block& block, const ForwardCall& call, const ForwardLaye
     wanted = n + stages + (Shape::kKeepsRows ? 1 : 0);
   }
   block.sync();  // s and q are written, for others to know it, and the rows have been read
-  if (call.update) write_row_share<Shape>(block, layer, registers, call.slot(layer, tile));
+  if (call.update) write_row_share<Shape>(block, layer, registers, slot);
 }
 
 // How a layer's rows are taken: by power.h, by a shape of this file, or by short_rows.h. Each shape is a good part of
@@ -358,8 +363,10 @@ BSSN_HD void with_row_shape(RowKind kind, F f) {
 
 // One tile of any kind of rows.
 template <class W, class Block>
-BSSN_HD void power_row_kind(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
-  with_row_shape(RowKind(layer.rows), [&](auto shape) { power_rows<decltype(shape), W>(block, call, layer, tile); });
+BSSN_HD void power_row_kind(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile,
+                            float* slot) {
+  with_row_shape(RowKind(layer.rows),
+                 [&](auto shape) { power_rows<decltype(shape), W>(block, call, layer, tile, slot); });
 }
 
 }  // namespace bssn::cuda

@@ -45,7 +45,7 @@ BSSN_HD float short_row(const ForwardLayer& layer, const W* row, const float* v,
 }
 
 template <class W, class Block>
-BSSN_HD void power_short(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
+BSSN_HD void power_short(Block& block, const ForwardCall& call, const ForwardLayer& layer, uint32_t tile, float* slot) {
   const uint32_t first = layer.first_channel(tile);
   const int rows = int(layer.end_channel(tile) - first), row = layer.row(), kernel = layer.kernel, c_in = layer.c_in;
   const int lanes = short_lanes(rows);
@@ -92,7 +92,6 @@ BSSN_HD void power_short(Block& block, const ForwardCall& call, const ForwardLay
     t_parts[thread] = t;
     r_parts[thread] = r;
   });
-  float* const slot = call.slot(layer, tile);
   block.each([&](int thread) {
     if (thread >= row) return;
     float t = 0, r = 0;

@@ -19,19 +19,20 @@ SOURCES = (HERE / "cuda_emulation.cpp", HERE / "cuda_plans.cpp")
 I32, I64, REAL, ADDRESS, BOOL = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_bool
 DEVICE = (I32, I64)
 SIGNATURES = {
-    "forward_workspace": (I64, (ADDRESS, I64, I64, *DEVICE)),
+    "forward_workspace": (I64, (ADDRESS, I64, I64, I64, *DEVICE)),
     "backward_workspace": (I64, (ADDRESS, I64, *DEVICE)),
     "forward": (
         I32,
-        (ADDRESS, I64, ADDRESS, ADDRESS, ADDRESS, I64, I64, ADDRESS, REAL, I64, ADDRESS, BOOL, *DEVICE),
+        (ADDRESS, I64, ADDRESS, ADDRESS, ADDRESS, I64, I64, ADDRESS, REAL, I64, ADDRESS, I64, *DEVICE),
     ),
     "backward": (I32, (ADDRESS, I64, ADDRESS, ADDRESS, I64, I64, ADDRESS, ADDRESS, ADDRESS, BOOL, *DEVICE)),
     "set_last_thread_first": (None, (BOOL,)),
     "set_order": (None, (ctypes.c_uint64,)),
     "count_launches": (I32, ()),
+    "count_claims": (I32, (I32, I32)),
     "divide": (ctypes.c_uint32, (ctypes.c_uint32, I64)),
-    "plan_of": (None, (ADDRESS, I32, I64, *DEVICE, ADDRESS)),
-    "order_of": (None, (ADDRESS, I32, I64, *DEVICE, ADDRESS)),
+    "plan_of": (None, (ADDRESS, I32, I64, I64, *DEVICE, ADDRESS)),
+    "order_of": (I32, (ADDRESS, I32, I64, I64, *DEVICE, ADDRESS)),
     "backward_plan_of": (I32, (ADDRESS, I32, *DEVICE, ADDRESS)),
 }
 
@@ -41,8 +42,10 @@ ERRORS = {
     2: "bad dtype",
     3: "all tiles that are left wait",
     4: "wrote beyond the shared memory that was asked for",
-    6: "ended with copies into shared memory on their way",
     5: "told other blocks of results before a barrier: some threads may not have written theirs",
+    6: "ended with copies into shared memory on their way",
+    7: "read the shared memory of a block that has ended",
+    8: "arrived at the cluster's barrier twice, or waited without having arrived",
 }
 
 
@@ -54,7 +57,8 @@ def compiler() -> str | None:
 def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "emulation.so"
-        flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
+        flags += ["-shared", "-fPIC", "-pthread"]
         # An address that a GPU refuses ends the process here too.
         flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
         subprocess.run([compiler(), *flags, f"-I{CSRC}", *SOURCES, "-o", target], check=True)
@@ -85,8 +89,8 @@ class Gpu:
     def limits(self) -> tuple[int, int]:
         return self.multiprocessors, self.shared_bytes
 
-    def cuda_forward_workspace(self, geometry: int, n: int, dtype: int, device: int | None) -> int:
-        return library().forward_workspace(geometry, n, dtype, *self.limits)
+    def cuda_forward_workspace(self, geometry: int, n: int, dtype: int, way: int, device: int | None) -> int:
+        return library().forward_workspace(geometry, n, dtype, way, *self.limits)
 
     def cuda_backward_workspace(self, geometry: int, n: int, device: int | None) -> int:
         return library().backward_workspace(geometry, n, *self.limits)

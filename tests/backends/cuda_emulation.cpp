@@ -1,10 +1,14 @@
 // The CUDA kernels on the CPU: the same tile functions, one block after another, each block's threads as loops between
-// barriers. Tickets run in one of two ways:
+// barriers. Tiles' tickets run in one of two ways:
 //
 // - In their order. Waiting for something that is not there yet is an error, as this order is what keeps the kernels
 //   from hanging.
 // - In any order that the waits allow, drawn from a seed, with noise in shared memory and registers before each tile.
 //   On a GPU a block may be overtaken by any number of others: what a tile reads must be what it waited for.
+//
+// Where a block keeps something from tile to tile, or a cluster meets at its barrier, whole blocks run: a single one
+// (or cluster) which then must never wait in vain, or several, and who goes on whenever one could is drawn from the
+// seed.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -15,26 +19,6 @@
 #include "cuda_limits.h"
 
 namespace {
-
-// A block's shared memory, and behind it some where nothing may be written.
-class Shared {
- public:
-  explicit Shared(uint32_t bytes)
-      : bytes_(uint32_t(round_up(bytes, 16))),
-        memory_(static_cast<unsigned char*>(std::aligned_alloc(16, bytes_ + kBeyond)), &std::free) {
-    std::memset(memory_.get(), 0xff, bytes_ + kBeyond);  // NaN
-  }
-  unsigned char* begin() { return memory_.get(); }
-  void scramble(Random& random) { fill_with_noise(memory_.get(), bytes_, random); }
-  bool is_intact() const {
-    return std::all_of(memory_.get() + bytes_, memory_.get() + bytes_ + kBeyond, [](int x) { return x == 0xff; });
-  }
-
- private:
-  static constexpr uint32_t kBeyond = 4096;
-  uint32_t bytes_;
-  std::unique_ptr<unsigned char, decltype(&std::free)> memory_;
-};
 
 // Calls f with a zero of the weights' element type.
 template <class F>
@@ -135,6 +119,26 @@ int work_through(const Call& call, uint32_t shared_bytes, Process process) {
   return error ? error : shared.is_intact() ? 0 : kBeyondShared;
 }
 
+// As many blocks of a forward launch as the seed says, in whole clusters.
+template <class W, class Args>
+int run_blocks(const Args& args, uint32_t shared_bytes, int multiprocessors) {
+  const int cluster = args.call.whole_layers > 0 ? kCluster : 1;
+  const int most = std::max(std::min(multiprocessors, 24) / cluster, 1);
+  Random random(order_seed);
+  Launch launch(cluster * (order_seed ? int(random() % uint64_t(most)) + 1 : 1), cluster, shared_bytes, order_seed);
+  int error = 0;
+  const bool ends = launch.machine.run([&](int number) {
+    HostBlock<kThreads> block(launch, number);
+    run_block<W>(block, args);
+    if (!error) error = block.error();
+  });
+  if (error) return error;
+  if (!ends) return kStuck;
+  const bool intact =
+      std::all_of(launch.shared.begin(), launch.shared.end(), [](auto& one) { return one.is_intact(); });
+  return intact ? 0 : kBeyondShared;
+}
+
 }  // namespace
 
 extern "C" {
@@ -145,17 +149,14 @@ void set_order(uint64_t seed) { order_seed = seed; }
 
 int count_launches() { return launches; }
 
+int count_claims(int before, int after) { return claims_met[size_t(before)][size_t(after)]; }
+
 uint32_t divide(uint32_t x, int64_t by) { return divisor(by)(x); }
 
 // Everything as in csrc/cuda/cuda.h, but for the device, given by its limits.
-int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, int multiprocessors, int64_t shared) {
-  const std::vector<Layer> layers = layers_without_memory(geometry, n);
-  std::vector<ForwardLayer> planned(layers.size());
-  std::vector<Segment> segments(layers.size() * kPhases);
-  ForwardCall call = {};
-  call.update = true;
-  const Device device = device_of(multiprocessors, shared);
-  return plan_forward(layers, weight_type, device, true, call, planned.data(), segments.data()).workspace_bytes;
+int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, Way way, int multiprocessors,
+                          int64_t shared) {
+  return forward_workspace_bytes(geometry, n, weight_type, device_of(multiprocessors, shared), way);
 }
 
 int64_t backward_workspace(const Geometry* geometry, int64_t n, int multiprocessors, int64_t shared) {
@@ -169,7 +170,7 @@ int64_t backward_workspace(const Geometry* geometry, int64_t n, int multiprocess
 
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, float* sigma,
             DType weight_type, DType output_type, const bssn::Law* laws, double eps, int64_t iterations,
-            void* workspace, bool one_launch, int multiprocessors, int64_t shared) {
+            void* workspace, Way way, int multiprocessors, int64_t shared) {
   const std::vector<Layer> layers = forward_layers(geometry, n, pointers, snapshot, sigma, laws);
   std::vector<ForwardLayer> planned(layers.size());
   std::vector<Segment> segments(layers.size() * kPhases);
@@ -180,7 +181,7 @@ int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* s
   call.output_type = int32_t(output_type);
   call.update = iterations > 0;
   const Device device = device_of(multiprocessors, shared);
-  const Plan plan = plan_forward(layers, weight_type, device, one_launch, call, planned.data(), segments.data());
+  const Plan plan = plan_forward(layers, weight_type, device, way, call, planned.data(), segments.data());
   set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
   set_table(args, planned, segments, workspace, plan);
   const auto reset = [&] {
@@ -190,6 +191,9 @@ int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* s
   return launch_forward(call, plan, iterations, reset, [&] {
     ++launches;
     return with_weight_type(weight_type, [&](auto element) {
+      if (way == Way::keep || call.whole_layers > 0) {
+        return run_blocks<decltype(element)>(args, plan.shared_bytes, multiprocessors);
+      }
       return work_through<kThreads>(call, plan.shared_bytes, [&](auto& block, uint32_t ticket) {
         forward_ticket<decltype(element)>(block, args, ticket);
       });

@@ -24,6 +24,8 @@ cudaError_t note(cudaStream_t stream) {
   return calls_until_failure >= 0 && calls_until_failure-- == 0 ? cudaError_t(700) : cudaSuccess;
 }
 
+unsigned blocks = 0, cluster = 0;  // of the last launch
+
 const char kernel = 0;
 
 }  // namespace
@@ -50,6 +52,11 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t stream) { return note(stream); }
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) {
+  blocks = config->gridDim.x;
+  cluster = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;
+  return note(config->stream);
+}
 cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t stream) { return note(stream); }
 
 namespace bssn::cuda {
@@ -82,11 +89,12 @@ int notes_into(int64_t* out, int capacity) {
 }
 
 // With pointers to nothing, as nothing runs.
-int forward(const bssn::cuda::Geometry* geometry, int64_t n, int device, void* stream) {
+int forward(const bssn::cuda::Geometry* geometry, int64_t n, int device, void* stream, int64_t way) {
   const std::vector<void*> pointers(size_t(6 * n));
   const std::vector<bssn::Law> laws(size_t(n), {1.0, bssn::LawKind::constant});
   return bssn::cuda::forward(geometry, n, pointers.data(), nullptr, nullptr, bssn::cuda::DType::f32,
-                             bssn::cuda::DType::f32, laws.data(), 1e-12, 1, nullptr, true, device, stream);
+                             bssn::cuda::DType::f32, laws.data(), 1e-12, 1, nullptr, bssn::cuda::Way(way), device,
+                             stream);
 }
 
 int backward(const bssn::cuda::Geometry* geometry, int64_t n, int device, void* stream) {
@@ -96,9 +104,13 @@ int backward(const bssn::cuda::Geometry* geometry, int64_t n, int device, void* 
                               laws.data(), nullptr, nullptr, true, device, stream);
 }
 
+// Blocks of the last launch, and of a cluster in it.
+unsigned launched_blocks() { return blocks; }
+unsigned launched_cluster() { return cluster; }
+
 int status(int device) { return bssn::cuda::status(device); }
 
 int64_t forward_workspace(const bssn::cuda::Geometry* geometry, int64_t n, int device) {
-  return bssn::cuda::forward_workspace(geometry, n, bssn::cuda::DType::f32, device);
+  return bssn::cuda::forward_workspace(geometry, n, bssn::cuda::DType::f32, bssn::cuda::Way::tiles, device);
 }
 }

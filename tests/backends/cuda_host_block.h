@@ -3,9 +3,13 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 // Copies into shared memory arrive when they are waited for, not before; until then there is noise in their place.
@@ -16,18 +20,31 @@ inline void begin_copy(void* to, const void* from, size_t bytes);
 #include "cuda/forward.h"
 #include "cuda/plan_backward.h"
 #include "cuda/plan_forward.h"
+#include "cuda_host_machine.h"
 
 namespace {
 
 using namespace bssn::cuda;
 
-enum Error : int { kWaited = 1, kBadType = 2, kStuck = 3, kBeyondShared = 4, kTooSoon = 5, kOnTheWay = 6 };
+enum Error : int {
+  kWaited = 1,
+  kBadType = 2,
+  kStuck = 3,
+  kBeyondShared = 4,
+  kTooSoon = 5,
+  kOnTheWay = 6,
+  kGone = 7,
+  kBarrier = 8
+};
 
 // Whether a block's threads run from the last to the first.
 bool last_thread_first = false;
 
 // How many have there been.
 int launches = 0;
+
+// How often a power tile's word was one claim and became another.
+std::array<std::array<int, 3>, 3> claims_met;
 
 // Of the order of tickets; 0: as they are numbered.
 uint64_t order_seed = 0;
@@ -59,8 +76,46 @@ struct Copies {
   }
 };
 
-std::vector<Copies> copies;
-size_t current_thread = 0;
+thread_local std::vector<Copies> copies;  // of the block that the host's thread plays
+thread_local size_t current_thread = 0;
+
+// A block's shared memory, and behind it some where nothing may be written.
+class Shared {
+ public:
+  explicit Shared(uint32_t bytes)
+      : bytes_(uint32_t(round_up(bytes, 16))),
+        memory_(static_cast<unsigned char*>(std::aligned_alloc(16, bytes_ + kBeyond)), &std::free) {
+    std::memset(memory_.get(), 0xff, bytes_ + kBeyond);  // NaN
+  }
+  unsigned char* begin() { return memory_.get(); }
+  void scramble(Random& random, uint32_t from = 0) { fill_with_noise(memory_.get() + from, bytes_ - from, random); }
+  void scramble(Random& random, uint32_t from, uint32_t end) {
+    fill_with_noise(memory_.get() + from, end - from, random);
+  }
+  bool is_intact() const {
+    return std::all_of(memory_.get() + bytes_, memory_.get() + bytes_ + kBeyond, [](int x) { return x == 0xff; });
+  }
+
+ private:
+  static constexpr uint32_t kBeyond = 4096;
+  uint32_t bytes_;
+  std::unique_ptr<unsigned char, decltype(&std::free)> memory_;
+};
+
+// A launch's blocks that run side by side, in clusters of `cluster`.
+struct Launch {
+  Launch(int n, int of_cluster, uint32_t shared_bytes, uint64_t seed)
+      : machine(n, seed), random(seed), cluster(of_cluster), arrived(size_t(n / of_cluster)) {
+    for (int j = 0; j < n; ++j) shared.emplace_back(shared_bytes);
+  }
+  int blocks() const { return int(shared.size()); }
+
+  Machine machine;
+  Random random;
+  int cluster;
+  std::vector<int> arrived;  // at the barrier, of each cluster
+  std::vector<Shared> shared;
+};
 
 // A tile has to wait, and has done nothing yet.
 struct Postponed {
@@ -72,6 +127,7 @@ template <int Threads>
 class HostBlock {
  public:
   static constexpr int kThreads = Threads;
+  static constexpr bool kHasClusters = true;
 
   template <class T>
   class PerThread {
@@ -86,7 +142,14 @@ class HostBlock {
     std::vector<T> values_ = std::vector<T>(Threads);
   };
 
+  // Of one that runs one tile.
   HostBlock(unsigned char* shared, bool may_wait) : shared_(shared), may_wait_(may_wait) { copies.assign(Threads, {}); }
+
+  // Of one that runs beside others.
+  HostBlock(Launch& launch, int number)
+      : shared_(launch.shared[size_t(number)].begin()), may_wait_(true), launch_(&launch), number_(number) {
+    copies.assign(Threads, {});
+  }
 
   template <class F>
   void each(F f) {
@@ -168,13 +231,60 @@ class HostBlock {
   void publish(uint32_t* counter) { arrive(counter); }
   uint32_t arrive(uint32_t* counter) {
     if (!behind_barrier_) error_ = kTooSoon;
-    return (*counter)++;
+    const uint32_t before = (*counter)++;
+    be_overtaken();
+    return before;
+  }
+  uint32_t exchange(uint32_t* address, uint32_t value) {
+    be_overtaken();
+    const uint32_t before = std::exchange(*address, value);
+    ++claims_met[size_t(before)][size_t(value)];
+    return before;
   }
   void wait(const uint32_t* counter, uint32_t value) {
     if (*counter >= value) return;
+    if (launch_) return launch_->machine.wait(number_, [=] { return *counter >= value; });
     if (may_wait_ && !begun_) throw Postponed{counter, value};
     error_ = kWaited;
   }
+
+  void ask_for_ticket(uint32_t* counter) {
+    be_overtaken();
+    ticket_ = (*counter)++;
+  }
+  // What the block doesn't keep is noise then.
+  uint32_t hand_out_ticket() {
+    behind_barrier_ = true;
+    const Kept& kept = *Kept::of(*this);
+    Shared& memory = launch_->shared[size_t(number_)];
+    if (order_seed && kept.layer == 0) memory.scramble(launch_->random, kLanesAt);
+    if (order_seed && kept.layer > 0 && kept.record_at == 0) memory.scramble(launch_->random, kLanesAt, kAreaAt);
+    return ticket_;
+  }
+
+  uint32_t cluster() const { return uint32_t(number_ / launch_->cluster); }
+  uint32_t clusters() const { return uint32_t(launch_->blocks() / launch_->cluster); }
+  int rank() const { return number_ % launch_->cluster; }
+  void arrive_in_cluster() {
+    if (waits_for_ > 0) error_ = kBarrier;
+    int& arrived = launch_->arrived[cluster()];
+    waits_for_ = (arrived / launch_->cluster + 1) * launch_->cluster;
+    ++arrived;
+    behind_barrier_ = true;
+  }
+  void wait_for_cluster() {
+    const int until = waits_for_;
+    if (until == 0) error_ = kBarrier;
+    waits_for_ = 0;
+    launch_->machine.wait(number_, [this, until] { return launch_->arrived[cluster()] >= until; });
+  }
+  template <class T>
+  const T* remote(uint32_t offset, int rank) {
+    const int there = number_ - this->rank() + rank;
+    if (launch_->machine.has_ended(there)) error_ = kGone;
+    return reinterpret_cast<const T*>(launch_->shared[size_t(there)].begin() + offset);
+  }
+
   Pack<float, 4> load_l2(const float* address) { return *reinterpret_cast<const Pack<float, 4>*>(address); }
   int error() const {
     const bool all_there = std::all_of(copies.begin(), copies.end(), [](const Copies& one) { return one.empty(); });
@@ -182,9 +292,16 @@ class HostBlock {
   }
 
  private:
+  void be_overtaken() {
+    if (launch_) launch_->machine.wait(number_, [] { return true; });
+  }
+
   unsigned char* shared_;
   bool may_wait_, begun_ = false, behind_barrier_ = true;
   int error_ = 0;
+  Launch* launch_ = nullptr;
+  int number_ = 0, waits_for_ = 0;
+  uint32_t ticket_ = 0;
 };
 
 }  // namespace

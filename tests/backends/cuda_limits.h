@@ -5,9 +5,11 @@
 
 namespace bssn::cuda {
 
-// Turing's code is the one for 64 KiB of shared memory.
+// Turing's code is the one for 64 KiB of shared memory; that for clusters is in use beyond the 163 KiB of an A100, and
+// where there is less than any GPU has.
 inline Device device_of(int multiprocessors, int64_t shared) {
-  return {multiprocessors, shared, columns_of_code(shared <= 64 * 1024 ? 75 : 80)};
+  const bool has_clusters = shared > 163 * 1024 || shared < 64 * 1024;
+  return {multiprocessors, shared, columns_of_code(shared <= 64 * 1024 ? 75 : 80), has_clusters};
 }
 
 }  // namespace bssn::cuda

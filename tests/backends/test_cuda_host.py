@@ -35,6 +35,7 @@ def host() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(target))
     for name in ("forward", "backward"):
         getattr(loaded, name).argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
+    loaded.forward.argtypes += (ctypes.c_int64,)
     loaded.forward_workspace.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
     loaded.forward_workspace.restype = ctypes.c_int64
     return loaded
@@ -47,9 +48,10 @@ def table(n: int):
     return cuda._Table(Batch(shapes, strides, (0,) * n, (True,) * n), range(n))
 
 
-def call(name: str, n: int, device: int) -> tuple[int, list[tuple[int, int]]]:
+def call(name: str, n: int, device: int, way: int = 0) -> tuple[int, list[tuple[int, int]]]:
     """Return the error and, for each launch and fill, the device that was current and the stream."""
-    error = getattr(host(), name)(table(n).address, n, device, STREAM)
+    ways = (way,) if name == "forward" else ()
+    error = getattr(host(), name)(table(n).address, n, device, STREAM, *ways)
     notes = (ctypes.c_int64 * 200)()
     count = host().notes_into(notes, 100)
     return error, [(notes[2 * j], notes[2 * j + 1]) for j in range(count)]

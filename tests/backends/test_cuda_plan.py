@@ -1,9 +1,7 @@
 """How calls of the CUDA kernels are cut into tiles, which no kernel has to run for."""
 
 import ctypes
-import json
 from math import prod
-from pathlib import Path
 from typing import NamedTuple
 
 import cuda_emulated
@@ -11,46 +9,12 @@ import matrix
 import pytest
 import torch
 from cuda_emulated import H200
-
-from bssn_fast.backends import cuda
-from bssn_fast.layout import Batch, needs_two_sides
+from cuda_planned import POWER, REDUCE, SETS, WRITE, order, plans, shapes_of, table, workspace
 
 if cuda_emulated.compiler() is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
-POWER, REDUCE, WRITE = range(3)
 DOT, DOT_REST, SUBTRACT = range(3)
-SETS = json.loads((Path(__file__).parents[2] / "benchmarks" / "work" / "layer_sets.json").read_text())
-
-
-class Plan(NamedTuple):
-    power_tiles: int
-    channels: int
-    stage_bytes: int
-    stages: int
-    group_threads: int
-    chunks: int
-    reduce_tiles: int
-    first_tiles: int
-    firsts: int
-    rows: int
-
-
-def table(shapes, strides=None, dim=0, both=None):
-    strides = strides or tuple(torch.empty(shape, device="meta").stride() for shape in shapes)
-    two_sided = tuple(needs_two_sides(shape) if both is None else both for shape in shapes)
-    return cuda._Table(Batch(tuple(shapes), tuple(strides), (dim,) * len(shapes), two_sided), range(len(shapes)))
-
-
-def plans(layers, n, dtype=torch.float32) -> list[Plan]:
-    width = len(Plan._fields)
-    out = (ctypes.c_int64 * (width * n))()
-    cuda_emulated.library().plan_of(layers.address, n, cuda._DTYPES[dtype], *H200.limits, ctypes.addressof(out))
-    return [Plan(*out[width * j : width * (j + 1)]) for j in range(n)]
-
-
-def workspace(layers, n) -> int:
-    return cuda_emulated.library().forward_workspace(layers.address, n, 0, *H200.limits)
 
 
 @pytest.mark.parametrize(
@@ -142,19 +106,6 @@ def test_counts_that_exceed_31_bits(shape):
     assert 0 < plan.reduce_tiles - plan.first_tiles < 2**31
     assert 0 < plan.power_tiles < 2**31
     assert 0 < workspace(layers, 1) < 20 * prod(shape)
-
-
-def order(shapes):
-    """(layer, phase, first ticket) of each segment, the largest layer being the first, and the number of tickets."""
-    shapes = sorted(shapes, key=prod, reverse=True)
-    numbers = (ctypes.c_int64 * (9 * len(shapes) + 1))()
-    layers = table(shapes)
-    cuda_emulated.library().order_of(layers.address, len(shapes), 0, *H200.limits, ctypes.addressof(numbers))
-    return [tuple(numbers[j : j + 3]) for j in range(0, 9 * len(shapes), 3)], numbers[9 * len(shapes)]
-
-
-def shapes_of(name):
-    return [tuple(shape) for _, shape, _ in SETS[name]["layers"]]
 
 
 @pytest.mark.parametrize("name", SETS)

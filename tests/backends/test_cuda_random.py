@@ -55,16 +55,20 @@ def test_random_calls(gpu, monkeypatch, part):
     for number in range(part, CALLS, PARTS):
         rng = random.Random(number)
         case, limits, seed = random_case(rng), rng.choice([H200, T4, TINY]), rng.randrange(1, 1 << 60)
-        monkeypatch.setenv("BSSN_FAST_CUDA_LAUNCH", rng.choice(["single", "single", "phases"]))
+        way = rng.choice(["tiles", "tiles", "phases", "clusters", "keep", "keep"])
+        monkeypatch.setenv("BSSN_FAST_CUDA_LAUNCH", "phases" if way == "phases" else "single")
+        monkeypatch.setenv("BSSN_FAST_CUDA_PLAN", "tiles" if way == "phases" else way)
         gpu(limits)
         with tickets_in_any_order(seed):
             try:
                 matrix.check("cuda", case)
             except Exception as error:
-                raise AssertionError(f"call {number}: {case!r} on {limits}, order {seed}: {error}") from error
+                raise AssertionError(f"call {number}: {case!r} on {limits}, {way}, order {seed}: {error}") from error
 
 
-def test_same_bits_in_any_order(gpu):
+@pytest.mark.parametrize("plan", ["tiles", "clusters", "keep"])
+def test_same_bits_in_any_order(gpu, monkeypatch, plan):
+    monkeypatch.setenv("BSSN_FAST_CUDA_PLAN", plan)
     shapes = (*matrix.SHAPES, (200, 70, 3, 3), (3, 15_001), (1, 40_000))
     for memory in MEMORY[:3]:
         case = Case(shapes=shapes, memory=memory, n_power_iterations=2)
