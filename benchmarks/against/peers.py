@@ -99,26 +99,26 @@ class GraphPeer(Peer):
         self.gradients = self._static[1]
 
 
-class PhasesPeer(Peer):
-    """Ours with one launch for each phase instead of one for all of them."""
+class WayPeer(Peer):
+    """Ours in a way that an environment variable chooses."""
 
-    def __init__(self, problem: Problem, normalisation: Normalisation, backend: str) -> None:
+    def __init__(self, problem: Problem, normalisation: Normalisation, backend: str, way: str) -> None:
         super().__init__(problem, normalisation)
-        self._variable = f"BSSN_FAST_{backend.upper()}_LAUNCH"
+        self._variable, self._value = variable_of(backend, way)
 
     def forward(self) -> None:
-        with self._in_phases():
+        with self._chosen():
             super().forward()
 
     def backward(self) -> None:
-        with self._in_phases():
+        with self._chosen():
             super().backward()
 
     @contextmanager
-    def _in_phases(self) -> Iterator[None]:
+    def _chosen(self) -> Iterator[None]:
         """Set the environment variable, by hand: `patch.dict` copies all of them, which takes the host's time."""
         was = os.environ.get(self._variable)
-        os.environ[self._variable] = "phases"
+        os.environ[self._variable] = self._value
         try:
             yield
         finally:
@@ -158,8 +158,22 @@ _ON_CUDA: dict[str, Callable[[Problem], Peer]] = {
     "torch graph": lambda problem: GraphPeer(problem, in_torch.torch_eager(problem)),
 }
 COMPILED = (COMPILE, REDUCE_OVERHEAD)
-OUR_WAYS = ("", " phases", " graph")
-"""Of calling a backend on a GPU: one launch each way, one for each phase, and one captured in a CUDA graph."""
+PLANS = {"cuda": ("clusters", "keep")}
+"""Of a backend: what `BSSN_FAST_<backend>_PLAN` can choose besides the default."""
+
+
+def our_ways(backend: str) -> tuple[str, ...]:
+    """Return the ways of calling a backend on a GPU.
+
+    One launch each way, one for each phase, one captured in a CUDA graph, and plans that are not the default.
+    """
+    return ("", " phases", " graph", *(f" {plan}" for plan in PLANS.get(backend, ())))
+
+
+def variable_of(backend: str, way: str) -> tuple[str, str]:
+    """Return the environment variable that chooses a way of launching, or a plan, and its value."""
+    what = "PLAN" if way in PLANS.get(backend, ()) else "LAUNCH"
+    return f"BSSN_FAST_{backend.upper()}_{what}", way
 
 
 def names(device: torch.device | str = "cpu") -> list[str]:
@@ -170,7 +184,7 @@ def names(device: torch.device | str = "cpu") -> list[str]:
     mine.sort(key=lambda name: name != default)
     found = [*_ANYWHERE, *(_ON_CUDA if is_gpu(device) else ())]
     for backend in mine:
-        found += [f"{OURS} {backend}{way}" for way in (OUR_WAYS if is_gpu(device) else ("",))]
+        found += [f"{OURS} {backend}{way}" for way in (our_ways(backend) if is_gpu(device) else ("",))]
     return found
 
 
@@ -184,4 +198,4 @@ def make(name: str, problem: Problem) -> Peer:
     normalisation = _ours(problem, backend)
     if way == ["graph"]:
         return GraphPeer(problem, normalisation)
-    return PhasesPeer(problem, normalisation, backend) if way else Peer(problem, normalisation)
+    return WayPeer(problem, normalisation, backend, way[0]) if way else Peer(problem, normalisation)

@@ -11,7 +11,8 @@ import torch
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "backends"), str(TESTS / "gpu")]
 
-from benchmarks.gpu import compile_once  # noqa: E402 - after the path is set
+from benchmarks.against.peers import variable_of  # noqa: E402 - after the path is set
+from benchmarks.gpu import compile_once  # noqa: E402
 
 compile_once.install()  # before `ways`, which asks Triton for a kernel
 
@@ -48,9 +49,8 @@ def pytest_runtest_logfinish(nodeid):
 @pytest.fixture(params=WAYS, ids="-".join)
 def way(request, monkeypatch):
     """Each backend that serves GPUs here in each of its ways: (name, mode), with the mode switched on."""
-    name, mode = request.param
-    monkeypatch.setenv(f"BSSN_FAST_{name.upper()}_LAUNCH", mode)
-    return name, mode
+    monkeypatch.setenv(*variable_of(*request.param))
+    return request.param
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import matrix  # noqa: E402 - after the path is set
 import torch  # noqa: E402
 from matrix import Case  # noqa: E402
 
+from benchmarks.against.peers import PLANS, variable_of  # noqa: E402
 from bssn_fast import backends  # noqa: E402
 
 CASES = [
@@ -20,9 +21,11 @@ CASES = [
 
 for name in sys.argv[1:]:
     if backends.why_unavailable(name, "cuda") is None:
-        for mode in ("single", "phases"):
-            os.environ[f"BSSN_FAST_{name.upper()}_LAUNCH"] = mode
+        for mode in ("single", "phases", *PLANS.get(name, ())):
+            variable, value = variable_of(name, mode)
+            os.environ[variable] = value
             for case in CASES:
                 matrix.check(name, case, "cuda")
             torch.cuda.synchronize()
+            del os.environ[variable]
             print(f"{name} {mode}: right", flush=True)

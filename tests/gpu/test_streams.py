@@ -203,8 +203,10 @@ def work_of(run):
 
 @pytest.mark.parametrize("repeat", [1, 10])
 def test_number_of_launches(way, repeat):
-    """One each way, whatever the number of layers, or one for each phase; CUDA C++ clears its counters before."""
+    """One each way, whatever the number of layers, or one for each phase; CUDA C++ clears its counters, if any."""
     call = Call(way[0], repeat=repeat)
-    kernels = {"single": (1, 1), "phases": (3, 2)}[way[1]]
+    kernels = {"phases": (3, 2)}.get(way[1], (1, 1))
     fills = 1 if way[0] == "cuda" else 0
-    assert (work_of(call.forward), work_of(call.backward)) == ((kernels[0], fills), (kernels[1], fills))
+    has_clusters = way[1] == "clusters" and torch.cuda.get_device_capability() >= (9, 0)  # of all of these small layers
+    assert work_of(call.forward) == (kernels[0], 0 if has_clusters else fills)
+    assert work_of(call.backward) == (kernels[1], fills)
