@@ -11,10 +11,11 @@ template <int Threads>
 class DeviceBlock {
  public:
   static constexpr int kThreads = Threads;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  static constexpr bool kHasClusters = false;
+#if defined(__CUDA_ARCH__)
+  static constexpr bool kHasClusters = clusters_in_code(__CUDA_ARCH__ / 10),
+                        kKeeps = keeping_in_code(__CUDA_ARCH__ / 10);
 #else
-  static constexpr bool kHasClusters = true;
+  static constexpr bool kHasClusters = true, kKeeps = true;
 #endif
 
   // A thread's registers; on the CPU, an array over the threads.

@@ -20,19 +20,13 @@ BSSN_HD void sum_cluster_part(Block& block, const ForwardCall& call, const Forwa
     add_firsts<1>(layer, begin + uint32_t(thread), layer.firsts(), step, sums);
     if (!call.update) return;
     BSSN_UNROLL_BY(1)
-    for (uint32_t x = 4 * (begin + uint32_t(thread)); x < size; x += 4 * step) {
-      float sum[4] = {};
+    for (uint32_t x = begin + uint32_t(thread); x < size; x += step) {
+      float sum = 0;
       BSSN_UNROLL_BY(kCluster)
       for (uint32_t share = 0; share < layer.tiles[power]; ++share) {
-        float part[4];
-        load_pack<4>(block.template remote<float>(16u * layer.slots, int(share)) + x, part);
-        BSSN_UNROLL
-        for (int e = 0; e < 4; ++e) sum[e] += part[e];
+        sum += block.template remote<float>(16u * layer.slots, int(share))[x];
       }
-      BSSN_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        if (x + uint32_t(e) < size) store_column(layer, int(x) + e, sum[e], sums[4], sums[5]);
-      }
+      store_column(layer, int(x), sum, sums[4], sums[5]);
     }
   });
 }

@@ -71,6 +71,7 @@ cudaError_t limits_of(int device, Device& limits) {
   }
   limits.columns = columns_of_code(code);
   limits.has_clusters = clusters_in_code(code);
+  limits.can_keep = keeping_in_code(code);
   return cudaSuccess;
 }
 

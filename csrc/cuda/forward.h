@@ -44,6 +44,7 @@ BSSN_HD void write_vector(const ForwardLayer& layer, int j, const Record& record
 template <class W, class Block>
 BSSN_HD void write_part(Block& block, const ForwardCall& call, const ForwardLayer& layer, const Record& record,
                         uint32_t tile, uint32_t elements, bool is_kept) {
+  const bool by_rows = Block::kKeeps && layer.keeps;
   block.each([&](int thread) {
     if (call.writes(layer)) {
       const uint32_t size = uint32_t(layer.c_out) * uint32_t(layer.row());
@@ -51,7 +52,7 @@ BSSN_HD void write_part(Block& block, const ForwardCall& call, const ForwardLaye
       Span span = {lesser(tile * elements, size), lesser(tile * elements, size)};
       span.end += lesser(size - span.first, elements);
       int step = 0;
-      if (layer.keeps) {
+      if (by_rows) {
         rows = KeptRows<W>(layer, tile);
         if (!is_kept) rows.stages = 0;
         rows.next_rest(layer, step, span);
@@ -62,7 +63,7 @@ BSSN_HD void write_part(Block& block, const ForwardCall& call, const ForwardLaye
           scale_elements(static_cast<const W*>(layer.weight), static_cast<N*>(layer.output), record.multiplier,
                          span.first, span.end, thread);
         });
-        if (!layer.keeps || !rows.next_rest(layer, step, span)) break;
+        if (!by_rows || !rows.next_rest(layer, step, span)) break;
       }
     }
     const int sizes[4] = {layer.c_out, layer.row(), layer.c_in, layer.c_out * layer.kernel};
@@ -82,7 +83,7 @@ BSSN_HD void power_ticket(Block& block, const ForwardCall& call, const ForwardLa
   float* const slot = is_whole ? block.template shared<float>(16u * layer.slots) : call.slot(layer, tile);
   if (tile < layer.tiles[power]) {
     power_tile<W>(block, call, layer, tile, slot);
-    if (layer.keeps && call.writes(layer)) keep(block, index, tile, is_whole ? kRecordAt : 0u);
+    if (Block::kKeeps && layer.keeps && call.writes(layer)) keep(block, index, tile, is_whole ? kRecordAt : 0u);
   }
   if (!is_whole) block.publish(counter_of(call.counters, index, power_done));
 }
@@ -100,7 +101,7 @@ BSSN_HD void forward_ticket(Block& block, const Args& args, uint32_t ticket) {
   if (phase != write && !is_whole) return;
   const Record* record = call.records + index;
   uint32_t elements = call.write_elements;
-  bool is_kept = layer.keeps && call.writes(layer);
+  bool is_kept = Block::kKeeps && layer.keeps && call.writes(layer);
   if (is_whole) {
     record = &cluster_record(block, call, layer);
     elements = (uint32_t(layer.c_out) * uint32_t(layer.row()) / kCluster + kCluster) & ~7u;
@@ -126,7 +127,7 @@ BSSN_HD void run_block(Block& block, const Args& args) {
     const bool is_own = Block::kHasClusters && own < call.whole_layers;
     uint32_t ticket = own;
     if (!is_own) ticket = has_tickets ? call.first_ticket + block.hand_out_ticket() : call.end_ticket;
-    finish_kept<W>(block, args, ticket);
+    if constexpr (Block::kKeeps) finish_kept<W>(block, args, ticket);
     if (!is_own && ticket >= call.end_ticket) return;
     if (!is_own) block.ask_for_ticket(counter);
     forward_ticket<W>(block, args, ticket);

@@ -22,6 +22,7 @@ constexpr int kSumParts = 16;  // partial sums that the last addition of a reduc
 constexpr int kFewColumns = 32, kManyColumns = 56;
 constexpr int columns_of_code(int architecture) { return architecture < 80 ? kFewColumns : kManyColumns; }
 constexpr bool clusters_in_code(int architecture) { return architecture >= 90; }
+constexpr bool keeping_in_code(int architecture) { return architecture >= 80; }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 template <int V>
 constexpr int kColumns = kFewColumns;

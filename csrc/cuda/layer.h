@@ -9,7 +9,8 @@ namespace bssn::cuda {
 
 enum class DType : int64_t { f32 = 0, bf16 = 1, f16 = 2 };
 
-// How a call runs. All but `phases` are one launch; where a device has no clusters, `clusters` is `tiles`.
+// How a call runs. All but `phases` are one launch. `clusters` and `keep` are `tiles` where the code that runs has none
+// of it: see way_on.
 enum class Way : int64_t {
   tiles = 0,     // blocks take tiles
   phases = 1,    // the same, with a launch for each phase

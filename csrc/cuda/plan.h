@@ -18,10 +18,16 @@ constexpr int kMaxArgumentBytes = 32764;
 // What a plan depends on besides the layers.
 struct Device {
   int multiprocessors;
-  int64_t shared_bytes;  // that one block can have
-  int columns;           // see kColumns: of packs, in the code that runs there
-  bool has_clusters;     // so do both
+  int64_t shared_bytes;         // that one block can have
+  int columns;                  // see kColumns: of packs, in the code that runs there
+  bool has_clusters, can_keep;  // so do these
 };
+
+// The way that a call really takes.
+inline Way way_on(const Device& device, Way way) {
+  const bool cannot = (way == Way::clusters && !device.has_clusters) || (way == Way::keep && !device.can_keep);
+  return cannot ? Way::tiles : way;
+}
 
 struct Plan {
   int64_t workspace_bytes;

@@ -40,7 +40,7 @@ inline PlannedLayer plan_layer(const Layer& layer, int64_t element, const Total&
   PlannedLayer planned = {};
   copy_pointers(layer, planned.layer);
   copy_sizes(layer, planned.layer);
-  if (way == Way::clusters && device.has_clusters) {
+  if (way == Way::clusters) {
     PlannedLayer whole = planned;
     whole.shared = plan_whole(layer, element, device, pack, whole.layer);
     whole.is_whole = true;
@@ -83,8 +83,9 @@ inline std::vector<size_t> waves_of(const std::vector<Layer>& layers, int64_t el
 // Fills in `call`, `out` and `segments` but for the workspace's address (offsets stand in its place) and what is not
 // the plan's. out: one for each layer, in the order of `layers`, of which the largest comes first; segments: room for
 // kPhases for each. The workspace does not depend on where the weights lie, nor on whether each phase has a launch.
-inline Plan plan_forward(const std::vector<Layer>& layers, DType weight_type, const Device& device, Way way,
+inline Plan plan_forward(const std::vector<Layer>& layers, DType weight_type, const Device& device, Way wanted,
                          ForwardCall& call, ForwardLayer* out, Segment* segments) {
+  const Way way = way_on(device, wanted);
   const int64_t element = element_size(weight_type), n = int64_t(layers.size());
   Plan plan = {0, 0, 0, 0, kMinShared, {}};
   call.write_elements = flat_tile(total_size(layers), device, 32768);

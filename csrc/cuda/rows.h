@@ -186,7 +186,7 @@ template <class Shape, class Block, class Registers>
 BSSN_HD void write_row_share(Block& block, const ForwardLayer& layer, Registers& registers, float* slot) {
   const int row = layer.row(), groups = layer.groups, units = Shape::units(layer);
   const int channels = units * Shape::kChannels;  // each as often as units share it
-  const bool is_share = layer.keeps && groups == 1 && Shape::kClasses == 1;
+  const bool is_share = Block::kKeeps && layer.keeps && groups == 1 && Shape::kClasses == 1;
   float* const table = is_share ? slot : block.template shared<float>(kAreaAt + 16u * layer.share_at);
   float* const r_table = table + groups * row;
   block.each([&](int thread) {

@@ -191,7 +191,7 @@ int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* s
   return launch_forward(call, plan, iterations, reset, [&] {
     ++launches;
     return with_weight_type(weight_type, [&](auto element) {
-      if (way == Way::keep || call.whole_layers > 0) {
+      if (way_on(device, way) == Way::keep || call.whole_layers > 0) {
         return run_blocks<decltype(element)>(args, plan.shared_bytes, multiprocessors);
       }
       return work_through<kThreads>(call, plan.shared_bytes, [&](auto& block, uint32_t ticket) {

@@ -127,7 +127,7 @@ template <int Threads>
 class HostBlock {
  public:
   static constexpr int kThreads = Threads;
-  static constexpr bool kHasClusters = true;
+  static constexpr bool kHasClusters = true, kKeeps = true;
 
   template <class T>
   class PerThread {

@@ -9,7 +9,7 @@ namespace bssn::cuda {
 // where there is less than any GPU has.
 inline Device device_of(int multiprocessors, int64_t shared) {
   const bool has_clusters = shared > 163 * 1024 || shared < 64 * 1024;
-  return {multiprocessors, shared, columns_of_code(shared <= 64 * 1024 ? 75 : 80), has_clusters};
+  return {multiprocessors, shared, columns_of_code(shared <= 64 * 1024 ? 75 : 80), has_clusters, shared != 64 * 1024};
 }
 
 }  // namespace bssn::cuda

@@ -20,6 +20,7 @@ if cuda_emulated.compiler() is None:
 HERE = Path(__file__).parent
 SOURCES = ("forward.cpp", "backward.cpp", "device.cpp")
 STREAM = 4711
+CLUSTERS = 2
 MANY = 300
 """More layers than arguments hold: they lie in a table that launches of their own write."""
 
@@ -68,6 +69,17 @@ def test_everything_happens_on_the_weights_device(name, n, device, current):
     assert len(notes) == (5 if n == MANY else 2)
     assert set(notes) == {(device, STREAM)}
     assert host().current_device() == current
+
+
+@pytest.mark.parametrize(("n", "launches", "blocks"), [(1, 1, 8), (10, 1, 80), (100, 1, 128), (MANY, 3, 128)])
+def test_clusters_are_launched_whole_and_need_no_counters(n, launches, blocks):
+    """Eight blocks each, as many as fit on 132 multiprocessors; nothing is cleared before."""
+    host().reset(0, 0, -1)
+    error, notes = call("forward", n, 0, way=CLUSTERS)
+    assert error == 0
+    assert (len(notes), host().launched_cluster(), host().launched_blocks()) == (launches, 8, blocks)
+    call("forward", n, 0)
+    assert host().launched_cluster() == 1
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])
