@@ -71,7 +71,7 @@ def test_everything_happens_on_the_weights_device(name, n, device, current):
     assert host().current_device() == current
 
 
-@pytest.mark.parametrize(("n", "launches", "blocks"), [(1, 1, 8), (10, 1, 80), (100, 1, 128), (MANY, 3, 128)])
+@pytest.mark.parametrize(("n", "launches", "blocks"), [(1, 1, 8), (10, 1, 80), (100, 1, 128), (MANY, 4, 128)])
 def test_clusters_are_launched_whole_and_need_no_counters(n, launches, blocks):
     """Eight blocks each, as many as fit on 132 multiprocessors; nothing is cleared before."""
     host().reset(0, 0, -1)
