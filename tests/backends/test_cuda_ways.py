@@ -10,6 +10,10 @@ from cuda_emulated import H200, T4, TINY, Gpu, tickets_in_any_order
 from cuda_planned import CLUSTERS, KEEP, POWER, REDUCE, SETS, TILES, WHOLE, WRITE, order, plans, shapes_of, table
 from matrix import CASES, Case
 
+from bssn_fast import ops
+from bssn_fast.laws import Laws
+from bssn_fast.layout import Batch
+
 if cuda_emulated.compiler() is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
@@ -75,6 +79,25 @@ def test_zero_and_non_finite_weights(plan, bad):
     assert all(matrix.same_bits(a, b) for a, b in zip(found.vectors[:4], x.vectors[:4], strict=True))
     for a, b in zip(found.normalized[1:], untouched.normalized[1:], strict=True):
         assert matrix.same_bits(a, b)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_measuring_alone_and_in_place(plan, in_place):
+    """Results may be the weights themselves, or there are none at all."""
+    case = Case(LAYERS, n_power_iterations=2)
+    x = matrix.inputs(case)
+    usual = matrix.run("cuda", case, x)
+    batch = Batch.of(x.weights, case.dim_list, case.two_sided)
+    outputs = [w.clone() for w in x.weights] if in_place else []
+    weights = outputs or x.weights
+    snapshot, sigma = torch.empty(batch.snapshot_size), torch.empty(len(LAYERS))
+    laws, vectors = Laws.of(case.law_list), [v.clone() for v in x.vectors]
+    with tickets_in_any_order(3):
+        ops.normalize(batch, weights, vectors, laws, case.eps, 2, outputs, snapshot, sigma, "cuda")
+    assert matrix.same_bits(sigma, torch.stack(usual.sigma))
+    assert all(matrix.same_bits(a, b) for a, b in zip(vectors, usual.vectors, strict=True))
+    if in_place:
+        assert all(matrix.same_bits(a, b) for a, b in zip(outputs, usual.normalized, strict=True))
 
 
 def test_who_writes_kept_rows(gpu, monkeypatch):
