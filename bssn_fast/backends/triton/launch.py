@@ -34,6 +34,9 @@ MAX_REGISTERS = 128
 MAX_REGISTERS_FP64 = 255
 """One program, which would spill registers otherwise."""
 
+MULTIPROCESSORS = 132
+"""Of an H100 or H200: where there is no GPU, in the interpreter."""
+
 _cache = Cache()
 
 
@@ -43,6 +46,15 @@ def launch_mode() -> str:
     if mode not in ("single", "phases"):
         raise ValueError(f"BSSN_FAST_TRITON_LAUNCH must be single or phases, not {mode!r}")
     return mode
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MULTIPROCESSORS
+
+
+def _programs(sigma: Tensor) -> int:
+    """Return how many programs run at a time, as MAX_REGISTERS and MAX_REGISTERS_FP64 have it."""
+    return _multiprocessors(sigma.device) * (1 if sigma.dtype == torch.float64 else 2)
 
 
 def _addresses(tensors: Iterable[Tensor]) -> tuple[int, ...]:
@@ -185,7 +197,7 @@ def forward(
             if not layers:
                 return None, others
             tiles = [stages(x.geometry, iterate=iterate, write=write) for x in layers]
-            built = build(layers, tiles, single=single, backward=False)
+            built = build(layers, tiles, single=single, backward=False, programs=_programs(sigma))
             return Prepared(built, [x.position for x in layers], single, aligned, sigma.device), others
 
         return program
@@ -264,7 +276,8 @@ def backward(
         placed, others = _layers(batch, weights, outputs, [], laws, aligned)
         if not placed:
             return None, others
-        built = build(placed, [backward_stages(x.geometry) for x in placed], single=single, backward=True)
+        tiles = [backward_stages(x.geometry) for x in placed]
+        built = build(placed, tiles, single=single, backward=True, programs=_programs(sigma))
         return Prepared(built, [x.position for x in placed], single, aligned, sigma.device), others
 
     key = (

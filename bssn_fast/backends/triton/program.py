@@ -1,22 +1,20 @@
-"""Programs: the table for a set of layers, and the order in which their tiles run."""
+"""Programs: the table for a set of layers, and the launches that run it."""
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from bssn_fast.backends.triton import fields as f
 from bssn_fast.backends.triton.geometry import Geometry, TileShape, power_of_two
+from bssn_fast.backends.triton.order import Stage, Tiles, by_stage, count, layer_by_layer
 from bssn_fast.laws import bits
 
 MAX_FLAT_STEPS = 16
+ROWS_PASSES = 3  # a tile of rows takes three times as long as reading these rows once does (measured on an H100)
 FLAT_TILES = 256  # of a layer in the forward pass; its tiles have up to MAX_FLAT_STEPS blocks
 INNER_TILES = 128  # of a layer in the backward pass, where every gradient tile adds up all of their partial sums
-LAG = 512
-"""Tiles between a layer's last tile of one stage and its first of the next, about twice what a large GPU runs at a
-time: less and tiles wait, more and the weight has left the L2 cache before it is read again."""
 
 
 class Layer(NamedTuple):
@@ -47,10 +45,6 @@ class Program(NamedTuple):
     counters_size: int
 
 
-Stage = list[tuple[int, int]]
-"""Kinds of tiles that may run together, each with its number of tiles."""
-
-
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -73,45 +67,27 @@ def stages(geometry: Geometry, *, iterate: bool, write: bool) -> list[Stage]:
     columns = ceil_div(g.row_size, f.COLUMN_BLOCK.value)
     columns += ceil_div(g.c_in, in_entries(g)) if g.shape.two_sided else 0
     longest = max(g.row_size, g.c_out * g.k if g.shape.two_sided else g.c_out)
-    last = [(f.VECTORS.value, ceil_div(longest, f.VECTOR_BLOCK.value))]
+    block = f.VECTOR_BLOCK.value
+    last = [Tiles(f.VECTORS.value, ceil_div(longest, block), 2 * block)]
     if write:
         flat = f.FLAT_BLOCK.value * _flat_steps(g.numel, backward=False)
-        last.append((f.SCALING.value, ceil_div(g.numel, flat)))
-    return [[(f.ROWS.value, g.row_tiles)], [(f.COLUMNS.value, 1 + columns if iterate else 1)], last]
+        last.append(Tiles(f.SCALING.value, ceil_div(g.numel, flat), 2 * flat))
+    elements = g.rows_per_tile * g.row_size
+    return [
+        [Tiles(f.ROWS.value, g.row_tiles, ROWS_PASSES * elements if iterate else elements)],
+        [Tiles(f.COLUMNS.value, 1 + columns if iterate else 1, f.COLUMN_BLOCK.value * g.row_tiles)],
+        last,
+    ]
 
 
 def backward_stages(geometry: Geometry) -> list[Stage]:
     """Return a layer's stages in the backward pass."""
-    flat = f.FLAT_BLOCK.value * _flat_steps(geometry.numel, backward=True)
-    return [[(f.INNER.value, ceil_div(geometry.numel, flat))], [(f.GRADIENT.value, geometry.row_tiles)]]
-
-
-def order(all_stages: Sequence[Sequence[Stage]], single: bool) -> list[tuple[int, int]]:
-    """Return (stage, layer) in the order of their tiles; each comes after the layer's stages before it.
-
-    For one launch per stage: stage by stage. For a single launch a stage follows LAG tiles after the one before it.
-    """
-    layers = range(len(all_stages))
-    if not single:
-        return [(stage, layer) for stage in range(len(all_stages[0])) for layer in layers]
-    result: list[tuple[int, int]] = []
-    due: list[tuple[int, int, int]] = []  # (tile from which on, stage, layer)
-    position = 0
-
-    def emit(stage: int, layer: int) -> None:
-        nonlocal position
-        result.append((stage, layer))
-        position += sum(n for _, n in all_stages[layer][stage])
-        if stage + 1 < len(all_stages[layer]):
-            heapq.heappush(due, (position + LAG, stage + 1, layer))
-
-    for layer in layers:
-        emit(0, layer)
-        while due and due[0][0] <= position:
-            emit(*heapq.heappop(due)[1:])
-    while due:
-        emit(*heapq.heappop(due)[1:])
-    return result
+    g = geometry
+    flat = f.FLAT_BLOCK.value * _flat_steps(g.numel, backward=True)
+    return [
+        [Tiles(f.INNER.value, ceil_div(g.numel, flat), 2 * flat)],
+        [Tiles(f.GRADIENT.value, g.row_tiles, 2 * g.rows_per_tile * g.row_size)],
+    ]
 
 
 class _Offsets:
@@ -189,18 +165,20 @@ def _used_shape(shape: TileShape, backward: bool) -> TileShape:
     return shape._replace(positions=1) if backward and shape.flat else shape
 
 
-def build(layers: Sequence[Layer], all_stages: Sequence[Sequence[Stage]], *, single: bool, backward: bool) -> Program:
-    """Return the program that runs `all_stages` (per layer) of `layers`."""
+def build(
+    layers: Sequence[Layer], all_stages: Sequence[Sequence[Stage]], *, single: bool, backward: bool, programs: int
+) -> Program:
+    """Return the program that runs `all_stages` (per layer) of `layers`; `programs` run at a time."""
     n_stages = len(all_stages[0])
     segments: list[list[int]] = []
     bounds = [0] * (n_stages + 1)
     tile = 0
-    for stage, layer in order(all_stages, single):
+    for stage, layer in layer_by_layer(all_stages, programs) if single else by_stage(all_stages):
         counter = f.FIRST_COUNTER.value + n_stages * layer + stage
-        awaited = sum(n for _, n in all_stages[layer][stage - 1]) if stage > 0 else 0
-        for kind, n in all_stages[layer][stage]:
-            segments.append([tile, kind, layer, counter - 1, awaited])
-            tile += n
+        awaited = count(all_stages[layer][stage - 1]) if stage > 0 else 0
+        for tiles in all_stages[layer][stage]:
+            segments.append([tile, tiles.kind, layer, counter - 1, awaited])
+            tile += tiles.n
         bounds[stage + 1] = tile
     n_segments = power_of_two(len(segments))
     segments += [[2**31, 0, 0, 0, 0]] * (n_segments - len(segments))
