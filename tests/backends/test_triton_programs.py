@@ -63,7 +63,7 @@ def test_a_launch_per_phase_is_in_order():
     for stages, built in programs(single=False):
         assert len(built.launches) == len(stages[0])
         position = 0
-        for (first, n), stage in zip(built.launches, range(len(stages[0])), strict=True):
+        for ((first,), n), stage in zip(built.launches, range(len(stages[0])), strict=True):
             assert first == position
             assert n == sum(count(layer[stage]) for layer in stages)
             position += n
