@@ -15,6 +15,7 @@ from bssn_fast.backends.triton import kernels, tiles
 
 LANGUAGE = tl  # which the interpreter looks for in this module
 KERNEL, DRAW = kernels.registers_kernel, kernels.draw
+WRITE_KEPT, WRITE_DROPPED = kernels.write_kept, kernels.write_dropped
 
 
 def number(x):
@@ -74,11 +75,15 @@ class Program:
 
 
 class Concurrent:
-    """Stands in for `registers_kernel`: `resident` programs are there at a time, the next one comes when one has finished."""
+    """Stands in for `registers_kernel`: `resident` programs are there at a time, the next comes when one has finished.
 
-    def __init__(self, monkeypatch, resident, seed=0):
-        self.resident, self.choose = resident, random.Random(seed).choice
-        self.launches = 0
+    They go on in an order that the seed has, or, without one, by turns. `launches`, and how many tiles were written from
+    registers (`kept`) and after another look (`dropped`), are counted.
+    """
+
+    def __init__(self, monkeypatch, resident, seed=None):
+        self.resident, self.random = resident, None if seed is None else random.Random(seed)
+        self.launches = self.kept = self.dropped = 0
 
         def draw_after_others(counters, end):
             threading.current_thread().program.let_others_run()
@@ -88,7 +93,17 @@ class Concurrent:
             if not has_reached(counter, target):
                 threading.current_thread().program.let_others_run(lambda: has_reached(counter, target))
 
+        def write_kept(*arguments):
+            self.kept += 1
+            WRITE_KEPT(*arguments)
+
+        def write_dropped(*arguments):
+            self.dropped += 1
+            WRITE_DROPPED(*arguments)
+
         monkeypatch.setattr(kernels, "registers_kernel", self)
+        monkeypatch.setattr(kernels, "write_kept", write_kept)
+        monkeypatch.setattr(kernels, "write_dropped", write_dropped)
         monkeypatch.setattr(kernels, "draw", draw_after_others)
         for module in (kernels, tiles):
             monkeypatch.setattr(module, "wait_for", wait)
@@ -118,12 +133,13 @@ class Concurrent:
                     running.append(Program(coming.pop(0)))
                 able = [program for program in running if program.can_go_on()]
                 assert able, "all programs wait, and none can go on"
-                chosen = self.choose(able)
+                chosen = self.random.choice(able) if self.random else able[0]
+                running.remove(chosen)
                 chosen.go_on()
                 if chosen.error is not None:
                     raise chosen.error
-                if chosen.finished:
-                    running.remove(chosen)
+                if not chosen.finished:
+                    running.append(chosen)
         finally:
             for program in running:
                 program.end()
