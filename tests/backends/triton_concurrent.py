@@ -77,8 +77,8 @@ class Program:
 class Concurrent:
     """Stands in for `registers_kernel`: `resident` programs are there at a time, the next comes when one has finished.
 
-    They go on in an order that the seed has, or, without one, by turns. `launches`, and how many tiles were written from
-    registers (`kept`) and after another look (`dropped`), are counted.
+    They go on in an order that the seed has, or, without one, by turns. `launches`, and how many tiles were written
+    from registers (`kept`) and after another look (`dropped`), are counted.
     """
 
     def __init__(self, monkeypatch, resident, seed=None):
