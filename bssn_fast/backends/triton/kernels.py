@@ -178,12 +178,15 @@ def registers_kernel(
 ):
     """The forward pass of a small model, by programs that keep their rows in registers between their two uses.
 
-    Tickets are numbered stage by stage: rows to `rows_end`, columns to `columns_end`, vectors to `end`. A program
-    takes a tile of rows, and then column tickets as long as there are any. When it is told that there are none, all
-    of them have been taken by programs that run, and those wait for nothing but rows, which wait for nothing: now it
-    may wait for its layer's columns. So no program needs to know that others are resident at the same time. If its next
-    ticket is one of rows, as when other kernels leave room for few programs, it drops the tile that it has, and
-    reads it again when all tickets have been taken: places `links` + ticket of `counters` have the list of those.
+    Tickets are numbered stage by stage: rows to `rows_end`, columns to `columns_end`, vectors to `end`. A program takes
+    a tile of rows, and then column tickets as long as there are any. When it is told that there are none, all of them
+    have been taken by programs that run, and those wait for nothing but rows, which wait for nothing: now it may wait
+    for its layer's columns. So no program needs others to be resident at the same time, and one that is stopped for a
+    while, as under MPS, goes on with its ticket later. If a program's next ticket is one of rows, as when other kernels
+    leave room for few programs, it drops the tile that it has, and reads it again when all tickets have been taken:
+    places `links` + ticket of `counters` have the list of those.
+
+    Only a program's first tile is kept: in a loop, each sum over threads would hold a register all the time.
 
     The arguments are otherwise those of `forward_kernel`; SHAPES are those of `load_kept`.
     """
@@ -192,8 +195,9 @@ def registers_kernel(
     for _ in tl.static_range(PIECES):
         zeros += (tl.zeros([PIECE], ACC),)
     pieces = zeros
-    dropped = tl.full([], -1, tl.int32)
-    kept = dropped  # the ticket of the tile that `pieces` are of
+    nothing = tl.full([], -1, tl.int32)
+    kept = nothing  # ticket of the tile that `pieces` are of
+    dropped = nothing  # ticket of the last tile that has to be read again
     ticket, launch = draw(counters, end)
     if ticket < rows_end:
         row, tile = layer_and_tile(ticket, launch, layers, segments, counters, N_SEGMENTS)
@@ -214,7 +218,7 @@ def registers_kernel(
         if kept >= 0:
             tl.store(counters + links + kept, dropped.to(tl.int64))
             dropped = kept
-            kept = kept * 0 - 1
+            kept = nothing
         while ticket < rows_end:
             row, tile = layer_and_tile(ticket, launch, layers, segments, counters, N_SEGMENTS)
             shape = field(row, f.LOOSE_SHAPE)
