@@ -121,7 +121,8 @@ def test_same_bits_as_tiles_of_the_same_size(concurrently, monkeypatch):
     vectors = [v.clone() for v in problem.vectors]
     for plan in ("registers", "tiles", "registers"):
         monkeypatch.setenv("BSSN_FAST_TRITON_PLAN", plan)
-        problem.poison_outputs()
+        for result in (*problem.normalized, *problem.grad_weights, problem.sigma):  # at the same addresses each time
+            result.fill_(torch.nan)
         for v, before in zip(problem.vectors, vectors, strict=True):
             v.copy_(before)
         found = problem.forward().backward().results()
