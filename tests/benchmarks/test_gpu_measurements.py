@@ -102,6 +102,7 @@ def test_plans_are_timed_for_the_sets_that_they_are_for(monkeypatch):
 
 def test_a_plan_is_switched_on_for_its_peer_alone(monkeypatch):
     seen = []
+    monkeypatch.setitem(peers.PLANS, "cpu", ("registers",))
     for stage in ("forward", "backward"):
         monkeypatch.setattr(peers.Peer, stage, lambda peer: seen.append(os.environ.get("BSSN_FAST_CPU_PLAN")))
     given = Problem(layer_sets.tiny(), "sn")
