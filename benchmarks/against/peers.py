@@ -158,7 +158,7 @@ _ON_CUDA: dict[str, Callable[[Problem], Peer]] = {
     "torch graph": lambda problem: GraphPeer(problem, in_torch.torch_eager(problem)),
 }
 COMPILED = (COMPILE, REDUCE_OVERHEAD)
-PLANS = {"cuda": ("clusters", "keep")}
+PLANS = {"cuda": ("clusters", "keep"), "triton": ("registers",)}
 """Of a backend: what `BSSN_FAST_<backend>_PLAN` can choose besides the default."""
 
 

@@ -94,16 +94,20 @@ def _default(device: str) -> list[str]:
     return [name for name in peers.names(device) if name.startswith(peers.OURS)][:1]
 
 
+def _names(device: str, chosen: str = "") -> list[str]:
+    """Return the peers that are timed, but for those that are not for the set `chosen`."""
+    left_out = [*peers.COMPILED, *(peer for peer, its_sets in gpu_plan.OF_SOME_SETS.items() if chosen not in its_sets)]
+    return [name for name in peers.names(device) if name not in left_out]
+
+
 def _layers(device: str, seconds: float, dtype: str) -> Iterator[Unit]:
-    names = [name for name in peers.names(device) if name not in peers.COMPILED]
     for chosen in gpu_plan.SETS:
         for variant in VARIANTS:
-            yield _unit("layers", sets()[chosen], variant, names, dtype, device, seconds)
+            yield _unit("layers", sets()[chosen], variant, _names(device, chosen), dtype, device, seconds)
 
 
 def _launches(device: str) -> Iterator[Unit]:
     """Yield what counts launches: of a small model, and of many layers, as the others have as many or more."""
-    names = [name for name in peers.names(device) if name not in peers.COMPILED]
     cases = [
         ("layers", sets()[gpu_plan.SETS[0]]),
         *(("host", layer_sets.square("linear", n, 4)) for n in gpu_plan.MANY),
@@ -111,11 +115,11 @@ def _launches(device: str) -> Iterator[Unit]:
     for part, chosen in cases:
         for variant in VARIANTS:
             run = partial(measure.launch_counts, part, chosen, variant, device=device)
-            yield Unit(f"launches {chosen.name} {variant}", run, names)
+            yield Unit(f"launches {chosen.name} {variant}", run, _names(device, chosen.name))
 
 
 def _host(device: str, seconds: float) -> Iterator[Unit]:
-    names = [name for name in peers.names(device) if name not in peers.COMPILED]
+    names = _names(device)
     for n in gpu_plan.MANY:
         chosen = layer_sets.square("linear", n, 4)
         for variant in VARIANTS:

@@ -23,6 +23,7 @@ def _version(module):
         ("triton_interpreted.py", "1"),
         ("triton_refused.py", "1"),
         ("triton_buffers.py", "1"),
+        ("triton_registers.py", "1"),
         ("triton_compiled.py", "0"),
     ],
 )
@@ -31,6 +32,7 @@ def test_without_gpu(file, interpret):
         pytest.skip("Triton 3.6's interpreter needs NumPy before 2.4, which refuses what earlier ones warned of")
     environment = {**os.environ, "TRITON_INTERPRET": interpret}
     environment.pop("BSSN_FAST_TRITON_LAUNCH", None)
+    environment.pop("BSSN_FAST_TRITON_PLAN", None)
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)],
         env=environment,

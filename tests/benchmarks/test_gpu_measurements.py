@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import time
 from functools import partial
@@ -19,6 +20,7 @@ from benchmarks.shown import page, plots, results
 from benchmarks.timing import gpu_plan, machine, measure
 from benchmarks.timing.record import BOTH, Record
 from benchmarks.work import layer_sets
+from benchmarks.work.problem import Problem
 
 KEY = machine.key(pretended_gpu.ABOUT)
 WAYS = ["bssn_fast cpu", "bssn_fast cpu phases", "bssn_fast cpu graph"]
@@ -87,6 +89,28 @@ def test_units_come_in_the_order_of_interest():
     assert names[:2] == ["layers sngan_d32 bssn float32", "layers sngan_d32 sn float32"]
     assert names[-7:-5] == ["layers dcgan_g32 sn bfloat16", "launches sngan_d32 bssn"]  # the profiler disturbs others
     assert len(measurements.compiled_units()) == 2 * len(gpu_plan.SETS)
+
+
+def test_plans_are_timed_for_the_sets_that_they_are_for(monkeypatch):
+    monkeypatch.setattr(peers.backends, "why_unavailable", lambda name, device: None)
+    peer = "bssn_fast triton registers"
+    found = {unit.name for unit in measurements.units() if peer in unit.peers}
+    layers = [f"layers {name} {variant} {t}" for name in gpu_plan.SETS[:2] for variant in ("bssn", "sn")
+              for t in ("float32", "bfloat16")]  # fmt: skip
+    assert found == {*layers, "launches sngan_d32 bssn", "launches sngan_d32 sn"}
+
+
+def test_a_plan_is_switched_on_for_its_peer_alone(monkeypatch):
+    seen = []
+    monkeypatch.setitem(peers.PLANS, "cpu", ("registers",))
+    for stage in ("forward", "backward"):
+        monkeypatch.setattr(peers.Peer, stage, lambda peer: seen.append(os.environ.get("BSSN_FAST_CPU_PLAN")))
+    given = Problem(layer_sets.tiny(), "sn")
+    peer = peers.make("bssn_fast cpu registers", given)
+    peer.forward()
+    peer.backward()
+    assert seen == ["registers"] * 2
+    assert "BSSN_FAST_CPU_PLAN" not in os.environ
 
 
 def test_all_that_is_timed_is_compiled_before(monkeypatch, tmp_path):

@@ -2,7 +2,12 @@
 
 BSSN_FAST_TRITON_LAUNCH=single runs all phases in one launch, in which tiles wait for those they build on;
 BSSN_FAST_TRITON_LAUNCH=phases starts one launch per phase. Default: single on NVIDIA GPUs; phases on AMD, where
-waiting within a launch is untested. With TRITON_INTERPRET=1, CPU tensors are served too, slowly, for tests.
+waiting within a launch is untested.
+
+BSSN_FAST_TRITON_PLAN=registers has small models' rows stay in registers from the power iteration until they are
+written, where they fit and all phases are one launch. Default: tiles, of which each reads its weights.
+
+With TRITON_INTERPRET=1, CPU tensors are served too, slowly, for tests.
 
 Layers that the kernels do not address (kernel dimensions that do not form one stride, more than 2048 kernel positions
 in two directions, no elements) are computed by the reference.

@@ -51,7 +51,8 @@ LAW = tl.constexpr(44)  # laws.CONSTANT, AT_MOST or GAIN
 NUMBER = tl.constexpr(45)  # the upper 32 bits of the law's number, a double, and the lower ones; or, of a gain,
 GAIN_ADDRESS = tl.constexpr(47)  # its address
 GRAD_GAIN = tl.constexpr(48)  # index of the gain's gradient
-LAYER_FIELDS = tl.constexpr(49)
+LOOSE_SHAPE = tl.constexpr(49)  # where rows are kept in registers: index into the shapes of tiles that are not
+LAYER_FIELDS = tl.constexpr(50)
 
 AT_MOST_LAW = tl.constexpr(AT_MOST)
 GAIN_LAW = tl.constexpr(GAIN)
@@ -80,6 +81,7 @@ K_BLOCK = tl.constexpr(8)  # as many of which at a time
 FOLD_BLOCK = tl.constexpr(2048)  # elements of a tile that are added up over channels at a time
 SLOT_BLOCK = tl.constexpr(16)  # slots added at a time
 VECTOR_BLOCK = tl.constexpr(1024)
+DROPPED_BLOCK = tl.constexpr(1024)  # elements at a time of a tile that did not stay in registers
 SUM_BLOCK = tl.constexpr(128)  # partial sums added at a time
 SEARCH_AT_ONCE = tl.constexpr(256)  # segments that one look for a tile's segment goes through
 

@@ -26,12 +26,10 @@ def position(e, channel, k_size):
 
 
 @triton.jit
-def fold(p_fold, b_q, step, k_size, COLUMNS: tl.constexpr, BO: tl.constexpr, KB: tl.constexpr, ACC: tl.constexpr):
-    """The sums over the lanes of one kernel position each, [rows, KB], by way of memory."""
+def add_folded(p_fold, step, k_size, COLUMNS: tl.constexpr, BO: tl.constexpr, KB: tl.constexpr, ACC: tl.constexpr):
+    """The sums over the lanes of one kernel position each, [rows, KB], of what lies at p_fold, [rows, COLUMNS]."""
     M: tl.constexpr = max(f.FOLD_BLOCK // (BO * KB), 1)  # channels added at a time
     o = tl.arange(0, BO) * COLUMNS
-    tl.store(p_fold + (o[:, None] + tl.arange(0, COLUMNS)[None, :]), b_q)
-    tl.debug_barrier()
     k = tl.arange(0, KB)[None, :]
     e = tl.arange(0, M)[:, None] * k_size + k
     parts = tl.zeros([BO, M, KB], ACC)
@@ -39,8 +37,18 @@ def fold(p_fold, b_q, step, k_size, COLUMNS: tl.constexpr, BO: tl.constexpr, KB:
         start = n * M * k_size
         m = (k < k_size) & (start + e < step)
         parts += tl.load(p_fold + (o[:, None, None] + (start + e)[None, :, :]), mask=m[None, :, :], other=0)
-    tl.debug_barrier()  # the next rows are stored to the same place
     return tl.sum(parts, axis=1)
+
+
+@triton.jit
+def fold(p_fold, b_q, step, k_size, COLUMNS: tl.constexpr, BO: tl.constexpr, KB: tl.constexpr, ACC: tl.constexpr):
+    """The sums over the lanes of one kernel position each, [rows, KB], by way of memory."""
+    o = tl.arange(0, BO) * COLUMNS
+    tl.store(p_fold + (o[:, None] + tl.arange(0, COLUMNS)[None, :]), b_q)
+    tl.debug_barrier()
+    sums = add_folded(p_fold, step, k_size, COLUMNS, BO, KB, ACC)
+    tl.debug_barrier()  # the next rows are stored to the same place
+    return sums
 
 
 @triton.jit

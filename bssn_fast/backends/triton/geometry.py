@@ -52,10 +52,15 @@ MAX_ROW_TILES = 64
 """Per layer. Each row tile leaves a slot as long as a row, so 64 rows or fewer cost a slot each, 1024 rows 1/16."""
 
 
+MAX_PIECES = 8
+"""Of TILE_ELEMENTS, or of half as many in fp64, that a program keeps in registers: half of what 256 threads have."""
+
+
 class Geometry(NamedTuple):
     """A weight as vectors of `shape.vector` elements; strides count vectors (see fields.py).
 
     step: elements along a flat row that a tile takes at a time; whole channels, so that lanes keep their positions.
+    blocks: how many times `shape.rows` rows a tile has; 0: as many as leave MAX_ROW_TILES tiles.
     """
 
     shape: TileShape
@@ -67,6 +72,7 @@ class Geometry(NamedTuple):
     k_stride: int
     numel: int
     step: int = 0
+    blocks: int = 0
 
     @property
     def row_size(self) -> int:
@@ -78,7 +84,7 @@ class Geometry(NamedTuple):
 
     @property
     def rows_per_tile(self) -> int:
-        return -(-self.c_out // (MAX_ROW_TILES * self.shape.rows)) * self.shape.rows
+        return (self.blocks or -(-self.c_out // (MAX_ROW_TILES * self.shape.rows))) * self.shape.rows
 
     @property
     def steps(self) -> int:
@@ -185,3 +191,22 @@ def geometry(
     tile_shape = _strided_shape(k, two_sided, itemsize, vector)
     group_stride = 1 if vector > 1 else channel_stride
     return Geometry(tile_shape, c_out, c_in, k, row_stride // vector, group_stride, k_stride // vector, numel)
+
+
+def kept(geometries: Sequence[Geometry], programs: int) -> list[Geometry] | None:
+    """Return the layers cut so that each of `programs` has one tile at most, which fits its registers, or None.
+
+    Tiles have as few pieces as that allows, and then as few blocks, or the last programs would have nothing to do.
+    Layers whose pieces are smaller than others' (a few rows that are not aligned) are read again instead: blocks is 0.
+    """
+    if any(not g.shape.flat or g.row_stride * g.shape.vector not in (0, g.row_size) for g in geometries):
+        return None  # rows have to be runs of memory, one behind the other
+    piece = max(g.shape.rows * g.shape.groups for g in geometries)
+    held = [g.shape.rows * g.shape.groups == piece for g in geometries]
+    for pieces in range(max(g.steps for g in geometries), MAX_PIECES + 1):
+        for blocks in range(1, pieces + 1):
+            most = [min(blocks, max(pieces // g.steps, 1), -(-g.c_out // g.shape.rows)) for g in geometries]
+            found = [g._replace(blocks=n) if h else g for g, n, h in zip(geometries, most, held, strict=True)]
+            if sum(g.row_tiles for g in found) <= programs:
+                return found
+    return None

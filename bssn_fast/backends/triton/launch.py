@@ -16,7 +16,7 @@ from torch import Tensor
 from bssn_fast.backends import reference
 from bssn_fast.backends.triton import kernels
 from bssn_fast.backends.triton.fields import encode
-from bssn_fast.backends.triton.geometry import NUM_WARPS, geometry, power_of_two
+from bssn_fast.backends.triton.geometry import NUM_WARPS, geometry, kept, power_of_two
 from bssn_fast.backends.triton.prepared import MAX_ARGUMENTS, Buffers, Cache, Made, Prepared, loading, write_table
 from bssn_fast.backends.triton.program import Layer, backward_stages, build, stages
 from bssn_fast.laws import Laws, bits
@@ -31,8 +31,11 @@ TYPES = {
 MAX_REGISTERS = 128
 """Two programs of 256 threads on a multiprocessor of 64K registers: one loads while the other adds."""
 
-MAX_REGISTERS_FP64 = 255
-"""One program, which would spill registers otherwise."""
+MAX_REGISTERS_OF_ONE = 255
+"""One program, in fp64, which would spill registers otherwise, or where weights stay in registers."""
+
+MULTIPROCESSORS = 132
+"""Of an H100 or H200: where there is no GPU, in the interpreter."""
 
 _cache = Cache()
 
@@ -43,6 +46,23 @@ def launch_mode() -> str:
     if mode not in ("single", "phases"):
         raise ValueError(f"BSSN_FAST_TRITON_LAUNCH must be single or phases, not {mode!r}")
     return mode
+
+
+def plan() -> str:
+    """Return "tiles" or "registers": BSSN_FAST_TRITON_PLAN."""
+    name = os.environ.get("BSSN_FAST_TRITON_PLAN", "") or "tiles"
+    if name not in ("tiles", "registers"):
+        raise ValueError(f"BSSN_FAST_TRITON_PLAN must be tiles or registers, not {name!r}")
+    return name
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MULTIPROCESSORS
+
+
+def _programs(sigma: Tensor) -> int:
+    """Return how many programs run at a time, as MAX_REGISTERS and MAX_REGISTERS_OF_ONE have it."""
+    return _multiprocessors(sigma.device) * (1 if sigma.dtype == torch.float64 else 2)
 
 
 def _addresses(tensors: Iterable[Tensor]) -> tuple[int, ...]:
@@ -122,22 +142,27 @@ def _ready(
     options = {
         "SHAPES": program.shapes,
         "N_SEGMENTS": program.n_segments,
-        "SINGLE": prepared.single,
-        "ALIGNED": prepared.aligned,
         "ACC": TYPES[buffers.scratch.dtype],
         **constants,
         "num_warps": NUM_WARPS,
     }
+    if program.kept:
+        pieces = max(blocks * steps for *_, blocks, steps in program.shapes)
+        piece = max(rows * columns for _, _, _, rows, columns, *_ in program.shapes)
+        options |= {"LOOSE_SHAPES": program.loose_shapes, "PIECE": piece, "PIECES": pieces}
+    else:
+        options |= {"SINGLE": prepared.single, "ALIGNED": prepared.aligned}
     if not torch.version.hip:  # the assembler may choose 128 of itself
-        options["maxnreg"] = MAX_REGISTERS_FP64 if buffers.scratch.dtype == torch.float64 else MAX_REGISTERS
+        one = program.kept or buffers.scratch.dtype == torch.float64
+        options["maxnreg"] = MAX_REGISTERS_OF_ONE if one else MAX_REGISTERS
     if not prepared.loaded:
         with loading(buffers.scratch.device):
-            kernels.load(kernel, *before, 0, **options)
+            kernels.load(kernel, *before, *program.launches[0][0], **options)
         prepared.loaded = True
 
     def start() -> None:
-        for first_tile, n_tiles in program.launches:
-            kernel[(n_tiles,)](*before, first_tile, **options)
+        for own, n_programs in program.launches:
+            kernel[(n_programs,)](*before, *own, **options)
 
     return start
 
@@ -170,6 +195,7 @@ def forward(
     if not weights:
         return
     single = launch_mode() == "single"
+    keep = plan() == "registers" and single
     iterate = n_power_iterations > 0
     inputs = (_addresses(weights), _addresses(vectors))
     outs = _addresses(normalized) or inputs[0]
@@ -184,8 +210,13 @@ def forward(
             layers, others = _layers(batch, weights, dict(enumerate(distances)), stored, laws, aligned)
             if not layers:
                 return None, others
-            tiles = [stages(x.geometry, iterate=iterate, write=write) for x in layers]
-            built = build(layers, tiles, single=single, backward=False)
+            programs = _programs(sigma)
+            cut = kept([x.geometry for x in layers], _multiprocessors(sigma.device)) if keep and write else None
+            if cut is not None:  # the tiles of rows write the weight, too
+                layers = [x._replace(geometry=g) for x, g in zip(layers, cut, strict=True)]
+                programs = _multiprocessors(sigma.device)
+            tiles = [stages(x.geometry, iterate=iterate, write=write and cut is None) for x in layers]
+            built = build(layers, tiles, single=single, backward=False, programs=programs, kept=cut is not None)
             return Prepared(built, [x.position for x in layers], single, aligned, sigma.device), others
 
         return program
@@ -202,6 +233,7 @@ def forward(
         sigma.data_ptr() % 16,
         out_dtype,
         single,
+        keep,
     )
     starts = []
     with _on(sigma.device):
@@ -210,7 +242,7 @@ def forward(
             prepared, counters, others = _cache.get((*key, iterate, write), sigma, make(write))
             if prepared is not None and counters is not None:
                 start = _ready(
-                    kernels.forward_kernel,
+                    kernels.registers_kernel if prepared.program.kept else kernels.forward_kernel,
                     prepared,
                     counters,
                     Buffers(prepared, sigma),
@@ -264,7 +296,8 @@ def backward(
         placed, others = _layers(batch, weights, outputs, [], laws, aligned)
         if not placed:
             return None, others
-        built = build(placed, [backward_stages(x.geometry) for x in placed], single=single, backward=True)
+        tiles = [backward_stages(x.geometry) for x in placed]
+        built = build(placed, tiles, single=single, backward=True, programs=_programs(sigma))
         return Prepared(built, [x.position for x in placed], single, aligned, sigma.device), others
 
     key = (

@@ -1,22 +1,20 @@
-"""Programs: the table for a set of layers, and the order in which their tiles run."""
+"""Programs: the table for a set of layers, and the launches that run it."""
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from bssn_fast.backends.triton import fields as f
-from bssn_fast.backends.triton.geometry import Geometry, TileShape, power_of_two
+from bssn_fast.backends.triton.geometry import Geometry, power_of_two
+from bssn_fast.backends.triton.order import Stage, Tiles, by_stage, count, layer_by_layer
 from bssn_fast.laws import bits
 
 MAX_FLAT_STEPS = 16
+ROWS_PASSES = 3  # a tile of rows takes three times as long as reading these rows once does (measured on an H100)
 FLAT_TILES = 256  # of a layer in the forward pass; its tiles have up to MAX_FLAT_STEPS blocks
 INNER_TILES = 128  # of a layer in the backward pass, where every gradient tile adds up all of their partial sums
-LAG = 512
-"""Tiles between a layer's last tile of one stage and its first of the next, about twice what a large GPU runs at a
-time: less and tiles wait, more and the weight has left the L2 cache before it is read again."""
 
 
 class Layer(NamedTuple):
@@ -35,20 +33,25 @@ class Layer(NamedTuple):
     law: tuple[int, float, int, int]
 
 
+Shapes = tuple[tuple[int, ...], ...]
+
+
 class Program(NamedTuple):
-    """The table's content, the sizes of the buffers it points into, and the launches: (first tile, tiles)."""
+    """The table's content, the sizes of the buffers it points into, and the launches: (arguments, programs).
+
+    arguments: the first tile, or those of `registers_kernel`. That is what `kept` says: rows stay in registers. Then
+    shapes are (..., blocks, steps), and loose_shapes those of tiles that do not stay.
+    """
 
     values: list[int]
     n_segments: int
-    launches: list[tuple[int, int]]
-    shapes: tuple[tuple[int, ...], ...]
+    launches: list[tuple[tuple[int, ...], int]]
+    kept: bool
+    shapes: Shapes
+    loose_shapes: Shapes
     scratch_size: int
     stats_size: int
     counters_size: int
-
-
-Stage = list[tuple[int, int]]
-"""Kinds of tiles that may run together, each with its number of tiles."""
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -73,45 +76,27 @@ def stages(geometry: Geometry, *, iterate: bool, write: bool) -> list[Stage]:
     columns = ceil_div(g.row_size, f.COLUMN_BLOCK.value)
     columns += ceil_div(g.c_in, in_entries(g)) if g.shape.two_sided else 0
     longest = max(g.row_size, g.c_out * g.k if g.shape.two_sided else g.c_out)
-    last = [(f.VECTORS.value, ceil_div(longest, f.VECTOR_BLOCK.value))]
+    block = f.VECTOR_BLOCK.value
+    last = [Tiles(f.VECTORS.value, ceil_div(longest, block), 2 * block)]
     if write:
         flat = f.FLAT_BLOCK.value * _flat_steps(g.numel, backward=False)
-        last.append((f.SCALING.value, ceil_div(g.numel, flat)))
-    return [[(f.ROWS.value, g.row_tiles)], [(f.COLUMNS.value, 1 + columns if iterate else 1)], last]
+        last.append(Tiles(f.SCALING.value, ceil_div(g.numel, flat), 2 * flat))
+    elements = g.rows_per_tile * g.row_size
+    return [
+        [Tiles(f.ROWS.value, g.row_tiles, ROWS_PASSES * elements if iterate else elements)],
+        [Tiles(f.COLUMNS.value, 1 + columns if iterate else 1, f.COLUMN_BLOCK.value * g.row_tiles)],
+        last,
+    ]
 
 
 def backward_stages(geometry: Geometry) -> list[Stage]:
     """Return a layer's stages in the backward pass."""
-    flat = f.FLAT_BLOCK.value * _flat_steps(geometry.numel, backward=True)
-    return [[(f.INNER.value, ceil_div(geometry.numel, flat))], [(f.GRADIENT.value, geometry.row_tiles)]]
-
-
-def order(all_stages: Sequence[Sequence[Stage]], single: bool) -> list[tuple[int, int]]:
-    """Return (stage, layer) in the order of their tiles; each comes after the layer's stages before it.
-
-    For one launch per stage: stage by stage. For a single launch a stage follows LAG tiles after the one before it.
-    """
-    layers = range(len(all_stages))
-    if not single:
-        return [(stage, layer) for stage in range(len(all_stages[0])) for layer in layers]
-    result: list[tuple[int, int]] = []
-    due: list[tuple[int, int, int]] = []  # (tile from which on, stage, layer)
-    position = 0
-
-    def emit(stage: int, layer: int) -> None:
-        nonlocal position
-        result.append((stage, layer))
-        position += sum(n for _, n in all_stages[layer][stage])
-        if stage + 1 < len(all_stages[layer]):
-            heapq.heappush(due, (position + LAG, stage + 1, layer))
-
-    for layer in layers:
-        emit(0, layer)
-        while due and due[0][0] <= position:
-            emit(*heapq.heappop(due)[1:])
-    while due:
-        emit(*heapq.heappop(due)[1:])
-    return result
+    g = geometry
+    flat = f.FLAT_BLOCK.value * _flat_steps(g.numel, backward=True)
+    return [
+        [Tiles(f.INNER.value, ceil_div(g.numel, flat), 2 * flat)],
+        [Tiles(f.GRADIENT.value, g.row_tiles, 2 * g.rows_per_tile * g.row_size)],
+    ]
 
 
 class _Offsets:
@@ -126,7 +111,7 @@ class _Offsets:
         return start
 
 
-def _row(layer: Layer, shape_index: int, scratch: _Offsets, stats: _Offsets, backward: bool) -> list[int]:
+def _row(layer: Layer, scratch: _Offsets, stats: _Offsets, backward: bool) -> list[int]:
     g = layer.geometry
     two = g.shape.two_sided
     sizes = (g.c_out, g.row_size, g.c_in, g.c_out * g.k) if two else (g.c_out, g.row_size, 0, 0)
@@ -139,7 +124,6 @@ def _row(layer: Layer, shape_index: int, scratch: _Offsets, stats: _Offsets, bac
     kind, number, gain, grad_gain = layer.law
     for name, value in (
         (f.WEIGHT, layer.weight),
-        (f.SHAPE, shape_index),
         (f.TWO_SIDED, int(two)),
         (f.C_OUT, g.c_out),
         (f.GROUPS, g.groups),
@@ -170,7 +154,8 @@ def _row(layer: Layer, shape_index: int, scratch: _Offsets, stats: _Offsets, bac
         row[name.value] = value
     row[f.NUMBER.value + 1] = bits(number) & 0xFFFFFFFF
     if not backward:
-        folded = g.row_tiles * g.shape.rows * g.shape.groups if g.shape.flat else g.c_out * g.k * g.shape.vector
+        at_a_time = g.row_tiles * g.shape.rows * max(g.blocks, 1)
+        folded = at_a_time * g.shape.groups if g.shape.flat else g.c_out * g.k * g.shape.vector
         row[f.FOLD.value] = scratch.take(folded if two else 0)
         row[f.SLOTS.value] = scratch.take(g.row_tiles * (sizes[1] + sizes[2] * g.slot_k))
         row[f.CHANNEL_SUMS.value] = scratch.take(sizes[2] * g.slot_k)
@@ -184,41 +169,76 @@ def _row(layer: Layer, shape_index: int, scratch: _Offsets, stats: _Offsets, bac
     return row
 
 
-def _used_shape(shape: TileShape, backward: bool) -> TileShape:
-    """Return the shape without what makes no difference, so that fewer are compiled."""
-    return shape._replace(positions=1) if backward and shape.flat else shape
+def _shapes(layers: Sequence[Layer], rows: list[list[int]], backward: bool, kept: bool) -> tuple[Shapes, Shapes]:
+    """Return the shapes of tiles that a kernel is compiled for, and those of tiles whose rows do not stay in registers.
+
+    Writes to the rows of the table which of them is a layer's. What makes no difference is left out, so that fewer are
+    compiled.
+    """
+    loose = [x.geometry.shape for x in layers]
+    if backward:
+        loose = [shape._replace(positions=1) if shape.flat else shape for shape in loose]
+    loose_shapes = sorted(set(loose))
+    for row, shape in zip(rows, loose, strict=True):
+        row[f.SHAPE.value] = row[f.LOOSE_SHAPE.value] = loose_shapes.index(shape)
+    if not kept:
+        return tuple(map(tuple, loose_shapes)), ()
+    held = [(*x.geometry.shape, x.geometry.blocks, x.geometry.steps) for x in layers]
+    held_shapes = sorted({shape for x, shape in zip(layers, held, strict=True) if x.geometry.blocks})
+    for row, own in zip(rows, held, strict=True):
+        row[f.SHAPE.value] = held_shapes.index(own) if own in held_shapes else len(held_shapes)
+    return tuple(held_shapes), tuple(map(tuple, loose_shapes))
 
 
-def build(layers: Sequence[Layer], all_stages: Sequence[Sequence[Stage]], *, single: bool, backward: bool) -> Program:
-    """Return the program that runs `all_stages` (per layer) of `layers`."""
+def build(
+    layers: Sequence[Layer],
+    all_stages: Sequence[Sequence[Stage]],
+    *,
+    single: bool,
+    backward: bool,
+    programs: int,
+    kept: bool = False,
+) -> Program:
+    """Return the program that runs `all_stages` (per layer) of `layers`; `programs` run at a time.
+
+    kept: rows stay in registers, as their geometries have it, in a single launch of `programs`.
+    """
     n_stages = len(all_stages[0])
     segments: list[list[int]] = []
     bounds = [0] * (n_stages + 1)
     tile = 0
-    for stage, layer in order(all_stages, single):
+    for stage, layer in layer_by_layer(all_stages, programs) if single and not kept else by_stage(all_stages):
         counter = f.FIRST_COUNTER.value + n_stages * layer + stage
-        awaited = sum(n for _, n in all_stages[layer][stage - 1]) if stage > 0 else 0
-        for kind, n in all_stages[layer][stage]:
-            segments.append([tile, kind, layer, counter - 1, awaited])
-            tile += n
+        awaited = count(all_stages[layer][stage - 1]) if stage > 0 else 0
+        for tiles in all_stages[layer][stage]:
+            segments.append([tile, tiles.kind, layer, counter - 1, awaited])
+            tile += tiles.n
         bounds[stage + 1] = tile
     n_segments = power_of_two(len(segments))
     segments += [[2**31, 0, 0, 0, 0]] * (n_segments - len(segments))
 
     scratch, stats = _Offsets(), _Offsets()
-    used = [_used_shape(x.geometry.shape, backward) for x in layers]
-    shapes = tuple(sorted(set(used)))
-    rows = [_row(x, shapes.index(shape), scratch, stats, backward) for x, shape in zip(layers, used, strict=True)]
+    rows = [_row(x, scratch, stats, backward) for x in layers]
+    shapes, loose_shapes = _shapes(layers, rows, backward, kept)
     for n, row in enumerate(rows):
         row[f.DONE_COUNTER.value] = f.FIRST_COUNTER.value + n_stages * n
     if scratch.end >= 2**31:
         raise ValueError("the layers are too large for the Triton backend; use backend='reference'")
+    links = f.FIRST_COUNTER.value + n_stages * len(layers)
+    if kept:
+        launches = [((*bounds[1:], links), programs)]
+    elif single:
+        launches = [((0,), tile)]
+    else:
+        launches = [((a,), b - a) for a, b in pairwise(bounds)]
     return Program(
         values=[value for row in (*segments, *rows) for value in row],
         n_segments=n_segments,
-        launches=[(0, tile)] if single else [(a, b - a) for a, b in pairwise(bounds)],
-        shapes=tuple(tuple(shape) for shape in shapes),
+        launches=launches,
+        kept=kept,
+        shapes=shapes,
+        loose_shapes=loose_shapes,
         scratch_size=scratch.end,
         stats_size=stats.end,
-        counters_size=f.FIRST_COUNTER.value + n_stages * len(layers),
+        counters_size=links + (bounds[1] if kept else 0),
     )

@@ -100,6 +100,30 @@ def take_tile(segments, counters, first_tile, SINGLE: tl.constexpr, N_SEGMENTS: 
 
 
 @triton.jit
+def draw(counters, end):
+    """(The next of this launch's tickets, how many launches were before), for programs that draw one after another.
+
+    From `end` on there is nothing left to do. Each program draws until it is told so, hence just once: as in
+    `take_tile` each launch takes as many tickets as any other, `end` and one for each program, and no counter has to be
+    cleared.
+    """
+    ticket = tl.atomic_add(counters, 1, sem="relaxed")
+    period = end + tl.num_programs(0)
+    return (ticket % period).to(tl.int32), ticket // period
+
+
+@triton.jit
+def layer_and_tile(ticket, launch, layers, segments, counters, N_SEGMENTS: tl.constexpr):
+    """(Where the table has the row of the ticket's layer, the tile), once the tile need not wait."""
+    segment = segments + find_segment(segments, ticket, N_SEGMENTS)
+    count = tl.load(segment + f.WAIT_COUNT)
+    if count > 0:
+        wait_for(counters + tl.load(segment + f.WAIT_COUNTER), (launch + 1) * count)
+    row = layers + field(segment, f.LAYER) * f.LAYER_FIELDS
+    return row, ticket - field(segment, f.START)
+
+
+@triton.jit
 def place(row, SHAPES: tl.constexpr, SHAPE: tl.constexpr):
     """Where the elements e of a tile's rows belong, groups beginning at 0: all [groups x positions], flat.
 
