@@ -1,26 +1,46 @@
-"""Instructions of the host for a training step: python -m benchmarks.instructions, with Valgrind at hand.
+"""What the host does in a training step, in instructions and seconds: python -m benchmarks.instructions, with Valgrind.
 
-Times of microseconds are noisy; counted instructions are not. What a step of 20 linear layers of 4 x 4 takes, forward
-(each weight is read once) and backward, is the difference between two runs of different length, by the steps between.
+Times of microseconds are noisy; counted instructions are not. A step of 20 linear layers of 4 x 4, forward (each weight
+is read once) and backward, in `sn`:
+
+    none       without normalisation: the model's call, the reads, gradients on their way to the weights
+    node       one torch.autograd.Function from all weights to as many other tensors, which computes nothing
+    torch      torch's own parametrization
+    bssn_fast  on the CPU
+    empty      as on a GPU, with kernels that do nothing: the CUDA backend up to its call of C++, results in memory
+               that torch allocates each time
+
+Instructions of a step are the difference between two runs of different length, by the steps between. Seconds are the
+medians of the thread's CPU time; all take turns in one process.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import gc
 import os
 import re
+import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import bssn_fast
+from bssn_fast.backends import cuda, extension
+from bssn_fast.calls import memory
 
 LAYERS, WIDTH = 20, 4
 SHORT, LONG = 20, 120
-NORMS = ("none", "torch", "bssn_fast")
+TURNS, LAPS = 60, 50
+NORMS = ("none", "node", "torch", "bssn_fast", "empty")
 
 
 class Weights(nn.Module):
@@ -30,34 +50,81 @@ class Weights(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])
 
-    def forward(self) -> list[torch.Tensor]:
+    def forward(self) -> list[Tensor]:
         return [layer.weight for layer in self.layers]
 
 
-def train(norm: str, steps: int) -> None:
-    """Take so many steps."""
-    torch.set_num_threads(1)
+class Node(torch.autograd.Function):
+    """What any normalisation of all weights at once, written in Python, asks of torch's autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, results: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*weights)
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.saved_tensors
+
+
+class OneNode(Weights):
+    def forward(self) -> list[Tensor]:
+        weights = [layer.weight for layer in self.layers]
+        return list(Node.apply(list(map(Tensor.detach, weights)), *weights))
+
+
+def launch_nothing() -> None:
+    """Let the CUDA backend serve CPU tensors, with kernels that do nothing."""
+    kernels = ("cuda_forward", "cuda_backward", "cuda_forward_workspace", "cuda_backward_workspace")
+    extension.module = SimpleNamespace(**vars(extension.module), **dict.fromkeys(kernels, lambda *arguments: 0))
+    cuda.DEVICES = ("cuda", "cpu")
+    cuda.why_unavailable = lambda device: None
+    cuda._stream = lambda device: 0
+
+
+def step_of(norm: str) -> Callable[[], None]:
+    """Return a function that takes a step."""
     torch.manual_seed(0)
-    model = Weights()
+    model = OneNode() if norm == "node" else Weights()
     if norm == "torch":
         for layer in model.layers:
             nn.utils.parametrizations.spectral_norm(layer)
     elif norm == "bssn_fast":
         bssn_fast.apply(model, "sn")
+    elif norm == "empty":
+        bssn_fast.apply(model, "sn", backend="cuda")
     parameters = list(model.parameters())  # which are looked for once, as an optimizer does
     grads = [torch.ones(WIDTH, WIDTH) for _ in range(LAYERS)]
-    gc.freeze()  # or a collection now and then would look at all that torch has imported
-    for _ in range(steps):
+
+    def step() -> None:
         torch.autograd.backward(model(), grads)
         for parameter in parameters:
             parameter.grad = None
 
+    return step
+
+
+def take(step: Callable[[], None], steps: int, norm: str) -> None:
+    memory._COUNTS = norm != "empty"  # whether buffers are used again, as on a CPU
+    for _ in range(steps):
+        step()
+
+
+def train(norm: str, steps: int) -> None:
+    """Take so many steps, from the first on that is like all others; Valgrind begins to count there."""
+    step = step_of(norm)
+    gc.freeze()  # or a collection now and then would look at all that torch has imported
+    take(step, SHORT, norm)
+    subprocess.run(["callgrind_control", "--instr=on", str(os.getpid())], check=True, stdout=subprocess.DEVNULL)
+    take(step, steps, norm)
+
 
 def count(norm: str, steps: int) -> int:
     """Return the instructions of a whole run."""
-    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", sys.executable]
+    valgrind = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "--callgrind-out-file=/dev/null"]
     run = subprocess.run(
-        [*command, "-m", "benchmarks.instructions", "--train", norm, "--steps", str(steps)],
+        [*valgrind, sys.executable, "-m", "benchmarks.instructions", "--train", norm, "--steps", str(steps)],
         env={**os.environ, "PYTHONHASHSEED": "0"},
         capture_output=True,
         text=True,
@@ -69,17 +136,40 @@ def count(norm: str, steps: int) -> int:
     return int(found.group(1))
 
 
+def seconds() -> dict[str, float]:
+    """Return the median CPU time of a step of each."""
+    steps = {norm: step_of(norm) for norm in NORMS}
+    found: dict[str, list[float]] = {norm: [] for norm in NORMS}
+    gc.freeze()
+    for _ in range(TURNS):
+        for norm, step in steps.items():
+            take(step, LAPS // 10, norm)
+            start = time.thread_time()
+            take(step, LAPS, norm)
+            found[norm].append((time.thread_time() - start) / LAPS)
+    return {norm: statistics.median(times[TURNS // 10 :]) for norm, times in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to", type=Path, help="a CSV file to write as well")
     parser.add_argument("--train", choices=NORMS, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=SHORT, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.set_num_threads(1)
+    launch_nothing()
     if args.train:
         train(args.train, args.steps)
         return
+    times = seconds()
+    rows = []
     for norm in NORMS:
         instructions = (count(norm, LONG) - count(norm, SHORT)) / (LONG - SHORT)
-        print(f"{norm:10s} {instructions / 1e6:6.2f} million instructions a step", flush=True)
+        rows.append((norm, f"{instructions / 1e6:.2f}", f"{1e6 * times[norm]:.0f}"))
+        print(f"{norm:10s} {rows[-1][1]:>6s} million instructions {rows[-1][2]:>6s} microseconds a step", flush=True)
+    if args.to:
+        with args.to.open("w", newline="") as file:
+            csv.writer(file).writerows([("normalisation", "million instructions", "microseconds"), *rows])
 
 
 if __name__ == "__main__":
