@@ -1,5 +1,6 @@
 // The extension module bssn_fast._C. Addresses and sizes are plain integers and nothing of torch is included, so that
 // one build serves every version of torch. All checks of tensors are made in Python before.
+#include "addresses.h"
 #include "from_python.h"
 // All others follow Python's headers, which define what the system's mean.
 #include "cpu/cpu.h"
@@ -23,6 +24,7 @@ int set_openmp(uintptr_t gomp_parallel) {
 }
 
 PyMethodDef functions[] = {
+    bssn::python::entry("addresses", bssn::python::addresses, "Where tensors lie, as bytes."),
     entry<cpu::forward>("cpu_forward", "Normalise n layers; returns an error code."),
     entry<cpu::backward>("cpu_backward", "Gradients of the weights of n layers; returns an error code."),
     entry<cpu_workspace>("cpu_workspace", "Bytes that a call works in; for the tests."),

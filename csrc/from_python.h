@@ -1,5 +1,6 @@
 // Makes a function of C++ one of Python's, with CPython's stable interface alone, so that one build serves every
-// version of Python from 3.10 on. Arguments are integers, addresses as integers, floats, truth values and text.
+// version of Python from 3.10 on. Arguments are integers, addresses as integers or as the bytes that lie there, floats,
+// truth values and text.
 #pragma once
 
 #include <Python.h>
@@ -22,7 +23,7 @@ T argument(PyObject* object) {
   } else if constexpr (std::is_same_v<T, const char*>) {
     return PyUnicode_AsUTF8AndSize(object, nullptr);
   } else if constexpr (std::is_pointer_v<T>) {
-    return static_cast<T>(PyLong_AsVoidPtr(object));
+    return static_cast<T>(PyBytes_Check(object) ? PyBytes_AsString(object) : PyLong_AsVoidPtr(object));
   } else {
     const long long value = PyLong_AsLongLong(object);
     if (static_cast<long long>(static_cast<T>(value)) != value)
@@ -64,11 +65,17 @@ struct Call<function> {
   }
 };
 
-// One line of a module's table.
+// One line of a module's table, for a function of Python's objects.
+inline PyMethodDef entry(const char* name, PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t),
+                         const char* doc) {
+  void (*const any)() = reinterpret_cast<void (*)()>(function);
+  return {name, reinterpret_cast<PyCFunction>(any), METH_FASTCALL, doc};
+}
+
+// For any other function.
 template <auto function>
 PyMethodDef entry(const char* name, const char* doc) {
-  void (*const any)() = reinterpret_cast<void (*)()>(&Call<function>::from_python);
-  return {name, reinterpret_cast<PyCFunction>(any), METH_FASTCALL, doc};
+  return entry(name, &Call<function>::from_python, doc);
 }
 
 }  // namespace bssn::python

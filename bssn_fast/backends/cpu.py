@@ -10,11 +10,13 @@ import ctypes
 from array import array
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from struct import pack
 
 import torch
 from torch import Tensor
 
 from bssn_fast.backends import extension
+from bssn_fast.backends.addresses import addresses
 from bssn_fast.laws import Laws
 from bssn_fast.layout import Batch, channels, compute_dtype
 
@@ -96,11 +98,10 @@ def hashes(tensors: Sequence[Tensor]) -> bytes:
     any order of dimensions, and on the CPU.
     """
     n = len(tensors)
-    table = array("q", [*map(Tensor.data_ptr, tensors), *[t.nbytes for t in tensors]])
+    sizes = pack(f"{n}q", *[t.nbytes for t in tensors])
     found = array("Q", bytes(8 * n))
-    address = table.buffer_info()[0]
     threads = torch.get_num_threads()
-    _check(extension.module.cpu_hash(address, address + 8 * n, n, threads, found.buffer_info()[0]))
+    _check(extension.module.cpu_hash(addresses(tensors), sizes, n, threads, found.buffer_info()[0]))
     return found.tobytes()
 
 
@@ -123,15 +124,14 @@ def forward(
     snapshot: Tensor,
     sigma: Tensor,
 ) -> None:
-    outputs = list(map(Tensor.data_ptr, normalized)) or [0] * len(weights)
+    outputs = addresses(normalized) or bytes(8 * len(weights))
     normalized = normalized or weights
     table = _table(batch, range(len(weights)), _converts(weights, normalized))
-    rest = map(Tensor.data_ptr, (*vectors, *laws.gains))
-    pointers = array("q", [*map(Tensor.data_ptr, weights), *outputs, *rest])
+    pointers = addresses(weights) + outputs + addresses(vectors, laws.gains)
     error = extension.module.cpu_forward(
         table.address,
         len(weights),
-        pointers.buffer_info()[0],
+        pointers,
         snapshot.data_ptr(),
         sigma.data_ptr(),
         _DTYPES[weights[0].dtype],
@@ -156,15 +156,15 @@ def backward(
     grad_gains: Tensor | None,
 ) -> None:
     table = _table(batch, tuple(layers), _converts(weights, grads))
-    pointers = array("q", list(map(Tensor.data_ptr, (*[weights[j] for j in layers], *grads, *grad_weights))))
-    first, size = sigma.data_ptr(), sigma.element_size()
-    pointers.extend([first + size * j for j in layers])
-    laws = laws.part(layers)
-    pointers.extend(map(Tensor.data_ptr, laws.gains))
+    n, laws = len(layers), laws.part(layers)
+    its_weights = list(map(weights.__getitem__, layers))
+    first, element = sigma.data_ptr(), sigma.element_size()
+    sigmas = pack(f"{n}q", *[first + element * j for j in layers])
+    pointers = addresses(its_weights, grads, grad_weights) + sigmas + addresses(laws.gains)
     error = extension.module.cpu_backward(
         table.address,
-        len(layers),
-        pointers.buffer_info()[0],
+        n,
+        pointers,
         snapshot.data_ptr(),
         _DTYPES[weights[0].dtype],
         _DTYPES[grads[0].dtype],

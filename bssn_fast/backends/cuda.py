@@ -19,6 +19,7 @@ from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
+from struct import pack
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from bssn_fast import backends
 from bssn_fast.backends import extension
+from bssn_fast.backends.addresses import addresses
 from bssn_fast.laws import Laws
 from bssn_fast.layout import Batch, channels
 
@@ -162,18 +164,17 @@ def forward(
     table = _table(batch, range(n))
     out_dtype = normalized[0].dtype if normalized else dtype
     if not table.addressable or not {dtype, out_dtype} <= _DTYPES.keys():
-        outputs = (normalized, snapshot, sigma)
-        _instead("forward", device, batch, weights, vectors, laws, eps, n_power_iterations, *outputs)
+        results = (normalized, snapshot, sigma)
+        _instead("forward", device, batch, weights, vectors, laws, eps, n_power_iterations, *results)
         return
-    places = list(map(Tensor.data_ptr, normalized)) or [0] * n
-    rest = map(Tensor.data_ptr, (*vectors, *laws.gains))
-    pointers = array("q", [*map(Tensor.data_ptr, weights), *places, *rest])
+    outputs = addresses(normalized) or bytes(8 * n)
+    pointers = addresses(weights) + outputs + addresses(vectors, laws.gains)
     way = _way()
     workspace = table.workspace(way, dtype, device)
     error = extension.module.cuda_forward(
         table.address,
         n,
-        pointers.buffer_info()[0],
+        pointers,
         snapshot.data_ptr(),
         sigma.data_ptr(),
         _DTYPES[dtype],
@@ -205,16 +206,16 @@ def backward(
     if not table.addressable or not {dtype, grads[0].dtype} <= _DTYPES.keys():
         _instead("backward", device, batch, grads, weights, layers, laws, snapshot, sigma, grad_weights, grad_gains)
         return
-    pointers = array("q", list(map(Tensor.data_ptr, (*[weights[j] for j in layers], *grads, *grad_weights))))
-    first, element = sigma.data_ptr(), sigma.element_size()
-    pointers.extend([first + element * j for j in layers])
     laws = laws.part(layers)
-    pointers.extend(map(Tensor.data_ptr, laws.gains))
+    its_weights = list(map(weights.__getitem__, layers))
+    first, element = sigma.data_ptr(), sigma.element_size()
+    sigmas = pack(f"{n}q", *[first + element * j for j in layers])
+    pointers = addresses(its_weights, grads, grad_weights) + sigmas + addresses(laws.gains)
     workspace = table.workspace(None, dtype, device)
     error = extension.module.cuda_backward(
         table.address,
         n,
-        pointers.buffer_info()[0],
+        pointers,
         snapshot.data_ptr(),
         _DTYPES[dtype],
         _DTYPES[grads[0].dtype],

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bssn_fast import ops, reference
+from bssn_fast.backends.addresses import addresses
 from bssn_fast.calls.composite import in_mode
 from bssn_fast.calls.gradients import all_plain, have_memory, like, with_strides
 from bssn_fast.calls.guard import Guard
@@ -69,7 +70,7 @@ class Normalizer:
         self.laws, self.eps, self.backend = Laws.of(laws), eps, backend
         # The weights that have a gain.
         self._gained = [j for j, first in enumerate(self.batch.first_rows[:-1]) if self.laws.kinds[first] == GAIN]
-        self._checked: list[int] = []  # where weights lay whose memory has been looked at
+        self._checked = b""  # where weights lay whose memory has been looked at
         self._right_weights = self._right_grads = Guard()  # like those of a backward pass that found nothing wrong
         self._outputs = Pool(self.batch.size, self.batch.views)
         self._grads = Pool(self.batch.size, self.batch.views)
@@ -288,8 +289,8 @@ class Normalizer:
 
     def _check_memory(self, weights: Sequence[Tensor]) -> None:
         """Raise RuntimeError for weights whose memory is gone; quick where they lie where they lay the last time."""
-        addresses = list(map(Tensor.data_ptr, weights))
-        if addresses == self._checked:
+        found = addresses(weights)
+        if found == self._checked:
             return
         for w in weights:
             if not has_plain_memory(w):
@@ -297,7 +298,7 @@ class Normalizer:
                     f"bssn_fast: between the forward and the backward pass the memory of a weight of shape "
                     f"{tuple(w.shape)} was freed or made smaller. Bring it back before the backward pass"
                 )
-        self._checked = addresses
+        self._checked = found
 
     def differentiable_gradients(
         self, values: Values, weights: Sequence[Tensor], gains: Sequence[Tensor], grads: Sequence[Tensor | None]

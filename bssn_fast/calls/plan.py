@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from bssn_fast.backends.addresses import addresses
 from bssn_fast.calls import composite
 from bssn_fast.calls.arguments import check_weight
 from bssn_fast.calls.contents import contents_of, version
@@ -120,7 +121,7 @@ class Plan:
         self._unchecked = True
         self._stored = [(m._buffers, name) for m in members for name in m.vector_names]
         self._alike = Guard()  # vectors like those that were found to be right
-        self._addresses: list[int] = []  # where the weights and the vectors were found to have all their memory
+        self._addresses = b""  # where the weights and the vectors were found to have all their memory
         self._kept: _Kept | None = None
 
     def fits(self, weights: Sequence[Tensor]) -> bool:
@@ -222,16 +223,13 @@ class Plan:
         and by what happens to its storage.
         """
         found: list[Any] = [buffers[name] for buffers, name in self._stored]
-        if self._alike.holds(found) and self._addresses == [
-            *map(Tensor.data_ptr, weights),
-            *map(Tensor.data_ptr, found),
-        ]:
+        if self._alike.holds(found) and self._addresses == addresses(weights, found):
             return found
         found = [v for m, w in zip(self.members, weights, strict=True) for v in m.vectors(w)]
         for m, w in zip(self.members, weights, strict=True):
             check_memory(w, f"bssn_fast: the weight of {m.name}")
         self._alike = Guard(found)
-        self._addresses = [*map(Tensor.data_ptr, weights), *map(Tensor.data_ptr, found)]
+        self._addresses = addresses(weights, found)
         return found
 
     def _mend(self, weights: Sequence[Tensor], vectors: list[Tensor], kept: _Kept | None, iterate: bool) -> None:
