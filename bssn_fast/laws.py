@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from bssn_fast.layout import are_all
+
 CONSTANT, AT_MOST, GAIN = range(3)
 
 
@@ -67,7 +69,7 @@ class Laws:
 
     def part(self, weights: Sequence[int]) -> Laws:
         """Return the laws of some of the weights, with their tensors."""
-        if len(weights) == len(self.kinds):
+        if are_all(weights, len(self.kinds)):
             return self
         found = _laws(tuple([self.kinds[j] for j in weights]), tuple([self.numbers[j] for j in weights]))
         tensors = dict(zip(self.gained, self.gains, strict=False))

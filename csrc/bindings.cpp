@@ -3,6 +3,8 @@
 #include "addresses.h"
 #include "from_python.h"
 // All others follow Python's headers, which define what the system's mean.
+#include <cstdlib>
+
 #include "cpu/cpu.h"
 #include "cpu/parallel.h"
 #ifdef BSSN_WITH_CUDA
@@ -23,8 +25,14 @@ int set_openmp(uintptr_t gomp_parallel) {
   return cpu::ok;
 }
 
+const char* environment(const char* name) {
+  const char* const value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
 PyMethodDef functions[] = {
-    bssn::python::entry("addresses", bssn::python::addresses, "Where tensors lie, as bytes."),
+    entry<environment>("environment", "An environment variable, or nothing."),
+    entry("addresses", bssn::python::addresses, "Where tensors lie, as bytes."),
     entry<cpu::forward>("cpu_forward", "Normalise n layers; returns an error code."),
     entry<cpu::backward>("cpu_backward", "Gradients of the weights of n layers; returns an error code."),
     entry<cpu_workspace>("cpu_workspace", "Bytes that a call works in; for the tests."),

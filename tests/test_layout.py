@@ -58,7 +58,7 @@ def test_views_have_the_weights_strides_and_do_not_overlap(layers):
     weights = [place(torch.empty(shape), memory) for shape, memory in layers]
     batch = layout.Batch.of(weights, [0] * len(weights), [False] * len(weights))
     flat = torch.zeros(batch.size)
-    for view, weight in zip(batch.views(flat), weights, strict=True):
+    for view, weight in zip(batch.parts(flat), weights, strict=True):
         assert view.shape == weight.shape
         assert view.stride() == weight.stride()
         assert view.storage_offset() % batch.ALIGNMENT == 0

@@ -38,13 +38,14 @@ Both may raise BackendUnavailableError for a call that they cannot serve after a
 from __future__ import annotations
 
 import importlib
-import os
 import warnings
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
+
+from bssn_fast.backends.environment import environment
 
 Backend = Literal["", "reference", "cpu", "triton", "cuda"]
 """Who does the arithmetic; "" leaves the choice to the device's default."""
@@ -97,7 +98,7 @@ def why_unavailable(name: str, device: torch.device | str) -> str | None:
 
 def default(device: torch.device | str) -> str:
     """Return the name of the backend that a device gets when none is asked for."""
-    return os.environ.get("BSSN_FAST_BACKEND") or _first_available(_with_index(device))
+    return environment("BSSN_FAST_BACKEND") or _first_available(_with_index(device))
 
 
 @cache
@@ -160,12 +161,12 @@ def run(operation: str, name: str, device: torch.device, *args: Any) -> None:
     """
     while True:
         # As `default` does it, less what a tensor's device, always with a number, does not need.
-        chosen = name or os.environ.get("BSSN_FAST_BACKEND") or _first_available(device)
+        chosen = name or environment("BSSN_FAST_BACKEND") or _first_available(device)
         try:
             getattr(_resolve(chosen, device), operation)(*args)
             return
         except BackendUnavailableError as error:
-            if name or os.environ.get("BSSN_FAST_BACKEND"):
+            if name or environment("BSSN_FAST_BACKEND"):
                 raise
             given_up.setdefault((chosen, device), str(error))
             _first_available.cache_clear()

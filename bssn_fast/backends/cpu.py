@@ -10,15 +10,14 @@ import ctypes
 from array import array
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from struct import pack
 
 import torch
 from torch import Tensor
 
 from bssn_fast.backends import extension
-from bssn_fast.backends.addresses import addresses
+from bssn_fast.backends.addresses import addresses, elements
 from bssn_fast.laws import Laws
-from bssn_fast.layout import Batch, channels, compute_dtype
+from bssn_fast.layout import Batch, channels, compute_dtype, picked
 
 DEVICES = ("cpu",)
 
@@ -98,7 +97,7 @@ def hashes(tensors: Sequence[Tensor]) -> bytes:
     any order of dimensions, and on the CPU.
     """
     n = len(tensors)
-    sizes = pack(f"{n}q", *[t.nbytes for t in tensors])
+    sizes = array("q", [t.nbytes for t in tensors]).tobytes()
     found = array("Q", bytes(8 * n))
     threads = torch.get_num_threads()
     _check(extension.module.cpu_hash(addresses(tensors), sizes, n, threads, found.buffer_info()[0]))
@@ -155,12 +154,11 @@ def backward(
     grad_weights: list[Tensor],
     grad_gains: Tensor | None,
 ) -> None:
-    table = _table(batch, tuple(layers), _converts(weights, grads))
+    which = tuple(layers)
+    table = _table(batch, which, _converts(weights, grads))
     n, laws = len(layers), laws.part(layers)
-    its_weights = list(map(weights.__getitem__, layers))
-    first, element = sigma.data_ptr(), sigma.element_size()
-    sigmas = pack(f"{n}q", *[first + element * j for j in layers])
-    pointers = addresses(its_weights, grads, grad_weights) + sigmas + addresses(laws.gains)
+    sigmas = elements(sigma.data_ptr(), sigma.element_size(), which)
+    pointers = addresses(picked(weights, layers), grads, grad_weights) + sigmas + addresses(laws.gains)
     error = extension.module.cpu_backward(
         table.address,
         n,

@@ -14,12 +14,10 @@ not form one stride) is computed by Triton where it works, else by the reference
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
-from struct import pack
 from typing import Any
 
 import torch
@@ -27,9 +25,10 @@ from torch import Tensor
 
 from bssn_fast import backends
 from bssn_fast.backends import extension
-from bssn_fast.backends.addresses import addresses
+from bssn_fast.backends.addresses import addresses, elements
+from bssn_fast.backends.environment import environment
 from bssn_fast.laws import Laws
-from bssn_fast.layout import Batch, channels
+from bssn_fast.layout import Batch, channels, picked
 
 DEVICES = ("cuda",)
 
@@ -127,7 +126,7 @@ def _instead(operation: str, device: torch.device, *args: Any) -> None:
 
 
 def _single_launch() -> bool:
-    mode = os.environ.get("BSSN_FAST_CUDA_LAUNCH", "single")
+    mode = environment("BSSN_FAST_CUDA_LAUNCH") or "single"
     if mode not in ("single", "phases"):
         raise ValueError(f"BSSN_FAST_CUDA_LAUNCH must be 'single' or 'phases', not {mode!r}")
     return mode == "single"
@@ -202,15 +201,14 @@ def backward(
     grad_gains: Tensor | None,
 ) -> None:
     n, device, dtype = len(layers), sigma.device, weights[0].dtype
-    table = _table(batch, tuple(layers))
+    which = tuple(layers)
+    table = _table(batch, which)
     if not table.addressable or not {dtype, grads[0].dtype} <= _DTYPES.keys():
         _instead("backward", device, batch, grads, weights, layers, laws, snapshot, sigma, grad_weights, grad_gains)
         return
     laws = laws.part(layers)
-    its_weights = list(map(weights.__getitem__, layers))
-    first, element = sigma.data_ptr(), sigma.element_size()
-    sigmas = pack(f"{n}q", *[first + element * j for j in layers])
-    pointers = addresses(its_weights, grads, grad_weights) + sigmas + addresses(laws.gains)
+    sigmas = elements(sigma.data_ptr(), sigma.element_size(), which)
+    pointers = addresses(picked(weights, layers), grads, grad_weights) + sigmas + addresses(laws.gains)
     workspace = table.workspace(None, dtype, device)
     error = extension.module.cuda_backward(
         table.address,

@@ -37,16 +37,16 @@ def _ask_for_large_pages(buffer: Tensor) -> None:
 class _Buffer(NamedTuple):
     """Memory for the results of one call, and tensors that lie in it."""
 
-    views: list[Tensor]
+    parts: list[Tensor]
     address: int
     storage: int  # the address of torch's object for the memory
     users: int  # of the storage, when nobody else refers to it
     token: list[None]  # whoever has taken it off may look at the buffer: no lock, which a fork could leave locked
 
     @staticmethod
-    def of(views: list[Tensor]) -> _Buffer:
-        storage = views[0].untyped_storage()._cdata
-        return _Buffer(views, views[0].data_ptr(), storage, torch._C._storage_Use_Count(storage), [None])
+    def of(parts: list[Tensor]) -> _Buffer:
+        storage = parts[0].untyped_storage()._cdata
+        return _Buffer(parts, parts[0].data_ptr(), storage, torch._C._storage_Use_Count(storage), [None])
 
     def free(self) -> bool:
         """Whether no tensor, saved variable or other owner shares the memory."""
@@ -54,7 +54,7 @@ class _Buffer(NamedTuple):
 
     def moved(self) -> bool:
         """Whether the memory has been replaced, as by shared memory that another process may be reading."""
-        return self.views[0].data_ptr() != self.address
+        return self.parts[0].data_ptr() != self.address
 
     def take(self) -> list[Tensor] | None:
         """Return tensors that share the memory; None if someone else uses it, or another thread looks at it."""
@@ -63,7 +63,7 @@ class _Buffer(NamedTuple):
         except IndexError:
             return None
         try:  # the results must exist before another thread looks
-            return [view.data for view in self.views] if self.free() and not self.moved() else None
+            return [part.data for part in self.parts] if self.free() and not self.moved() else None
         finally:
             self.token.append(None)
 
@@ -109,9 +109,9 @@ class _Shelf:
                 return found
         return None
 
-    def add(self, views: list[Tensor]) -> list[Tensor]:
-        """Return tensors in a new buffer, of which these are views."""
-        buffer = _Buffer.of(views)
+    def add(self, parts: list[Tensor]) -> list[Tensor]:
+        """Return tensors in a new buffer, that of these."""
+        buffer = _Buffer.of(parts)
         found = buffer.take()
         assert found is not None, "nobody else has it yet"
         self._buffers.append(buffer)
@@ -121,26 +121,21 @@ class _Shelf:
 class Pool:
     """Flat buffers of one size. Keeps about as many as were in use at the same time lately."""
 
-    def __init__(self, size: int, views: Callable[[Tensor], list[Tensor]]) -> None:
-        self._size, self._views = size, views
+    def __init__(self, size: int, parts: Callable[[Tensor], list[Tensor]]) -> None:
+        self._size, self._parts = size, parts
         self._shelves: dict[torch.dtype, _Shelf] = {}
 
     def take(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-        """Return `views` of a buffer of arbitrary contents that no one else uses.
-
-        To torch they are no views of it: what is written into one of them does not count as a change of the others.
-        """
-        if torch._C._len_torch_dispatch_stack() > 0:  # a compiler follows: to it they are views
-            return self._views(torch.empty(self._size, dtype=dtype, device=device))
-        if device.type != "cpu" or not _COUNTS:
-            return [view.data for view in self._views(torch.empty(self._size, dtype=dtype, device=device))]
+        """Return the `parts` of a buffer of arbitrary contents that no one else uses."""
+        if device.type != "cpu" or not _COUNTS or torch._C._len_torch_dispatch_stack() > 0:  # who follows keeps memory
+            return self._parts(torch.empty(self._size, dtype=dtype, device=device))
         shelf = self._shelves.get(dtype) or self._shelves.setdefault(dtype, _Shelf())
         found = shelf.find()
         if found is None:
             with torch.inference_mode(False):
                 flat = torch.empty(self._size, dtype=dtype, device=device)
                 _ask_for_large_pages(flat)
-                views = self._views(flat)
+                parts = self._parts(flat)
             del flat
-            found = shelf.add(views)
+            found = shelf.add(parts)
         return found

@@ -72,8 +72,8 @@ class Normalizer:
         self._gained = [j for j, first in enumerate(self.batch.first_rows[:-1]) if self.laws.kinds[first] == GAIN]
         self._checked = b""  # where weights lay whose memory has been looked at
         self._right_weights = self._right_grads = Guard()  # like those of a backward pass that found nothing wrong
-        self._outputs = Pool(self.batch.size, self.batch.views)
-        self._grads = Pool(self.batch.size, self.batch.views)
+        self._outputs = Pool(self.batch.size, self.batch.parts)
+        self._grads = Pool(self.batch.size, self.batch.parts)
         # Normalizers that lead to the weights of a range of layers each; this one computes all weights at once.
         self.parts: list[tuple[slice, Normalizer]] = []
         if gradient_groups > 1:
@@ -171,7 +171,7 @@ class Normalizer:
 
         protect: as views, into which torch refuses to write differentiably.
         """
-        if not torch.is_grad_enabled() or not any([x.requires_grad for x in (*weights, *gains)]):
+        if not torch.is_grad_enabled() or not any(x.requires_grad for x in (*weights, *gains)):
             return values.normalized
         if self.parts:
             return [w for k in range(len(self.parts)) for w in self._attach_part(k, values, weights, gains, protect)]
@@ -209,7 +209,7 @@ class Normalizer:
         if not recorded:
             self._check_memory(weights)
         given = cast("Sequence[Tensor]", grads) if known else self._readable(grads, weights, recorded)
-        layers = [j for j, g in enumerate(grads) if g is not None]
+        layers = list(range(len(grads))) if known else [j for j, g in enumerate(grads) if g is not None]
         if not layers:
             return [None] * (len(weights) + len(gains))
         if len(layers) == len(weights):
@@ -233,9 +233,11 @@ class Normalizer:
             grad_gains,
             self.backend,
         )
-        found: list[Tensor | None] = [None] * len(weights)
-        for j, result in zip(layers, results, strict=True):
-            found[j] = result
+        found: list[Tensor | None] = [*results]
+        if len(layers) < len(weights):
+            found = [None] * len(weights)
+            for j, result in zip(layers, results, strict=True):
+                found[j] = result
         if gains:
             parts = {} if grad_gains is None else dict(zip(gained, grad_gains.split(sizes), strict=True))
             found += [like(parts.get(j), gain) for j, gain in zip(self._gained, gains, strict=True)]
@@ -337,7 +339,7 @@ def _ranges(sizes: Sequence[int], count: int) -> list[slice]:
 def _in_one_buffer(weights: Sequence[Tensor]) -> list[Tensor]:
     """Return a new tensor like each weight. They share a buffer: their distances are the same at every call."""
     batch = Batch.of(weights, [0] * len(weights), [False] * len(weights))
-    return batch.views(torch.empty(batch.size, dtype=weights[0].dtype, device=weights[0].device))
+    return batch.parts(torch.empty(batch.size, dtype=weights[0].dtype, device=weights[0].device))
 
 
 def _number(gain: Tensor, like: Tensor) -> Tensor:
@@ -367,7 +369,7 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         normalizer: Normalizer = ctx.normalizer
         needed = normalizer.needed(ctx.needs_input_grad[2:])
-        wanted = [g if n else None for g, n in zip(grads, needed, strict=True)]
+        wanted = grads if all(needed) else [g if n else None for g, n in zip(grads, needed, strict=True)]
         differentiate = normalizer.differentiable_gradients if torch.is_grad_enabled() else normalizer.gradients
         saved, n = ctx.saved_tensors, len(grads)
         return None, None, *differentiate(ctx.values, saved[:n], saved[n:], wanted)

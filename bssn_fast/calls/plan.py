@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from operator import is_
+from operator import getitem, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -119,7 +119,8 @@ class Plan:
         self._measured = [(m.measured, Measured.at(j, m.settings.stack)) for m, j in zip(members, firsts, strict=False)]
         self.learned = any(m.gain is not None for m in members)
         self._unchecked = True
-        self._stored = [(m._buffers, name) for m in members for name in m.vector_names]
+        self._buffers = [m._buffers for m in members for _ in m.vector_names]
+        self._names = [name for m in members for name in m.vector_names]
         self._alike = Guard()  # vectors like those that were found to be right
         self._addresses = b""  # where the weights and the vectors were found to have all their memory
         self._kept: _Kept | None = None
@@ -222,7 +223,7 @@ class Plan:
         The memory behind a tensor can change while the object stays the same: by `tensor.data = ...`, `resize_`, `set_`
         and by what happens to its storage.
         """
-        found: list[Any] = [buffers[name] for buffers, name in self._stored]
+        found: list[Any] = list(map(getitem, self._buffers, self._names))
         if self._alike.holds(found) and self._addresses == addresses(weights, found):
             return found
         found = [v for m, w in zip(self.members, weights, strict=True) for v in m.vectors(w)]

@@ -24,7 +24,7 @@ from bssn_fast.distributed.sharded import (
     is_sharded,
     refuse_flattened,
 )
-from bssn_fast.layout import result_dtype
+from bssn_fast.layout import picked, result_dtype
 from bssn_fast.modules import recomputation, sharing, writes
 from bssn_fast.modules.advice import Advice
 from bssn_fast.modules.call import Call, Caller, Chosen, frame_of_call, interrupts
@@ -257,7 +257,7 @@ class Group:
         for plan, part in plans:
             iterate = chosen.iterating[part[0]]
             cached = [sharing.block_of(chosen.members[p]) for p in part] if sharing.any_block() else []
-            weights = [chosen.weights[p] for p in part]
+            weights = picked(chosen.weights, part)
             known = found_for(self._parent, [chosen.members[p] for p in part]) if self._parent is not None else None
             if known is not None and chosen.vectors is None:
                 results = plan.scale(weights, *known)
@@ -270,7 +270,7 @@ class Group:
                     readable=chosen.readable,
                     vectors=None if chosen.vectors is None else [chosen.vectors[p] or () for p in part],
                 )
-            indices = [chosen.indices[p] for p in part]
+            indices = picked(chosen.indices, part)
             call.put(indices, weights, results.normalized)
             if plan.learned:
                 call.put_gains(indices, [chosen.members[p].gain for p in part])
