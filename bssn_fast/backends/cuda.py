@@ -134,7 +134,7 @@ def _single_launch() -> bool:
 
 def _way() -> int:
     """Return how a forward call runs: `enum class Way` of csrc/cuda/layer.h."""
-    plan = os.environ.get("BSSN_FAST_CUDA_PLAN", "tiles")
+    plan = environment("BSSN_FAST_CUDA_PLAN") or "tiles"
     if plan not in _PLANS:
         raise ValueError(f"BSSN_FAST_CUDA_PLAN must be {', '.join(map(repr, _PLANS))}, not {plan!r}")
     if _single_launch():
