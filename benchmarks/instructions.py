@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,10 +136,10 @@ def count(norm: str, steps: int) -> int:
     return int(found.group(1))
 
 
-def seconds() -> dict[str, float]:
+def seconds(norms: Sequence[str]) -> dict[str, float]:
     """Return the median CPU time of a step of each."""
-    steps = {norm: step_of(norm) for norm in NORMS}
-    found: dict[str, list[float]] = {norm: [] for norm in NORMS}
+    steps = {norm: step_of(norm) for norm in norms}
+    found: dict[str, list[float]] = {norm: [] for norm in norms}
     gc.freeze()
     for _ in range(TURNS):
         for norm, step in steps.items():
@@ -152,7 +152,10 @@ def seconds() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", type=Path, help="a CSV file to write as well")
+    parser.add_argument("--to", type=Path, help="a CSV file to which the figures are added")
+    parser.add_argument("--label", default="", help="of these figures there: what was measured")
+    parser.add_argument("--seconds", action="store_true", help="nothing else, without Valgrind")
+    parser.add_argument("--only", choices=NORMS, nargs="+", default=NORMS)
     parser.add_argument("--train", choices=NORMS, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=SHORT, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -161,15 +164,14 @@ def main() -> None:
     if args.train:
         train(args.train, args.steps)
         return
-    times = seconds()
-    rows = []
-    for norm in NORMS:
-        instructions = (count(norm, LONG) - count(norm, SHORT)) / (LONG - SHORT)
-        rows.append((norm, f"{instructions / 1e6:.2f}", f"{1e6 * times[norm]:.0f}"))
-        print(f"{norm:10s} {rows[-1][1]:>6s} million instructions {rows[-1][2]:>6s} microseconds a step", flush=True)
-    if args.to:
-        with args.to.open("w", newline="") as file:
-            csv.writer(file).writerows([("normalisation", "million instructions", "microseconds"), *rows])
+    times = seconds(args.only)
+    for norm in args.only:
+        counted = "" if args.seconds else f"{(count(norm, LONG) - count(norm, SHORT)) / (LONG - SHORT) / 1e6:.2f}"
+        taken = f"{1e6 * times[norm]:.0f}"
+        print(f"{norm:10s} {counted:>6s} million instructions {taken:>6s} microseconds a step", flush=True)
+        if args.to:
+            with args.to.open("a", newline="") as file:
+                csv.writer(file).writerow((args.label, norm, counted, taken))
 
 
 if __name__ == "__main__":
