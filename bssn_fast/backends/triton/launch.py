@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import reduce
@@ -14,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bssn_fast.backends import reference
+from bssn_fast.backends.environment import environment
 from bssn_fast.backends.triton import kernels
 from bssn_fast.backends.triton.fields import encode
 from bssn_fast.backends.triton.geometry import NUM_WARPS, geometry, kept, power_of_two
@@ -42,7 +42,7 @@ _cache = Cache()
 
 def launch_mode() -> str:
     """Return "single" or "phases": BSSN_FAST_TRITON_LAUNCH, or what is known to work on this kind of device."""
-    mode = os.environ.get("BSSN_FAST_TRITON_LAUNCH", "") or ("phases" if torch.version.hip else "single")
+    mode = environment("BSSN_FAST_TRITON_LAUNCH") or ("phases" if torch.version.hip else "single")
     if mode not in ("single", "phases"):
         raise ValueError(f"BSSN_FAST_TRITON_LAUNCH must be single or phases, not {mode!r}")
     return mode
@@ -50,7 +50,7 @@ def launch_mode() -> str:
 
 def plan() -> str:
     """Return "tiles" or "registers": BSSN_FAST_TRITON_PLAN."""
-    name = os.environ.get("BSSN_FAST_TRITON_PLAN", "") or "tiles"
+    name = environment("BSSN_FAST_TRITON_PLAN") or "tiles"
     if name not in ("tiles", "registers"):
         raise ValueError(f"BSSN_FAST_TRITON_PLAN must be tiles or registers, not {name!r}")
     return name
