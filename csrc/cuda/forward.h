@@ -121,6 +121,7 @@ BSSN_HD void run_block(Block& block, const Args& args) {
   uint32_t* const counter = call.counters + call.ticket_counter;
   const bool has_tickets = call.first_ticket < call.end_ticket;
   keep_nothing(block);
+  block.sync();
   uint32_t own = block.cluster();
   if (has_tickets && own >= call.whole_layers) block.ask_for_ticket(counter);
   for (;;) {
