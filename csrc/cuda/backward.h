@@ -105,7 +105,7 @@ BSSN_HD void write_tile(Block& block, const BackwardCall& call, const BackwardLa
     my = GradientColumns{};
     if (!by_rows) return;
     my.take_place(layer, tile, thread);
-    with_element_type(call.grad_type, [&](auto element) { my.load_first<decltype(element)>(layer); });
+    my.load_first(layer, call.grad_type);
     my.load_vectors(layer);
   });
   block.wait(counter_of(call.counters, index, recorded), 1);
@@ -139,6 +139,7 @@ template <class Block>
 BSSN_HD void finish_gradient_layer(Block& block, const BackwardCall& call, const BackwardLayer& layer, int index) {
   const auto sum_of_tiles = [&](int thread) {
     double sum = 0;
+    BSSN_UNROLL_BY(4)
     for (uint32_t x = thread; x < layer.dot_tiles; x += kBackwardThreads) sum += call.sums[layer.sums + x];
     return sum;
   };

@@ -47,7 +47,7 @@ struct BackwardLayer {
   BSSN_HD bool has(int vector) const { return (directions & (vector < 2 ? 1 : 2)) != 0; }
   BSSN_HD bool two_sided() const { return directions == 3; }
   BSSN_HD uint32_t row_pieces() const { return plane.value / kBackwardPiece; }
-  BSSN_HD uint32_t n_rows() const { return size / plane.value; }
+  BSSN_HD uint32_t n_rows() const { return plane(size); }
   BSSN_HD bool slack() const { return is_slack(number, law, *sigma); }
   BSSN_HD uint32_t step(int vector, int dimension) const {
     const uint32_t step = steps[vector][dimension];

@@ -23,14 +23,6 @@ struct Place {
     x0 = element - lines * layer.inner.value;
   }
 
-  BSSN_HD void to_next(const BackwardLayer& layer) {
-    if (++x0 < layer.inner.value) return;
-    x0 = 0;
-    if (++x1 < layer.middle) return;
-    x1 = 0;
-    ++x2;
-  }
-
   // Where its element of a vector lies.
   BSSN_HD uint32_t in(const BackwardLayer& layer, int vector) const {
     return x0 * layer.step(vector, 0) + x1 * layer.step(vector, 1) + x2 * layer.step(vector, 2);
@@ -63,25 +55,39 @@ struct GradientColumns {
     piece = lesser(piece, pieces - 1);  // threads without work read what others read too
   }
 
+  BSSN_HD void load_first(const BackwardLayer& layer, int32_t grad_type) {
+    if (grad_type == int32_t(DType::f32)) {
+      load_first_as<float>(layer);
+    } else {
+      load_first_as<BFloat16>(layer);  // or fp16, as long as it is
+    }
+  }
+
   template <class G>
-  BSSN_HD void load_first(const BackwardLayer& layer) {
+  BSSN_HD void load_first_as(const BackwardLayer& layer) {
+    const uint32_t last = layer.n_rows() - 1;
     BSSN_UNROLL
     for (uint32_t n = 0; n < kRowsAhead; ++n) {
-      const uint32_t at = lesser(row + n * step, layer.n_rows() - 1);
-      const Pack<G, kBackwardPiece> loaded = load_streaming(piece_of<G>(layer.grad, layer, at));
+      const Pack<G, kBackwardPiece> loaded =
+          load_streaming(piece_of<G>(layer.grad, layer, lesser(row + n * step, last)));
       BSSN_UNROLL
       for (int w = 0; w < 4; ++w) first[n].words[w] = w < loaded.kWords ? loaded.words[w % loaded.kWords] : 0;
     }
   }
 
+  // In row 0, where b and c are the same as in all others.
   BSSN_HD void load_vectors(const BackwardLayer& layer) {
-    Place place(layer, piece * kBackwardPiece);
+    const uint32_t first_element = piece * kBackwardPiece;
+    uint32_t x1 = layer.inner(first_element), x0 = first_element - x1 * layer.inner.value;
+    const auto in = [&](int vector) { return x0 * layer.step(vector, 0) + x1 * layer.step(vector, 1); };
     BSSN_UNROLL
     for (int j = 0; j < kBackwardPiece; ++j) {
-      b[j] = layer.vectors[1][place.in(layer, 1)];
-      c[j] = layer.vectors[2][place.in(layer, 2)];
-      at_d[j] = place.in(layer, 3);
-      place.to_next(layer);
+      b[j] = layer.vectors[1][in(1)];
+      c[j] = layer.vectors[2][in(2)];
+      at_d[j] = in(3);
+      const bool ends = ++x0 == layer.inner.value;
+      x0 = ends ? 0 : x0;
+      x1 += ends;
     }
   }
 
