@@ -3,10 +3,11 @@
 BSSN_FAST_CUDA_LAUNCH=single runs all phases in one launch, in which tiles wait for those they build on (the default);
 BSSN_FAST_CUDA_LAUNCH=phases starts one launch per phase. With several power iterations, each is a launch of its own.
 
-BSSN_FAST_CUDA_PLAN chooses how a forward pass in one launch reads its weights. `tiles` (the default) reads them twice,
-the second time partly out of the cache. Two more wait for a GPU to say that they are faster: `clusters` gives small
-layers to a cluster of eight blocks each, on GPUs that have clusters (compute capability 9.0 and later), and `keep` has
-rows stay on the chip, as many as it has room for, from the first reading until they are written.
+BSSN_FAST_CUDA_PLAN chooses how a call in one launch reads its weights and gradients. `tiles` (the default) reads weights
+twice forward, and gradients twice backward, the second time partly out of the cache. Two more wait for a GPU to say that
+they are faster: `clusters` gives small layers of a forward pass to a cluster of eight blocks each, on GPUs that have
+clusters (compute capability 9.0 and later), and `keep` has rows of weights, or of gradients, stay on the chip, as many as
+it has room for, from the first reading until they are written.
 
 A call with weights that the kernels do not address (fp64, 2^31 elements or more, none at all, kernel dimensions that do
 not form one stride) is computed by Triton where it works, else by the reference.
@@ -71,7 +72,7 @@ class _Table:
     def __init__(self, batch: Batch, layers: Sequence[int]) -> None:
         fields: list[int] = []
         self.addressable = True
-        self._workspace: dict[tuple[int | None, torch.dtype, torch.device], int] = {}
+        self._workspace: dict[tuple[bool, int, torch.dtype, torch.device], int] = {}
         for j in layers:
             shape, stride, dim = batch.shapes[j], batch.strides[j], batch.dims[j]
             both, begin = batch.two_sided[j], batch.snapshot_offsets[j]
@@ -83,15 +84,12 @@ class _Table:
         self._n = len(layers)
         self.address = self._fields.buffer_info()[0]
 
-    def workspace(self, way: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Allocate the device memory that a forward call of this way needs, or with None a backward call."""
-        key = way, dtype, device
+    def workspace(self, backward: bool, way: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Allocate the device memory that a call of this way needs; dtype: of the weights, backward of the gradients."""
+        key = backward, way, dtype, device
         if key not in self._workspace:
-            if way is None:
-                size = extension.module.cuda_backward_workspace(self.address, self._n, device.index)
-            else:
-                kind = _DTYPES[dtype]
-                size = extension.module.cuda_forward_workspace(self.address, self._n, kind, way, device.index)
+            ask = extension.module.cuda_backward_workspace if backward else extension.module.cuda_forward_workspace
+            size = ask(self.address, self._n, _DTYPES[dtype], way, device.index)
             _check(max(-size, 0), "asking for the limits", device)
             self._workspace[key] = size
         return torch.empty(self._workspace[key], dtype=torch.uint8, device=device)
@@ -133,7 +131,7 @@ def _single_launch() -> bool:
 
 
 def _way() -> int:
-    """Return how a forward call runs: `enum class Way` of csrc/cuda/layer.h."""
+    """Return how a call runs: `enum class Way` of csrc/cuda/layer.h."""
     plan = environment("BSSN_FAST_CUDA_PLAN") or "tiles"
     if plan not in _PLANS:
         raise ValueError(f"BSSN_FAST_CUDA_PLAN must be {', '.join(map(repr, _PLANS))}, not {plan!r}")
@@ -169,7 +167,7 @@ def forward(
     outputs = addresses(normalized) or bytes(8 * n)
     pointers = addresses(weights) + outputs + addresses(vectors, laws.gains)
     way = _way()
-    workspace = table.workspace(way, dtype, device)
+    workspace = table.workspace(False, way, dtype, device)
     error = extension.module.cuda_forward(
         table.address,
         n,
@@ -209,7 +207,8 @@ def backward(
     laws = laws.part(layers)
     sigmas = elements(sigma.data_ptr(), sigma.element_size(), which)
     pointers = addresses(picked(weights, layers), grads, grad_weights) + sigmas + addresses(laws.gains)
-    workspace = table.workspace(None, dtype, device)
+    way = _way()
+    workspace = table.workspace(True, way, grads[0].dtype, device)
     error = extension.module.cuda_backward(
         table.address,
         n,
@@ -220,7 +219,7 @@ def backward(
         laws.address,
         0 if grad_gains is None else grad_gains.data_ptr(),
         workspace.data_ptr(),
-        _single_launch(),
+        way,
         device.index,
         _stream(device),
     )

@@ -9,7 +9,7 @@ namespace {
 struct Settings {
   DType weight_type, grad_type;
   float* grad_gains;
-  bool one_launch;
+  Way way;
 };
 
 // planned, segments: the arguments' own, or what becomes the table that they point to.
@@ -18,8 +18,7 @@ int run(Args& args, BackwardLayer* planned, Segment* segments, const std::vector
         const Settings& settings, void* workspace, const Device& limits, cudaStream_t stream) {
   BackwardCall& call = args.call;
   call.grad_gains = settings.grad_gains;
-  call.grad_type = int32_t(settings.grad_type);
-  const Plan plan = plan_backward(layers, limits, settings.one_launch, call, planned, segments);
+  const Plan plan = plan_backward(layers, settings.grad_type, limits, settings.way, call, planned, segments);
   set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
   if (const int error = launch_tables(args, planned, segments, int64_t(layers.size()), workspace, plan, stream)) {
     return error;
@@ -36,27 +35,22 @@ int run(Args& args, BackwardLayer* planned, Segment* segments, const std::vector
 
 }  // namespace
 
-int64_t backward_workspace(const Geometry* geometry, int64_t n, int device) {
+int64_t backward_workspace(const Geometry* geometry, int64_t n, DType grad_type, Way way, int device) {
   Device limits;
   const cudaError_t error = query_device(device, limits);
   if (error != cudaSuccess) return -int64_t(error);
-  const std::vector<Layer> layers = layers_without_memory(geometry, n);
-  std::vector<BackwardLayer> planned(layers.size());
-  std::vector<Segment> segments(layers.size() * kBackwardSegments);
-  BackwardCall call = {};
-  return plan_backward(layers, limits, true, call, planned.data(), segments.data()).workspace_bytes;
+  return backward_workspace_bytes(geometry, n, grad_type, limits, way);
 }
 
 int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, DType weight_type,
-             DType grad_type, const Law* laws, float* grad_gains, void* workspace, bool one_launch, int device,
-             void* stream) {
+             DType grad_type, const Law* laws, float* grad_gains, void* workspace, Way way, int device, void* stream) {
   Device limits;
   const cudaError_t error = query_device(device, limits);
   if (error != cudaSuccess) return error;
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return guard.error();
   const std::vector<Layer> layers = backward_layers(geometry, n, pointers, snapshot, laws);
-  const Settings settings = {weight_type, grad_type, grad_gains, one_launch};
+  const Settings settings = {weight_type, grad_type, grad_gains, way};
   return with_arguments<BackwardArgs, BackwardTableArgs, BackwardLayer, kBackwardSegments>(
       n, [&](auto& args, BackwardLayer* planned, Segment* segments) {
         return run(args, planned, segments, layers, settings, workspace, limits, static_cast<cudaStream_t>(stream));

@@ -36,18 +36,26 @@ struct BackwardLayer {
   uint32_t middle;       // size of dimension 1
   uint32_t kernel;
   uint8_t steps[4][3];  // how far one step along each dimension leads in each of the vectors: 0, 1 or kKernelStep
-  uint32_t dot_tiles, first_dot_tiles, write_tiles;  // first: in the first segment
-  uint32_t sums;                                     // index of the first tile's sum
-  uint32_t grad_gain;                                // index of a gain's gradient
+  uint32_t dot_tiles;
+  union {
+    uint32_t first_dot_tiles;  // in the first segment
+    uint32_t summed_by;        // the first ticket after its dot tiles, where G is kept
+  };
+  uint32_t write_tiles;
+  uint32_t sums;       // index of the first tile's sum
+  uint32_t grad_gain;  // index of a gain's gradient
+  uint32_t claims;     // where the words of its tiles are, where G is kept: see backward_keeping.h
   RowTiles rows;
-  uint8_t directions;  // 1: a b, 2: c d, 3: both
-  uint8_t law;         // LawKind
+  uint16_t kept_steps;  // of G, of each tile; 0: nothing is kept
+  uint8_t directions;   // 1: a b, 2: c d, 3: both
+  uint8_t law;          // LawKind
 
   // vector: 0 or 1 for a b, 2 or 3 for c d.
   BSSN_HD bool has(int vector) const { return (directions & (vector < 2 ? 1 : 2)) != 0; }
   BSSN_HD bool two_sided() const { return directions == 3; }
   BSSN_HD uint32_t row_pieces() const { return plane.value / kBackwardPiece; }
   BSSN_HD uint32_t n_rows() const { return plane(size); }
+  BSSN_HD bool keeps() const { return kept_steps > 0; }
   BSSN_HD bool slack() const { return is_slack(number, law, *sigma); }
   BSSN_HD uint32_t step(int vector, int dimension) const {
     const uint32_t step = steps[vector][dimension];
@@ -58,9 +66,10 @@ struct BackwardLayer {
 constexpr int kBackwardThreads = 256;  // of a block; at most 80 registers each
 constexpr int kBackwardBlocks = 3;     // on a multiprocessor at a time
 
-// Shared memory: the block's own, then a sum of each warp.
+// Shared memory: the block's own, then a sum of each warp, then what is kept.
 constexpr uint32_t kWarpSumsAt = 16;
 constexpr uint32_t kBackwardShared = kWarpSumsAt + kBackwardThreads / 32 * sizeof(double);
+static_assert(kBackwardShared % 16 == 0, "pieces of 16 bytes");
 
 struct BackwardRecord {
   float multiplier, ratio;  // dW = multiplier (G - ratio S)
@@ -76,6 +85,8 @@ struct BackwardCall {
   uint32_t dot_elements, write_elements;  // of a tile
   uint32_t first_ticket, end_ticket;      // of this launch
   uint32_t ticket_counter;
+
+  BSSN_HD uint32_t* claim(const BackwardLayer& layer, uint32_t tile) const { return counters + layer.claims + tile; }
 };
 
 template <int Capacity>

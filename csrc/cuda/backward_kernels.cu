@@ -1,7 +1,7 @@
 // The backward kernels, and those that write tables.
 #include "backward.h"
+#include "block.cuh"
 #include "kernels.h"
-#include "work.cuh"
 
 namespace bssn::cuda {
 namespace {
@@ -9,9 +9,8 @@ namespace {
 template <class W, class Args>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
     backward_kernel(const __grid_constant__ Args args) {
-  work_through<kBackwardThreads>(args.call, [&](DeviceBlock<kBackwardThreads>& block, uint32_t ticket) {
-    backward_ticket<W>(block, args, ticket);
-  });
+  DeviceBlock<kBackwardThreads> block;
+  run_backward_block<W>(block, args);
 }
 
 template <class W>

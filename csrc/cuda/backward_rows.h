@@ -29,18 +29,38 @@ struct Place {
   }
 };
 
-// That a thread loads at a time.
+// That a thread loads at a time, to write them. Fewer where rounding to bf16 takes many instructions, for the sake of
+// the code's size.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int kRowsAhead = 2;  // where rounding to bf16 takes many instructions, for the sake of the code's size
+constexpr uint32_t kRowsAhead = 2;
 #else
-constexpr int kRowsAhead = 4;
+constexpr uint32_t kRowsAhead = 4;
 #endif
 
-// A thread's columns of a tile, with what stays the same in all rows, its rows, and its part of the first rows of G.
+// Calls f with a zero of an element type that is as long as another.
+template <class F>
+BSSN_HD void with_piece_type(int32_t type, F f) {
+  if (type == int32_t(DType::f32)) {
+    f(float{});
+  } else {
+    f(BFloat16{});
+  }
+}
+
+// The beginning of four words as a piece.
+template <class G>
+BSSN_HD Pack<G, kBackwardPiece> piece_in(const Pack<float, kBackwardPiece>& words) {
+  Pack<G, kBackwardPiece> piece;
+  BSSN_UNROLL
+  for (int w = 0; w < piece.kWords; ++w) piece.words[w] = words.words[w];
+  return piece;
+}
+
+// A thread's columns of a tile, with what stays the same in all rows, its rows, and its part of some rows of G.
 struct GradientColumns {
   uint32_t piece;  // of a row
   uint32_t row, end, step;
-  Pack<float, kBackwardPiece> first[kRowsAhead];  // as it lies in memory, of any dtype
+  Pack<float, kBackwardPiece> rows[kRowsAhead];  // as they lie in memory, of any dtype
   float b[kBackwardPiece], c[kBackwardPiece];
   uint32_t at_d[kBackwardPiece];  // in row 0
 
@@ -55,23 +75,29 @@ struct GradientColumns {
     piece = lesser(piece, pieces - 1);  // threads without work read what others read too
   }
 
-  BSSN_HD void load_first(const BackwardLayer& layer, int32_t grad_type) {
-    if (grad_type == int32_t(DType::f32)) {
-      load_first_as<float>(layer);
-    } else {
-      load_first_as<BFloat16>(layer);  // or fp16, as long as it is
-    }
+  // Its part of the next N rows of G.
+  template <uint32_t N>
+  BSSN_HD void load_rows(const BackwardLayer& layer, int32_t grad_type) {
+    with_piece_type(grad_type, [&](auto element) {
+      using Piece = Pack<decltype(element), kBackwardPiece>;
+      const Piece* const grads = piece_of<decltype(element)>(layer.grad, layer, 0);
+      BSSN_UNROLL
+      for (uint32_t n = 0; n < N; ++n) {
+        const Piece loaded = load_streaming(grads + lesser(row + n * step, end - (end > 0)) * layer.row_pieces());
+        BSSN_UNROLL
+        for (int w = 0; w < 4; ++w) rows[n].words[w] = w < loaded.kWords ? loaded.words[w % loaded.kWords] : 0;
+      }
+    });
   }
 
-  template <class G>
-  BSSN_HD void load_first_as(const BackwardLayer& layer) {
-    const uint32_t last = layer.n_rows() - 1;
+  // b and c become what G is reduced by.
+  BSSN_HD void scale(const BackwardLayer& layer, const BackwardRecord& record) {
+    // Of a direction that the layer does not have something is loaded all the same, and counts for nothing.
+    const float ratio = layer.two_sided() ? 0.5f * record.ratio : record.ratio;
     BSSN_UNROLL
-    for (uint32_t n = 0; n < kRowsAhead; ++n) {
-      const Pack<G, kBackwardPiece> loaded =
-          load_streaming(piece_of<G>(layer.grad, layer, lesser(row + n * step, last)));
-      BSSN_UNROLL
-      for (int w = 0; w < 4; ++w) first[n].words[w] = w < loaded.kWords ? loaded.words[w % loaded.kWords] : 0;
+    for (int j = 0; j < kBackwardPiece; ++j) {
+      b[j] *= layer.has(0) ? ratio : 0.0f;
+      c[j] *= layer.has(2) ? ratio : 0.0f;
     }
   }
 
@@ -107,29 +133,20 @@ BSSN_HD void write_piece(const GradientColumns& my, const Pack<G, kBackwardPiece
   store_streaming(output, result);
 }
 
+// Writes rows, four at a time, the first of which have been loaded. What is left at the end is for write_each_row.
 template <class W, class G>
-BSSN_HD void write_rows(const BackwardLayer& layer, const BackwardRecord& record, GradientColumns& my) {
+BSSN_HD void write_rows(const BackwardLayer& layer, float multiplier, GradientColumns& my) {
   using GradPiece = Pack<G, kBackwardPiece>;
   // Kept in a register: of what is an argument the compiler thinks that it can be read again each time.
   const uint32_t pieces = uint32_t(not_before_here(int(layer.row_pieces())));
   const uint32_t step_d = layer.step(3, 2), step = my.step;
-  // Of a direction that the layer does not have something is loaded all the same, and counts for nothing.
-  const float multiplier = record.multiplier, ratio = layer.two_sided() ? 0.5f * record.ratio : record.ratio;
-  BSSN_UNROLL
-  for (int j = 0; j < kBackwardPiece; ++j) {
-    my.b[j] *= layer.has(0) ? ratio : 0.0f;
-    my.c[j] *= layer.has(2) ? ratio : 0.0f;
-  }
   const float* const vector_a = layer.vectors[0];
   const float* const vector_d = layer.vectors[3];
   const GradPiece* const grads = static_cast<const GradPiece*>(layer.grad) + my.piece;
   Pack<W, kBackwardPiece>* const outputs = static_cast<Pack<W, kBackwardPiece>*>(layer.output) + my.piece;
   GradPiece g[kRowsAhead];
   BSSN_UNROLL
-  for (int n = 0; n < kRowsAhead; ++n) {
-    BSSN_UNROLL
-    for (int w = 0; w < GradPiece::kWords; ++w) g[n].words[w] = my.first[n].words[w];
-  }
+  for (uint32_t n = 0; n < kRowsAhead; ++n) g[n] = piece_in<G>(my.rows[n]);
   // The compiler shall not know that they are equal: it would write the loop twice, once for the first rows.
   const uint32_t first_row = uint32_t(not_before_here(int(my.row)));
   uint32_t row = my.row;
@@ -152,13 +169,28 @@ BSSN_HD void write_rows(const BackwardLayer& layer, const BackwardRecord& record
       write_piece<W>(my, g[n], a[n], d[n], multiplier, outputs + (row + n * step) * pieces);
     }
   }
+  my.row = row;
+}
+
+// Writes rows one at a time. The thread's pieces of G lie in `grads` at place `at`, that of the first row, and then
+// `distance` pieces apart.
+template <class W>
+BSSN_HD void write_each_row(const BackwardLayer& layer, int32_t grad_type, float multiplier, GradientColumns& my,
+                            const void* grads, uint32_t at, uint32_t distance) {
+  const uint32_t step_d = layer.step(3, 2);
+  Pack<W, kBackwardPiece>* const outputs = static_cast<Pack<W, kBackwardPiece>*>(layer.output) + my.piece;
   BSSN_UNROLL_BY(1)
-  for (; row < my.end; row += step) {
+  for (; my.row < my.end; my.row += my.step, at += distance) {
+    Pack<float, kBackwardPiece> g;
+    with_element_type(grad_type, [&](auto element) {
+      const auto piece = static_cast<const Pack<decltype(element), kBackwardPiece>*>(grads)[at];
+      BSSN_UNROLL
+      for (int j = 0; j < kBackwardPiece; ++j) g.set(j, piece.get(j));
+    });
     float d[kBackwardPiece];
     BSSN_UNROLL
-    for (int j = 0; j < kBackwardPiece; ++j) d[j] = vector_d[row * step_d + my.at_d[j]];
-    const GradPiece last = load_streaming(grads + row * pieces);
-    write_piece<W>(my, last, vector_a[row], d, multiplier, outputs + row * pieces);
+    for (int j = 0; j < kBackwardPiece; ++j) d[j] = layer.vectors[3][my.row * step_d + my.at_d[j]];
+    write_piece<W>(my, g, layer.vectors[0][my.row], d, multiplier, outputs + my.row * layer.row_pieces());
   }
 }
 

@@ -15,7 +15,7 @@ int status(int device);
 
 // Bytes of device memory, aligned to 16, that a call needs; if negative, minus an error code.
 int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type, Way way, int device);
-int64_t backward_workspace(const Geometry* geometry, int64_t n, int device);
+int64_t backward_workspace(const Geometry* geometry, int64_t n, DType grad_type, Way way, int device);
 
 // Normalises n layers: puts one launch for each iteration, or one for each phase, on the stream. For more
 // than 176 layers small launches before them write a table of layers. `pointers`: n weights, n outputs, then each
@@ -28,8 +28,7 @@ int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* s
 // Gradients of the weights of n layers. `pointers`: n weights, n gradients, n outputs, n addresses of sigmas,
 // then the gains [1] of the layers that have one. grad_gains: as many numbers to write, in the same order.
 int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, DType weight_type,
-             DType grad_type, const Law* laws, float* grad_gains, void* workspace, bool one_launch, int device,
-             void* stream);
+             DType grad_type, const Law* laws, float* grad_gains, void* workspace, Way way, int device, void* stream);
 
 // CUDA's own words for an error code.
 const char* error_string(int error);

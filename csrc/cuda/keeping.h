@@ -1,19 +1,14 @@
 // Rows that stay in shared memory from the power iteration to the write, so that they are read once.
 //
 // A block keeps the last rows of its power tile while it goes on with tickets that leave shared memory alone. Before
-// one that does not, and at the end, it writes what it has kept, for which it may have to wait for the layer's record.
-// It does so only if its ticket is larger than those of all tiles that the record needs: then every wait is for
-// smaller tickets, and the smallest unfinished one never waits. Else it drops the rows, and the tile's write ticket
-// reads them again. Which of the two writes them is settled by one word for each power tile.
+// one that does not, and at the end, it writes what it has kept: see kept.h.
 #pragma once
 
+#include "kept.h"
 #include "scaling.h"
 #include "staging.h"
 
 namespace bssn::cuda {
-
-// A power tile's word: 0 at first.
-enum Claim : uint32_t { dropped = 1, passed = 2 };  // by the block that had the rows; by the write ticket
 
 BSSN_HD uint32_t* claim_of(const ForwardCall& call, const ForwardLayer& layer, uint32_t tile) {
   return call.counters + layer.claims + tile;
@@ -70,29 +65,6 @@ BSSN_HD void write_kept(Block& block, const ForwardCall& call, const ForwardLaye
   });
 }
 
-// What a block keeps, in its shared memory.
-struct Kept {
-  uint32_t layer;      // its number plus 1, or 0
-  uint32_t tile;       // of its power phase
-  uint32_t record_at;  // where in shared memory its record is, or 0: in the workspace, once it is there
-
-  template <class Block>
-  static BSSN_HD Kept* of(Block& block) {
-    return block.template shared<Kept>(sizeof(uint32_t));
-  }
-};
-static_assert(sizeof(uint32_t) + sizeof(Kept) <= kLanesAt, "shared memory");
-
-template <class Block>
-BSSN_HD void keep(Block& block, int layer, uint32_t tile, uint32_t record_at = 0) {
-  block.lead([&] { *Kept::of(block) = {uint32_t(layer) + 1, tile, record_at}; });
-}
-
-template <class Block>
-BSSN_HD void keep_nothing(Block& block) {
-  block.lead([&] { *Kept::of(block) = {0, 0, 0}; });
-}
-
 // Whether a ticket is nothing for a block that keeps rows of a layer: its tile needs the shared memory, or is to write
 // that layer or a later one. The write of earlier layers fills the time until this one's record is there.
 template <class Args>
@@ -115,10 +87,9 @@ BSSN_HD void finish_kept(Block& block, const Args& args, uint32_t ticket) {
   bool has_record = true;
   if (kept.record_at > 0) {
     record = block.template shared<Record>(kept.record_at);
-  } else if (ticket >= layer.reduced_by) {
-    block.wait(counter_of(call.counters, index, recorded), 1);
   } else {
-    has_record = block.exchange(claim_of(call, layer, kept.tile), dropped) == passed;
+    has_record = get_record(block, ticket, layer.reduced_by, counter_of(call.counters, index, recorded),
+                            claim_of(call, layer, kept.tile));
   }
   if (has_record) write_kept<W>(block, call, layer, kept.tile, record->multiplier);
   block.sync();  // all have read what is kept

@@ -14,8 +14,8 @@ enum class DType : int64_t { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Way : int64_t {
   tiles = 0,     // blocks take tiles
   phases = 1,    // the same, with a launch for each phase
-  clusters = 2,  // a cluster of blocks has a small layer to itself: see cluster.h
-  keep = 3,      // rows stay in shared memory between the power iteration and the write: see keeping.h
+  clusters = 2,  // forward: a cluster of blocks has a small layer to itself: see cluster.h; backward: tiles
+  keep = 3,      // rows stay in shared memory until they are written: see keeping.h, backward_keeping.h
 };
 
 // A weight is read as W[o, i, k]: output channel, input channel, kernel position. It is dense and has less than 2^31

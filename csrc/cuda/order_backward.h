@@ -42,8 +42,27 @@ class BackwardOrder {
       emit(j, dot, layers_[j].dot_tiles, layers_[j].size);
     }
     const uint32_t dots_end = ticket_;
-    for (uint32_t j = 0; j < n_; ++j) emit(j, subtract, layers_[j].write_tiles, layers_[j].size);
+    emit_gradients(0, n_);
     return {0, dots_end, ticket_};
+  }
+
+  // Where G is kept: a wave's tiles that do so are all at work at the same time, and what blocks write while they wait
+  // for the record of what they keep is the rest of the wave before. Tiles of layers that are not kept come last, as no
+  // block is to have two others. waves: where they begin, and the end.
+  std::vector<uint32_t> emit_waves(const std::vector<uint32_t>& waves) {
+    for (size_t wave = 0; wave + 1 < waves.size(); ++wave) {
+      for (const bool keeps : {true, false}) {
+        for (uint32_t j = waves[wave]; j < waves[wave + 1]; ++j) {
+          BackwardLayer& layer = layers_[j];
+          if (layer.keeps() != keeps) continue;
+          emit(j, dot, layer.dot_tiles, layer.size);
+          if (keeps) layer.summed_by = ticket_;
+        }
+      }
+      if (wave > 0) emit_gradients(waves[wave - 1], waves[wave]);
+    }
+    emit_gradients(waves[waves.size() - 2], waves.back());
+    return {0, ticket_};
   }
 
   int32_t n_segments() const { return int32_t(segments_); }
@@ -60,6 +79,10 @@ class BackwardOrder {
     begin_[segments_++] = Segment::of(ticket_, layer, uint32_t(kind));
     ticket_ += tiles;
     position_ += elements;
+  }
+
+  void emit_gradients(uint32_t begin, uint32_t end) {
+    for (uint32_t j = begin; j < end; ++j) emit(j, subtract, layers_[j].write_tiles, layers_[j].size);
   }
 
   // The first tiles of a layer: as many as come before the last dW that is due within it. Returns how many elements

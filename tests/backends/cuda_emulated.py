@@ -20,12 +20,12 @@ I32, I64, REAL, ADDRESS, BOOL = ctypes.c_int, ctypes.c_int64, ctypes.c_double, c
 DEVICE = (I32, I64)
 SIGNATURES = {
     "forward_workspace": (I64, (ADDRESS, I64, I64, I64, *DEVICE)),
-    "backward_workspace": (I64, (ADDRESS, I64, *DEVICE)),
+    "backward_workspace": (I64, (ADDRESS, I64, I64, I64, *DEVICE)),
     "forward": (
         I32,
         (ADDRESS, I64, ADDRESS, ADDRESS, ADDRESS, I64, I64, ADDRESS, REAL, I64, ADDRESS, I64, *DEVICE),
     ),
-    "backward": (I32, (ADDRESS, I64, ADDRESS, ADDRESS, I64, I64, ADDRESS, ADDRESS, ADDRESS, BOOL, *DEVICE)),
+    "backward": (I32, (ADDRESS, I64, ADDRESS, ADDRESS, I64, I64, ADDRESS, ADDRESS, ADDRESS, I64, *DEVICE)),
     "set_last_thread_first": (None, (BOOL,)),
     "set_order": (None, (ctypes.c_uint64,)),
     "count_launches": (I32, ()),
@@ -33,7 +33,7 @@ SIGNATURES = {
     "divide": (ctypes.c_uint32, (ctypes.c_uint32, I64)),
     "plan_of": (None, (ADDRESS, I32, I64, I64, *DEVICE, ADDRESS)),
     "order_of": (I32, (ADDRESS, I32, I64, I64, *DEVICE, ADDRESS)),
-    "backward_plan_of": (I32, (ADDRESS, I32, *DEVICE, ADDRESS)),
+    "backward_plan_of": (I32, (ADDRESS, I32, I64, I64, *DEVICE, ADDRESS)),
 }
 
 
@@ -92,8 +92,8 @@ class Gpu:
     def cuda_forward_workspace(self, geometry: int, n: int, dtype: int, way: int, device: int | None) -> int:
         return library().forward_workspace(geometry, n, dtype, way, *self.limits)
 
-    def cuda_backward_workspace(self, geometry: int, n: int, device: int | None) -> int:
-        return library().backward_workspace(geometry, n, *self.limits)
+    def cuda_backward_workspace(self, geometry: int, n: int, dtype: int, way: int, device: int | None) -> int:
+        return library().backward_workspace(geometry, n, dtype, way, *self.limits)
 
     def cuda_forward(self, *arguments) -> int:
         return library().forward(*arguments[:-2], *self.limits)

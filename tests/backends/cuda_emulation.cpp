@@ -119,17 +119,18 @@ int work_through(const Call& call, uint32_t shared_bytes, Process process) {
   return error ? error : shared.is_intact() ? 0 : kBeyondShared;
 }
 
-// As many blocks of a forward launch as the seed says, in whole clusters.
-template <class W, class Args>
-int run_blocks(const Args& args, uint32_t shared_bytes, int multiprocessors) {
-  const int cluster = args.call.whole_layers > 0 ? kCluster : 1;
-  const int most = std::max(std::min(multiprocessors, 24) / cluster, 1);
+// As many blocks of a launch as the seed says, `most` at most, in whole clusters. kept_at: where in shared memory what
+// a block keeps begins.
+template <int Threads, class Run>
+int run_blocks(int most, int cluster, uint32_t shared_bytes, uint32_t kept_at, Run run) {
+  most = std::max(std::min(most, 24) / cluster, 1);
   Random random(order_seed);
-  Launch launch(cluster * (order_seed ? int(random() % uint64_t(most)) + 1 : 1), cluster, shared_bytes, order_seed);
+  const int blocks = cluster * (order_seed ? int(random() % uint64_t(most)) + 1 : 1);
+  Launch launch(blocks, cluster, shared_bytes, kept_at, order_seed);
   int error = 0;
   const bool ends = launch.machine.run([&](int number) {
-    HostBlock<kThreads> block(launch, number);
-    run_block<W>(block, args);
+    HostBlock<Threads> block(launch, number);
+    run(block);
     if (!error) error = block.error();
   });
   if (error) return error;
@@ -159,13 +160,9 @@ int64_t forward_workspace(const Geometry* geometry, int64_t n, DType weight_type
   return forward_workspace_bytes(geometry, n, weight_type, device_of(multiprocessors, shared), way);
 }
 
-int64_t backward_workspace(const Geometry* geometry, int64_t n, int multiprocessors, int64_t shared) {
-  const std::vector<Layer> layers = layers_without_memory(geometry, n);
-  std::vector<BackwardLayer> planned(layers.size());
-  std::vector<Segment> segments(layers.size() * kBackwardSegments);
-  BackwardCall call = {};
-  const Device device = device_of(multiprocessors, shared);
-  return plan_backward(layers, device, true, call, planned.data(), segments.data()).workspace_bytes;
+int64_t backward_workspace(const Geometry* geometry, int64_t n, DType grad_type, Way way, int multiprocessors,
+                           int64_t shared) {
+  return backward_workspace_bytes(geometry, n, grad_type, device_of(multiprocessors, shared), way);
 }
 
 int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, float* sigma,
@@ -192,7 +189,9 @@ int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* s
     ++launches;
     return with_weight_type(weight_type, [&](auto element) {
       if (way_on(device, way) == Way::keep || call.whole_layers > 0) {
-        return run_blocks<decltype(element)>(args, plan.shared_bytes, multiprocessors);
+        return run_blocks<kThreads>(multiprocessors * kForwardBlocks, call.whole_layers > 0 ? kCluster : 1,
+                                    plan.shared_bytes, kAreaAt,
+                                    [&](auto& block) { run_block<decltype(element)>(block, args); });
       }
       return work_through<kThreads>(call, plan.shared_bytes, [&](auto& block, uint32_t ticket) {
         forward_ticket<decltype(element)>(block, args, ticket);
@@ -202,25 +201,29 @@ int forward(const Geometry* geometry, int64_t n, void* const* pointers, float* s
 }
 
 int backward(const Geometry* geometry, int64_t n, void* const* pointers, float* snapshot, DType weight_type,
-             DType grad_type, const bssn::Law* laws, float* grad_gains, void* workspace, bool one_launch,
-             int multiprocessors, int64_t shared) {
+             DType grad_type, const bssn::Law* laws, float* grad_gains, void* workspace, Way way, int multiprocessors,
+             int64_t shared) {
   const std::vector<Layer> layers = backward_layers(geometry, n, pointers, snapshot, laws);
   std::vector<BackwardLayer> planned(layers.size());
   std::vector<Segment> segments(layers.size() * kBackwardSegments);
   BackwardTableArgs args = {};
   BackwardCall& call = args.call;
   call.grad_gains = grad_gains;
-  call.grad_type = int32_t(grad_type);
   const Device device = device_of(multiprocessors, shared);
-  const Plan plan = plan_backward(layers, device, one_launch, call, planned.data(), segments.data());
+  const Plan plan = plan_backward(layers, grad_type, device, way, call, planned.data(), segments.data());
   set_workspace(call, reinterpret_cast<uintptr_t>(workspace));
   set_table(args, planned, segments, workspace, plan);
   std::memset(call.counters, 0, size_t(plan.counter_bytes));
   return launch_phases(call, plan, [&] {
     ++launches;
     return with_weight_type(weight_type, [&](auto element) {
+      if (way == Way::keep) {
+        return run_blocks<kBackwardThreads>(multiprocessors * kBackwardBlocks, 1, plan.shared_bytes, kBackwardShared,
+                                            [&](auto& block) { run_backward_block<decltype(element)>(block, args); });
+      }
       return work_through<kBackwardThreads>(call, plan.shared_bytes, [&](auto& block, uint32_t ticket) {
-        backward_ticket<decltype(element)>(block, args, ticket);
+        const Segment segment = segment_of(args.segments, call.n_segments, ticket);
+        backward_tile<decltype(element)>(block, args, segment, ticket - segment.first, {0, 0, 0});
       });
     });
   });

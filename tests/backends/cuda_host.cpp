@@ -97,11 +97,11 @@ int forward(const bssn::cuda::Geometry* geometry, int64_t n, int device, void* s
                              stream);
 }
 
-int backward(const bssn::cuda::Geometry* geometry, int64_t n, int device, void* stream) {
+int backward(const bssn::cuda::Geometry* geometry, int64_t n, int device, void* stream, int64_t way) {
   const std::vector<void*> pointers(size_t(4 * n));
   const std::vector<bssn::Law> laws(size_t(n), {1.0, bssn::LawKind::constant});
   return bssn::cuda::backward(geometry, n, pointers.data(), nullptr, bssn::cuda::DType::f32, bssn::cuda::DType::f32,
-                              laws.data(), nullptr, nullptr, true, device, stream);
+                              laws.data(), nullptr, nullptr, bssn::cuda::Way(way), device, stream);
 }
 
 // Blocks of the last launch, and of a cluster in it.

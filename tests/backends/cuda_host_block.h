@@ -104,8 +104,8 @@ class Shared {
 
 // A launch's blocks that run side by side, in clusters of `cluster`.
 struct Launch {
-  Launch(int n, int of_cluster, uint32_t shared_bytes, uint64_t seed)
-      : machine(n, seed), random(seed), cluster(of_cluster), arrived(size_t(n / of_cluster)) {
+  Launch(int n, int of_cluster, uint32_t shared_bytes, uint32_t kept_from, uint64_t seed)
+      : machine(n, seed), random(seed), cluster(of_cluster), kept_at(kept_from), arrived(size_t(n / of_cluster)) {
     for (int j = 0; j < n; ++j) shared.emplace_back(shared_bytes);
   }
   int blocks() const { return int(shared.size()); }
@@ -113,6 +113,7 @@ struct Launch {
   Machine machine;
   Random random;
   int cluster;
+  uint32_t kept_at;          // where in shared memory what a block keeps begins
   std::vector<int> arrived;  // at the barrier, of each cluster
   std::vector<Shared> shared;
 };
@@ -258,7 +259,9 @@ class HostBlock {
     const Kept& kept = *Kept::of(*this);
     Shared& memory = launch_->shared[size_t(number_)];
     if (order_seed && kept.layer == 0) memory.scramble(launch_->random, kLanesAt);
-    if (order_seed && kept.layer > 0 && kept.record_at == 0) memory.scramble(launch_->random, kLanesAt, kAreaAt);
+    if (order_seed && kept.layer > 0 && kept.record_at == 0) {
+      memory.scramble(launch_->random, kLanesAt, launch_->kept_at);
+    }
     return ticket_;
   }
 

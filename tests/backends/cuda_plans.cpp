@@ -61,19 +61,20 @@ int order_of(const Geometry* geometry, int n, DType weight_type, Way way, int mu
 }
 
 // Of each layer of a backward call: <G, W> tiles, dW tiles, and if dW is written by rows the tiles beside each other,
-// their pieces, rows and rows at a time (else 0). Then the segments of one launch: layer, kind and first ticket; then
-// the end. Returns how many segments there are.
-int backward_plan_of(const Geometry* geometry, int n, int multiprocessors, int64_t shared, int64_t* out) {
+// their pieces, rows and rows at a time (else 0), and the steps that are kept. Then the segments of one launch: layer,
+// kind and first ticket; then the end. Returns how many segments there are.
+int backward_plan_of(const Geometry* geometry, int n, DType grad_type, Way way, int multiprocessors, int64_t shared,
+                     int64_t* out) {
   const std::vector<Layer> layers = layers_without_memory(geometry, n);
   std::vector<BackwardLayer> planned(layers.size());
   std::vector<Segment> segments(layers.size() * kBackwardSegments);
   BackwardCall call = {};
   const Device device = device_of(multiprocessors, shared);
-  const Plan plan = plan_backward(layers, device, true, call, planned.data(), segments.data());
+  const Plan plan = plan_backward(layers, grad_type, device, way, call, planned.data(), segments.data());
   for (const BackwardLayer& layer : planned) {
     const RowTiles& rows = layer.rows;
-    const int64_t found[] = {layer.dot_tiles, layer.write_tiles, rows.column_blocks,
-                             rows.width,      rows.tile_rows,    rows.rows_at_once};
+    const int64_t found[] = {layer.dot_tiles, layer.write_tiles, rows.column_blocks, rows.width,
+                             rows.tile_rows,  rows.rows_at_once, layer.kept_steps};
     out = std::copy(std::begin(found), std::end(found), out);
   }
   for (int x = 0; x < call.n_segments; ++x) {
