@@ -220,7 +220,8 @@ BSSN_HD void backward_tile(Block& block, const Args& args, Segment segment, uint
   }
 }
 
-// What a block does: takes tickets until none is left. Before one of them it may have to write what it has kept.
+// What a block does: takes tickets until none is left. Before one of them it may have to write what it has kept; then
+// the same ticket is handed out again.
 template <class W, class Block, class Args>
 BSSN_HD void run_backward_block(Block& block, const Args& args) {
   const BackwardCall& call = args.call;
@@ -231,17 +232,12 @@ BSSN_HD void run_backward_block(Block& block, const Args& args) {
   for (;;) {
     const Segment segment = segment_of(args.segments, call.n_segments, ticket);
     const Kept kept = take_kept(block, args, ticket, segment);
-    const bool has = kept.layer > 0;
-    if (!has) {
+    if (kept.layer == 0) {
       if (ticket >= call.end_ticket) return;
       block.ask_for_ticket(counter);
     }
     backward_tile<W>(block, args, segment, ticket - segment.first, kept);
-    if (has) {
-      block.sync();  // all know that nothing is kept any more
-    } else {
-      ticket = call.first_ticket + block.hand_out_ticket();
-    }
+    ticket = call.first_ticket + block.hand_out_ticket();
   }
 }
 

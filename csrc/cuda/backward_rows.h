@@ -90,14 +90,14 @@ struct GradientColumns {
     });
   }
 
-  // b and c become what G is reduced by.
+  // b and c become what a and d are multiplied by, to be added to G.
   BSSN_HD void scale(const BackwardLayer& layer, const BackwardRecord& record) {
     // Of a direction that the layer does not have something is loaded all the same, and counts for nothing.
-    const float ratio = layer.two_sided() ? 0.5f * record.ratio : record.ratio;
+    const float factor = layer.two_sided() ? -0.5f * record.ratio : -record.ratio;
     BSSN_UNROLL
     for (int j = 0; j < kBackwardPiece; ++j) {
-      b[j] *= layer.has(0) ? ratio : 0.0f;
-      c[j] *= layer.has(2) ? ratio : 0.0f;
+      b[j] *= layer.has(0) ? factor : 0.0f;
+      c[j] *= layer.has(2) ? factor : 0.0f;
     }
   }
 
@@ -123,13 +123,15 @@ struct GradientColumns {
   }
 };
 
-// One row's piece of dW.
+// One row's piece of dW. The bits are the same whichever loop it stands in.
 template <class W, class G>
 BSSN_HD void write_piece(const GradientColumns& my, const Pack<G, kBackwardPiece>& g, float a, const float* d,
                          float multiplier, Pack<W, kBackwardPiece>* output) {
   Pack<W, kBackwardPiece> result;
   BSSN_UNROLL
-  for (int j = 0; j < kBackwardPiece; ++j) result.set(j, multiplier * (g.get(j) - a * my.b[j] - d[j] * my.c[j]));
+  for (int j = 0; j < kBackwardPiece; ++j) {
+    result.set(j, multiplier * fmaf(d[j], my.c[j], fmaf(a, my.b[j], g.get(j))));
+  }
   store_streaming(output, result);
 }
 

@@ -16,6 +16,7 @@ from bssn_fast.backends import cuda
 from bssn_fast.layout import Batch, needs_two_sides
 
 POWER, REDUCE, WRITE, WHOLE = range(4)
+DOT, DOT_REST, SUBTRACT = range(3)
 TILES, PHASES, CLUSTERS, KEEP = range(4)
 SETS = json.loads((Path(__file__).parents[2] / "benchmarks" / "work" / "layer_sets.json").read_text())
 
@@ -63,6 +64,37 @@ def order(shapes, dtype=torch.float32, way=TILES):
         layers.address, len(shapes), kind, way, *H200.limits, ctypes.addressof(numbers)
     )
     return [tuple(numbers[j : j + 3]) for j in range(0, 3 * n, 3)], numbers[3 * n]
+
+
+class GradientPlan(NamedTuple):
+    dot_tiles: int
+    write_tiles: int
+    column_blocks: int
+    width: int
+    tile_rows: int
+    rows_at_once: int
+    kept_steps: int
+
+
+class Segment(NamedTuple):
+    layer: int
+    kind: int
+    first: int
+    tiles: int
+
+
+def backward_plan(layers, n, dtype=torch.float32, way=TILES) -> tuple[list[GradientPlan], list[Segment]]:
+    """The layers' tiles for gradients of a dtype, and the segments of one launch."""
+    width = len(GradientPlan._fields)
+    numbers = (ctypes.c_int64 * ((width + 9) * n + 1))()
+    count = cuda_emulated.library().backward_plan_of(
+        layers.address, n, cuda._DTYPES[dtype], way, *H200.limits, ctypes.addressof(numbers)
+    )
+    begin, end = width * n, width * n + 3 * count
+    segments = [tuple(numbers[j : j + 3]) for j in range(begin, end, 3)]
+    ends = [first for _, _, first in segments[1:]] + [numbers[end]]
+    planned = [GradientPlan(*numbers[j : j + width]) for j in range(0, begin, width)]
+    return planned, [Segment(*s, last - s[2]) for s, last in zip(segments, ends, strict=True)]
 
 
 def shapes_of(name):

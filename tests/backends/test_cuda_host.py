@@ -35,8 +35,13 @@ def host() -> ctypes.CDLL:
         subprocess.run([cuda_emulated.compiler(), *flags, *includes, *sources, "-o", target], check=True)
         loaded = ctypes.CDLL(str(target))
     for name in ("forward", "backward"):
-        getattr(loaded, name).argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
-    loaded.forward.argtypes += (ctypes.c_int64,)
+        getattr(loaded, name).argtypes = (
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_int,
+            ctypes.c_void_p,
+            ctypes.c_int64,
+        )
     loaded.forward_workspace.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
     loaded.forward_workspace.restype = ctypes.c_int64
     return loaded
@@ -51,8 +56,7 @@ def table(n: int):
 
 def call(name: str, n: int, device: int, way: int = 0) -> tuple[int, list[tuple[int, int]]]:
     """Return the error and, for each launch and fill, the device that was current and the stream."""
-    ways = (way,) if name == "forward" else ()
-    error = getattr(host(), name)(table(n).address, n, device, STREAM, *ways)
+    error = getattr(host(), name)(table(n).address, n, device, STREAM, way)
     notes = (ctypes.c_int64 * 200)()
     count = host().notes_into(notes, 100)
     return error, [(notes[2 * j], notes[2 * j + 1]) for j in range(count)]

@@ -1,20 +1,30 @@
 """How calls of the CUDA kernels are cut into tiles, which no kernel has to run for."""
 
-import ctypes
 from math import prod
-from typing import NamedTuple
 
 import cuda_emulated
 import matrix
 import pytest
 import torch
 from cuda_emulated import H200
-from cuda_planned import POWER, REDUCE, SETS, WRITE, order, plans, shapes_of, table, workspace
+from cuda_planned import (
+    DOT,
+    DOT_REST,
+    POWER,
+    REDUCE,
+    SETS,
+    SUBTRACT,
+    WRITE,
+    backward_plan,
+    order,
+    plans,
+    shapes_of,
+    table,
+    workspace,
+)
 
 if cuda_emulated.compiler() is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
-
-DOT, DOT_REST, SUBTRACT = range(3)
 
 
 @pytest.mark.parametrize(
@@ -127,31 +137,6 @@ def test_later_phases_begin_as_soon_as_nothing_waits_for_them():
     assert phases.index(REDUCE) < len(phases) - 1 - phases[::-1].index(POWER)
     phases = [phase for _, phase, _ in order(shapes_of("sngan_d32"))[0]]
     assert set(phases[: len(phases) // 3]) == {POWER}
-
-
-class GradientPlan(NamedTuple):
-    dot_tiles: int
-    write_tiles: int
-    column_blocks: int
-    width: int
-    tile_rows: int
-    rows_at_once: int
-
-
-class Segment(NamedTuple):
-    layer: int
-    kind: int
-    first: int
-    tiles: int
-
-
-def backward_plan(layers, n) -> tuple[list[GradientPlan], list[Segment]]:
-    numbers = (ctypes.c_int64 * (15 * n + 1))()
-    count = cuda_emulated.library().backward_plan_of(layers.address, n, *H200.limits, ctypes.addressof(numbers))
-    segments = [tuple(numbers[j : j + 3]) for j in range(6 * n, 6 * n + 3 * count, 3)]
-    ends = [first for _, _, first in segments[1:]] + [numbers[6 * n + 3 * count]]
-    planned = [GradientPlan(*numbers[j : j + 6]) for j in range(0, 6 * n, 6)]
-    return planned, [Segment(*s, end - s[2]) for s, end in zip(segments, ends, strict=True)]
 
 
 @pytest.mark.parametrize("memory", ["contiguous", "channels_last"])

@@ -55,7 +55,7 @@ def test_threads_in_another_order_change_no_bit(plan, iterations):
         other = matrix.run("cuda", case, matrix.inputs(case))
     finally:
         cuda_emulated.library().set_last_thread_first(False)
-    for part in ("normalized", "vectors", "snapshot", "sigma"):
+    for part in ("normalized", "vectors", "snapshot", "sigma", "grad_weights"):
         for a, b in zip(getattr(one, part), getattr(other, part), strict=True):
             assert matrix.same_bits(a, b), part
 
