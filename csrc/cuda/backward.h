@@ -135,7 +135,7 @@ BSSN_HD void write_tile(Block& block, const BackwardCall& call, const BackwardLa
   });
   block.wait(is_recorded, 1);
   block.all([&](int thread) {
-    const BackwardRecord& record = call.records[index];
+    const BackwardRecord record = call.records[index];
     GradientColumns& my = columns[thread];
     if (!by_rows) {
       write_elements<W>(layer, call.grad_type, record, FlatTile(call.write_elements, layer, tile), thread);

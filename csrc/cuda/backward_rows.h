@@ -149,15 +149,16 @@ BSSN_HD void write_rows(const BackwardLayer& layer, float multiplier, GradientCo
   GradPiece g[kRowsAhead];
   BSSN_UNROLL
   for (uint32_t n = 0; n < kRowsAhead; ++n) g[n] = piece_in<G>(my.rows[n]);
-  // The compiler shall not know that they are equal: it would write the loop twice, once for the first rows.
-  const uint32_t first_row = uint32_t(not_before_here(int(my.row)));
+  int are_loaded = 1;
   uint32_t row = my.row;
   BSSN_UNROLL_BY(1)
   for (; row + (kRowsAhead - 1) * step < my.end; row += kRowsAhead * step) {
-    if (row != first_row) {
+    // The compiler shall not know that they are the first time: it would write the loop twice.
+    if (not_before_here(are_loaded) == 0) {
       BSSN_UNROLL
       for (uint32_t n = 0; n < kRowsAhead; ++n) g[n] = load_streaming(grads + (row + n * step) * pieces);
     }
+    are_loaded = 0;
     float a[kRowsAhead], d[kRowsAhead][kBackwardPiece];
     BSSN_UNROLL
     for (uint32_t n = 0; n < kRowsAhead; ++n) {

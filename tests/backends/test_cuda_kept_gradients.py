@@ -1,5 +1,6 @@
 """G that stays on the chip between <G, W> and dW: the backward pass of BSSN_FAST_CUDA_PLAN=keep."""
 
+import itertools
 from math import prod
 
 import cuda_emulated
@@ -18,6 +19,7 @@ if cuda_emulated.compiler() is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 DROPPED, PASSED = 1, 2
+BLOCKS = 3 * H200.multiprocessors
 FEW = Gpu(4, TINY.shared_bytes)  # room for 12 blocks with three rows of fp32 for each thread
 LAYERS = ((200, 64, 3, 3), (96, 128), (64, 3, 3, 3), (40, 16, 4, 4), (30, 60, 3, 3), (24, 1040), (7, 8))
 """Some by rows, of which few, most or all stay; some that go through memory in order."""
@@ -93,7 +95,10 @@ class Backward:
 
 
 def test_whoever_writes_bits_are_the_same(gpu, monkeypatch):
-    """The block that has the rows, mostly. One that cannot wait drops them, before their ticket comes or after it."""
+    """The block that has the rows, mostly. One that cannot wait drops them, always before their ticket comes.
+
+    It cannot wait as it has another tile of the layer to do, without which no ticket of the second phase passes.
+    """
     gpu(FEW)
     count = cuda_emulated.library().count_claims
     backward = Backward(Case(tuple((48 + 8 * j, 32, 3, 3) for j in range(6)), dims=(0,) * 6), monkeypatch)
@@ -105,8 +110,8 @@ def test_whoever_writes_bits_are_the_same(gpu, monkeypatch):
             assert all(map(matrix.same_bits, backward(), first)), seed
         for claims in met:
             met[claims] += count(*claims) - before[claims]
-    assert all(met.values()), met
-    assert met[0, DROPPED] == met[DROPPED, PASSED]
+    assert met[0, PASSED] > met[0, DROPPED] == met[DROPPED, PASSED] > 0
+    assert met[PASSED, DROPPED] == 0
 
 
 def test_threads_in_another_order_change_no_bit(gpu, monkeypatch):
@@ -124,48 +129,42 @@ def sorted_shapes(name):
     return sorted(shapes_of(name), key=prod, reverse=True)
 
 
-def waves_of(segments):
-    """Layers that are added up, between the writes of others."""
-    waves = []
-    for layer, kind, _, _ in segments:
-        if kind == DOT:
-            waves.append(layer)
-    return waves
-
-
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_wave_has_a_tile_for_each_block(name, dtype):
-    """And dW of one wave is written behind the next one's <G, W>, so that nothing waits."""
+    """And its dW is written behind the next one's <G, W>, so that there is something to do until that is added up."""
     shapes = sorted_shapes(name)
     planned, segments = backward_plan(table(shapes), len(shapes), dtype, KEEP)
-    blocks, ticket = 3 * H200.multiprocessors, 0
+    ticket = 0
     for segment in segments:
+        plan = planned[segment.layer]
         assert segment.first == ticket
-        assert segment.tiles == planned[segment.layer].dot_tiles == planned[segment.layer].write_tiles or (
-            planned[segment.layer].kept_steps == 0
-        )
+        assert segment.tiles == (plan.dot_tiles if segment.kind == DOT else plan.write_tiles)
+        assert plan.kept_steps == 0 or plan.dot_tiles == plan.write_tiles
         ticket += segment.tiles
-    kinds = {layer: [s.kind for s in segments if s.layer == layer] for layer in range(len(shapes))}
-    assert all(kind == [DOT, SUBTRACT] for kind in kinds.values())
-    dots = [s for s in segments if s.kind == DOT]
-    writes = [s.layer for s in segments if s.kind == SUBTRACT]
-    assert writes == sorted(writes)
-    # Where a layer's tiles and those of layers before would be too many, another wave begins: what that one writes in
-    # between is the one before.
-    waves, tiles = [[]], 0
-    for segment in dots:
-        keeps = planned[segment.layer].kept_steps > 0
-        if segment.layer < len(shapes) and keeps and tiles + segment.tiles > blocks:
-            waves.append([])
-            tiles = 0
-        waves[-1].append(segment.layer)
-        tiles += segment.tiles if keeps else 0
-    place = {(s.layer, s.kind): s.first for s in segments}
-    for wave, next_wave in zip(waves, waves[1:], strict=False):
-        assert max(place[layer, DOT] for layer in next_wave) < min(place[layer, SUBTRACT] for layer in wave)
-    for wave, second_next in zip(waves, waves[2:], strict=False):
-        assert max(place[layer, SUBTRACT] for layer in wave) < min(place[layer, DOT] for layer in second_next)
+    for layer in range(len(shapes)):
+        assert [s.kind for s in segments if s.layer == layer] == [DOT, SUBTRACT]
+    # The segments are <G, W> of waves 0 and 1, dW of 0, <G, W> of 2, dW of 1 and so on.
+    written = [
+        [s.layer for s in run] for kind, run in itertools.groupby(segments, lambda s: s.kind) if kind == SUBTRACT
+    ]
+    dots = [[s.layer for s in run] for kind, run in itertools.groupby(segments, lambda s: s.kind) if kind == DOT]
+    waves = [*written[:-1], *split(written[-1], dots[-1], planned)]
+    assert [layer for wave in waves for layer in wave] == list(range(len(shapes)))
+    assert sorted(dots[0]) == sorted(waves[0] + (waves[1] if len(waves) > 1 else []))
+    assert [sorted(wave) for wave in dots[1:]] == waves[2:]
+    for wave in waves:
+        assert sum(planned[layer].dot_tiles for layer in wave if planned[layer].kept_steps) <= BLOCKS
+
+
+def split(written, added_up, planned):
+    """The last two waves, whose dW is written without a pause, if there are two."""
+    first = [layer for layer in written if layer not in added_up]
+    if not first:  # <G, W> of both stand together too: as many as there are blocks for
+        tiles = itertools.accumulate(planned[layer].dot_tiles * (planned[layer].kept_steps > 0) for layer in written)
+        first = [layer for layer, sum_so_far in zip(written, tiles, strict=True) if sum_so_far <= BLOCKS]
+    last = written[len(first) :]
+    return [first, last] if last else [first]
 
 
 @pytest.mark.parametrize(
@@ -199,5 +198,5 @@ def test_how_much_stays(name, dtype, least):
 def test_rows_that_are_too_many_side_by_side_stay_not():
     """One row has more tiles than there are blocks."""
     ((plan,), _) = backward_plan(table(((8, 1_000_000),)), 1, torch.float32, KEEP)
-    assert plan.column_blocks > 3 * H200.multiprocessors
+    assert plan.column_blocks > BLOCKS
     assert plan.kept_steps == 0
