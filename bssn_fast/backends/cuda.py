@@ -3,11 +3,11 @@
 BSSN_FAST_CUDA_LAUNCH=single runs all phases in one launch, in which tiles wait for those they build on (the default);
 BSSN_FAST_CUDA_LAUNCH=phases starts one launch per phase. With several power iterations, each is a launch of its own.
 
-BSSN_FAST_CUDA_PLAN chooses how a call in one launch reads its weights and gradients. `tiles` (the default) reads weights
+BSSN_FAST_CUDA_PLAN chooses how a call in one launch reads weights and gradients. `tiles` (the default) reads weights
 twice forward, and gradients twice backward, the second time partly out of the cache. Two more wait for a GPU to say that
 they are faster: `clusters` gives small layers of a forward pass to a cluster of eight blocks each, on GPUs that have
-clusters (compute capability 9.0 and later), and `keep` has rows of weights, or of gradients, stay on the chip, as many as
-it has room for, from the first reading until they are written.
+clusters (compute capability 9.0 and later), and `keep` has rows of weights, or of gradients, stay on the chip, as many
+as it has room for, from the first reading until they are written.
 
 A call with weights that the kernels do not address (fp64, 2^31 elements or more, none at all, kernel dimensions that do
 not form one stride) is computed by Triton where it works, else by the reference.
@@ -85,7 +85,7 @@ class _Table:
         self.address = self._fields.buffer_info()[0]
 
     def workspace(self, backward: bool, way: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Allocate the device memory that a call of this way needs; dtype: of the weights, backward of the gradients."""
+        """Allocate the device memory that a call of this way needs. dtype: of weights, or backward of gradients."""
         key = backward, way, dtype, device
         if key not in self._workspace:
             ask = extension.module.cuda_backward_workspace if backward else extension.module.cuda_forward_workspace
