@@ -4,10 +4,10 @@ BSSN_FAST_CUDA_LAUNCH=single runs all phases in one launch, in which tiles wait 
 BSSN_FAST_CUDA_LAUNCH=phases starts one launch per phase. With several power iterations, each is a launch of its own.
 
 BSSN_FAST_CUDA_PLAN chooses how a call in one launch reads weights and gradients. `tiles` (the default) reads weights
-twice forward, and gradients twice backward, the second time partly out of the cache. Two more wait for a GPU to say that
-they are faster: `clusters` gives small layers of a forward pass to a cluster of eight blocks each, on GPUs that have
-clusters (compute capability 9.0 and later), and `keep` has rows of weights, or of gradients, stay on the chip, as many
-as it has room for, from the first reading until they are written.
+twice forward, and gradients twice backward, the second time partly out of the cache. Two more wait for a GPU to say
+that they are faster: `clusters` gives small layers of a forward pass to a cluster of eight blocks each, on GPUs that
+have clusters (compute capability 9.0 and later), and `keep` has rows of weights, or of gradients, stay on the chip, as
+many as it has room for, from the first reading until they are written.
 
 A call with weights that the kernels do not address (fp64, 2^31 elements or more, none at all, kernel dimensions that do
 not form one stride) is computed by Triton where it works, else by the reference.

@@ -24,7 +24,7 @@ cudaError_t note(cudaStream_t stream) {
   return calls_until_failure >= 0 && calls_until_failure-- == 0 ? cudaError_t(700) : cudaSuccess;
 }
 
-unsigned blocks = 0, cluster = 0;  // of the last launch
+unsigned blocks = 0, cluster = 0, shared = 0;  // of the last launch
 
 const char kernel = 0;
 
@@ -54,6 +54,7 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return c
 cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t stream) { return note(stream); }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) {
   blocks = config->gridDim.x;
+  shared = unsigned(config->dynamicSmemBytes);
   cluster = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;
   return note(config->stream);
 }
@@ -104,9 +105,10 @@ int backward(const bssn::cuda::Geometry* geometry, int64_t n, int device, void* 
                               laws.data(), nullptr, nullptr, bssn::cuda::Way(way), device, stream);
 }
 
-// Blocks of the last launch, and of a cluster in it.
+// Blocks of the last launch, of a cluster in it, and a block's bytes of shared memory.
 unsigned launched_blocks() { return blocks; }
 unsigned launched_cluster() { return cluster; }
+unsigned launched_shared() { return shared; }
 
 int status(int device) { return bssn::cuda::status(device); }
 

@@ -20,7 +20,7 @@ if cuda_emulated.compiler() is None:
 HERE = Path(__file__).parent
 SOURCES = ("forward.cpp", "backward.cpp", "device.cpp")
 STREAM = 4711
-CLUSTERS = 2
+CLUSTERS, KEEP = 2, 3
 MANY = 300
 """More layers than arguments hold: they lie in a table that launches of their own write."""
 
@@ -48,9 +48,9 @@ def host() -> ctypes.CDLL:
 
 
 @functools.cache
-def table(n: int):
-    shapes = ((4, 3, 3, 3),) * n
-    strides = ((27, 9, 3, 1),) * n
+def table(n: int, c_out: int = 4, c_in: int = 3):
+    shapes = ((c_out, c_in, 3, 3),) * n
+    strides = ((9 * c_in, 9, 3, 1),) * n
     return cuda._Table(Batch(shapes, strides, (0,) * n, (True,) * n), range(n))
 
 
@@ -84,6 +84,16 @@ def test_clusters_are_launched_whole_and_need_no_counters(n, launches, blocks):
     assert (len(notes), host().launched_cluster(), host().launched_blocks()) == (launches, 8, blocks)
     call("forward", n, 0)
     assert host().launched_cluster() == 1
+
+
+def test_three_blocks_that_keep_gradients_share_a_multiprocessor():
+    host().reset(0, 0, -1)
+    assert host().backward(table(1, 1024, 1024).address, 1, 0, STREAM, KEEP) == 0
+    assert 2 * 132 < host().launched_blocks() <= 3 * 132
+    available, reserved = 228 * 1024, 1024
+    assert available // 4 < host().launched_shared() + reserved <= available // 3
+    call("backward", 1, 0)
+    assert host().launched_shared() < 1024
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])
