@@ -73,7 +73,7 @@ BSSN_HD bool ends_keeping(const Layers& layers, Segment segment, int kept_layer)
 template <class Block, class Args>
 BSSN_HD Kept take_kept(Block& block, const Args& args, uint32_t ticket, Segment segment) {
   const BackwardCall& call = args.call;
-  const Kept kept = *Kept::of(block), nothing = {0, 0, 0};
+  const Kept kept = what_is_kept(block), nothing = {0, 0, 0};
   const int index = int(kept.layer) - 1;
   if (index < 0 || !(ticket >= call.end_ticket || ends_keeping(args.layers, segment, index))) return nothing;
   const BackwardLayer& layer = args.layers[index];

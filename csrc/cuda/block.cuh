@@ -51,6 +51,12 @@ class DeviceBlock {
     if (threadIdx.x == 0) f();
   }
 
+  // What that thread has written to shared memory before the last barrier.
+  template <class T>
+  __device__ __forceinline__ T told(uint32_t offset) {
+    return *shared<T>(offset);
+  }
+
   __device__ __forceinline__ void sync() { __syncthreads(); }
 
   // Adds up N numbers of each thread, given by get(thread, x), over the lanes of a warp whose numbers are equal modulo

@@ -79,7 +79,7 @@ BSSN_HD bool ends_keeping(const Args& args, uint32_t ticket, int kept_layer) {
 template <class W, class Block, class Args>
 BSSN_HD void finish_kept(Block& block, const Args& args, uint32_t ticket) {
   const ForwardCall& call = args.call;
-  const Kept kept = *Kept::of(block);
+  const Kept kept = what_is_kept(block);
   const int index = int(kept.layer) - 1;
   if (index < 0 || (kept.record_at == 0 && !ends_keeping(args, ticket, index))) return;
   const ForwardLayer& layer = args.layers[index];

@@ -18,22 +18,25 @@ struct Kept {
   uint32_t layer;      // its number plus 1, or 0
   uint32_t tile;       // of its first phase
   uint32_t record_at;  // where in shared memory its record is, or 0: in the workspace, once it is there
-
-  template <class Block>
-  static BSSN_HD Kept* of(Block& block) {
-    return block.template shared<Kept>(sizeof(uint32_t));
-  }
 };
-static_assert(sizeof(uint32_t) + sizeof(Kept) <= kLanesAt, "shared memory");
+
+constexpr uint32_t kKeptAt = sizeof(uint32_t);
+static_assert(kKeptAt + sizeof(Kept) <= kLanesAt, "shared memory");
+
+// After a barrier.
+template <class Block>
+BSSN_HD Kept what_is_kept(Block& block) {
+  return block.template told<Kept>(kKeptAt);
+}
 
 template <class Block>
 BSSN_HD void keep(Block& block, int layer, uint32_t tile, uint32_t record_at = 0) {
-  block.lead([&] { *Kept::of(block) = {uint32_t(layer) + 1, tile, record_at}; });
+  block.lead([&] { *block.template shared<Kept>(kKeptAt) = {uint32_t(layer) + 1, tile, record_at}; });
 }
 
 template <class Block>
 BSSN_HD void keep_nothing(Block& block) {
-  block.lead([&] { *Kept::of(block) = {0, 0, 0}; });
+  block.lead([&] { *block.template shared<Kept>(kKeptAt) = {0, 0, 0}; });
 }
 
 // The layer's record, before the block goes on with `ticket`: waits for it, or drops what is kept. False if it is

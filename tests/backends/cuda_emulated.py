@@ -46,6 +46,7 @@ ERRORS = {
     6: "ended with copies into shared memory on their way",
     7: "read the shared memory of a block that has ended",
     8: "arrived at the cluster's barrier twice, or waited without having arrived",
+    9: "looked at what one thread had written without a barrier in between",
 }
 
 

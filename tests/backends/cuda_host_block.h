@@ -34,7 +34,8 @@ enum Error : int {
   kTooSoon = 5,
   kOnTheWay = 6,
   kGone = 7,
-  kBarrier = 8
+  kBarrier = 8,
+  kUntold = 9
 };
 
 // Whether a block's threads run from the last to the first.
@@ -172,6 +173,12 @@ class HostBlock {
   template <class F>
   void lead(F f) {
     f();
+    is_known_ = false;
+  }
+  template <class T>
+  T told(uint32_t offset) {
+    if (!is_known_) error_ = kUntold;
+    return *shared<T>(offset);
   }
 
   // What it writes is written again if the tile has to wait.
@@ -180,7 +187,7 @@ class HostBlock {
     for (int thread = 0; thread < Threads; ++thread) f(thread);
   }
 
-  void sync() { behind_barrier_ = true; }
+  void sync() { behind_barrier_ = is_known_ = true; }
 
   template <class T, int N, int Classes, class Get, class Out>
   void sum_lanes(Get get, Out out) {
@@ -234,15 +241,18 @@ class HostBlock {
     if (!behind_barrier_) error_ = kTooSoon;
     const uint32_t before = (*counter)++;
     be_overtaken();
+    sync();
     return before;
   }
   uint32_t exchange(uint32_t* address, uint32_t value) {
     be_overtaken();
     const uint32_t before = std::exchange(*address, value);
     ++claims_met[size_t(before)][size_t(value)];
+    sync();
     return before;
   }
   void wait(const uint32_t* counter, uint32_t value) {
+    sync();
     if (*counter >= value) return;
     if (launch_) return launch_->machine.wait(number_, [=] { return *counter >= value; });
     if (may_wait_ && !begun_) throw Postponed{counter, value};
@@ -255,8 +265,8 @@ class HostBlock {
   }
   // What the block doesn't keep is noise then.
   uint32_t hand_out_ticket() {
-    behind_barrier_ = true;
-    const Kept& kept = *Kept::of(*this);
+    sync();
+    const Kept kept = what_is_kept(*this);
     Shared& memory = launch_->shared[size_t(number_)];
     if (order_seed && kept.layer == 0) memory.scramble(launch_->random, kLanesAt);
     if (order_seed && kept.layer > 0 && kept.record_at == 0) {
@@ -273,11 +283,11 @@ class HostBlock {
     int& arrived = launch_->arrived[cluster()];
     waits_for_ = (arrived / launch_->cluster + 1) * launch_->cluster;
     ++arrived;
-    behind_barrier_ = true;
   }
   void wait_for_cluster() {
     const int until = waits_for_;
     if (until == 0) error_ = kBarrier;
+    sync();
     waits_for_ = 0;
     launch_->machine.wait(number_, [this, until] { return launch_->arrived[cluster()] >= until; });
   }
@@ -300,7 +310,7 @@ class HostBlock {
   }
 
   unsigned char* shared_;
-  bool may_wait_, begun_ = false, behind_barrier_ = true;
+  bool may_wait_, begun_ = false, behind_barrier_ = true, is_known_ = true;
   int error_ = 0;
   Launch* launch_ = nullptr;
   int number_ = 0, waits_for_ = 0;
