@@ -4,8 +4,10 @@
 
 #include "from_python.h"
 // All others follow Python's headers, which define what the system's mean.
+#include <algorithm>
 #include <cstring>
 #include <exception>
+#include <string>
 
 namespace bssn::python {
 
@@ -32,7 +34,9 @@ inline PyObject* addresses(PyObject*, PyObject* const* arguments, Py_ssize_t n_a
       try {
         if (tensor != nullptr) address = address_of(tensor);
       } catch (const std::exception& error) {  // of what is no tensor, or has no memory
-        PyErr_SetString(PyExc_RuntimeError, error.what());
+        std::string words(error.what());
+        words.resize(std::min(words.find('\n'), words.size()));  // what follows is for debuggers
+        PyErr_SetString(PyExc_RuntimeError, words.c_str());
       }
       Py_XDECREF(tensor);
       if (PyErr_Occurred()) {

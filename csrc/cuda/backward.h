@@ -180,7 +180,7 @@ BSSN_HD void finish_gradient_layer(Block& block, const BackwardCall& call, const
   };
   sum_threads(block, sum_of_tiles, [&](double total) {
     const float sigma = *layer.sigma;
-    const float ratio = sigma == 0.0f || layer.slack() ? 0.0f : float(total) / sigma;
+    const float ratio = sigma == 0.0f || layer.slack() ? 0.0f : float(total * double(1.0f / sigma));
     call.records[index] = {multiplier(layer.number, layer.law, sigma), ratio};
     if (LawKind(layer.law) == LawKind::gain) call.grad_gains[layer.grad_gain] = ratio;
   });

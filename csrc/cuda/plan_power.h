@@ -130,7 +130,7 @@ inline int64_t plan_short_rows(const Layer& layer, int64_t element, int64_t chan
   const int64_t rows = channels, stage = round_up(rows * layer.columns() * element + 16, 16);
   const int64_t vectors = int64_t(sizeof(float)) * (layer.columns() + layer.c_in);
   const int64_t shared = kAreaAt + stage + vectors + short_scratch(rows, layer.kernel);
-  if (shared > device.shared_bytes) return 0;
+  if (rows > kThreads || shared > device.shared_bytes) return 0;  // a thread has one row at most
   out.rows = short_rows;
   out.groups = 1;
   out.stages = 1;

@@ -46,6 +46,12 @@ def test_other_gpus_and_unaligned_weights(plan, gpu, limits, memory, offset):
             matrix.check("cuda", Case(LAYERS, dtype, dtype, memory, offset=offset))
 
 
+@pytest.mark.parametrize("shape", [(2304, 1, 3, 3), (2056, 3, 1, 1), (3000, 17)])
+def test_more_short_rows_than_eight_blocks_have_threads(plan, shape):
+    """Of depthwise convolutions, for instance."""
+    matrix.check("cuda", Case((shape, (64, 32)), dims=(0, 0)))
+
+
 @pytest.mark.parametrize("iterations", [0, 1, 3])
 def test_threads_in_another_order_change_no_bit(plan, iterations):
     case = Case(LAYERS, n_power_iterations=iterations)
