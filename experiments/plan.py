@@ -145,14 +145,14 @@ class Profile:
 CPU = Profile()
 QUICK = Profile(
     base=replace(BASE, width=4),
-    steps=4,
-    log_every=2,
+    steps=6,
+    log_every=3,
     seeds=2,
     others={},
     scales=(4.0,),
     rates=(0.128,),
     explosive=(1.0,),
-    depth_steps=2,
+    depth_steps=3,
 )
 GPU = Profile(
     base=replace(
