@@ -16,10 +16,17 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
 T = TypeVar("T")
+
+
+def _part_by_view(flat: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
+    return flat.as_strided(shape, strides, flat.storage_offset() + offset).data
+
+
+# A tensor in another one's memory that is no view of it: torch's own, of which its compiler makes use, is quicker.
+_reinterpret_tensor = getattr(torch._C._dynamo.guards, "_reinterpret_tensor", _part_by_view)
 
 VECTOR_ALIGNMENT = 4
 """Every vector of a snapshot starts at a multiple of this many elements: 16 bytes in fp32."""

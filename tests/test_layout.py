@@ -67,6 +67,22 @@ def test_views_have_the_weights_strides_and_do_not_overlap(layers):
     assert flat.sum() == sum(w.numel() for w in weights)
 
 
+@pytest.mark.parametrize("by_torch", [True, False])
+def test_parts_are_no_views(monkeypatch, by_torch):
+    """Also where a torch lacks the private function that makes them, in a buffer that begins anywhere."""
+    if not by_torch:
+        monkeypatch.setattr(layout, "_reinterpret_tensor", layout._part_by_view)
+    batch = layout.Batch.of([torch.empty(3, 2), torch.empty(2, 5)], [0, 0], [False, False])
+    whole = torch.zeros(batch.size + 7)
+    parts = batch.parts(whole[7:])
+    for part in parts:
+        part += 1
+    assert not any(part._is_view() for part in parts)
+    assert whole._version == 0
+    assert not whole[:7].any()
+    assert whole.sum() == 16
+
+
 def test_is_dense():
     dense = torch.empty(4, 3, 2, 5)
     for order in itertools.permutations(range(4)):

@@ -70,6 +70,16 @@ def library() -> ctypes.CDLL:
 
 
 @contextmanager
+def last_thread_first() -> Iterator[None]:
+    """Within, a block's threads run from the last to the first."""
+    library().set_last_thread_first(True)
+    try:
+        yield
+    finally:
+        library().set_last_thread_first(False)
+
+
+@contextmanager
 def tickets_in_any_order(seed: int) -> Iterator[None]:
     """Within, tickets run in an order of this seed (not 0) that the waits allow."""
     library().set_order(seed)

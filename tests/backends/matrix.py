@@ -240,6 +240,13 @@ def run(backend: str, case: Case, x: Inputs, result_dtype: torch.dtype | None = 
     return Results(out.tensors, vectors, kept, list(sigma), grad_out.tensors, list(gain_out.tensors[0]))
 
 
+def assert_same(one: Results, other: Results) -> None:
+    """Every result has the same bits."""
+    for part in ("normalized", "vectors", "snapshot", "sigma", "grad_weights"):
+        for a, b in zip(getattr(one, part), getattr(other, part), strict=True):
+            assert same_bits(a, b), part
+
+
 def errors(found: Results, exact: Results, case: Case) -> dict[str, list[float]]:
     """Errors relative to what a result's size is made of: a gradient may be the small rest of a difference."""
 

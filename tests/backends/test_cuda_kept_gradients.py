@@ -118,11 +118,8 @@ def test_threads_in_another_order_change_no_bit(gpu, monkeypatch):
     gpu(FEW)
     backward = Backward(Case(LAYERS), monkeypatch)
     first = backward()
-    cuda_emulated.library().set_last_thread_first(True)
-    try:
+    with cuda_emulated.last_thread_first():
         assert all(map(matrix.same_bits, backward(), first))
-    finally:
-        cuda_emulated.library().set_last_thread_first(False)
 
 
 def sorted_shapes(name):
