@@ -107,7 +107,7 @@ def _code(function: Any) -> CodeType:
     return inspect.unwrap(function).__code__
 
 
-_CHECKPOINT = _code(torch_checkpoint.checkpoint)
+_FILE = _code(torch_checkpoint.checkpoint).co_filename
 _FORWARD = _code(torch_checkpoint.CheckpointFunction.forward)
 _BACKWARD = _code(torch_checkpoint.CheckpointFunction.backward)
 
@@ -119,12 +119,12 @@ def _around() -> _Around:
         code = frame.f_code
         if code is _BACKWARD:
             return _Around(first_time, frame.f_locals.get("ctx"))
-        if code.co_name == "unpack_hook" and code.co_filename == _CHECKPOINT.co_filename:
+        if code.co_name == "unpack_hook" and code.co_filename == _FILE:
             return _Around(first_time, frame.f_locals.get("frame"))
         found = None
         if code is _FORWARD:
             found = frame.f_locals.get("ctx")
-        elif code is _CHECKPOINT:
+        elif code.co_filename == _FILE and "gen" in code.co_varnames:  # another function since torch 2.14
             generator = getattr(frame.f_locals.get("gen"), "gi_frame", None)
             found = None if generator is None else generator.f_locals.get("new_frame")
         elif code.co_varnames[:1] == ("ctx",):
@@ -148,7 +148,7 @@ def _of_hooks() -> Iterator[Any]:
     found = hooks.innermost()
     pack: Any = found[0] if found else None
     code = getattr(pack, "__code__", None)
-    if code is not None and code.co_filename == _CHECKPOINT.co_filename and "frame" in code.co_freevars:
+    if code is not None and code.co_filename == _FILE and "frame" in code.co_freevars:
         yield pack.__closure__[code.co_freevars.index("frame")].cell_contents
 
 
