@@ -187,6 +187,14 @@ def test_gpus_too_old_for_triton_are_not_tried(gpus):
         backends.get("triton", gpu(1))
 
 
+def test_a_triton_that_is_too_old_is_not_tried(gpus, monkeypatch):
+    """A small kernel would compile, and no other."""
+    monkeypatch.setattr(sys.modules["triton"], "__version__", "3.3.1")
+    with pytest.raises(bssn_fast.BackendUnavailableError, match=r"'triton'.*3\.3\.1 is too old: 3\.4 .* torch 2\.8"):
+        backends.get("triton", gpu(0))
+    assert not gpus.probed
+
+
 @pytest.mark.parametrize(("index", "arch"), [(2, "60"), (3, "130")])
 def test_gpus_without_code_of_either_get_the_reference_and_a_warning(gpus, index, arch):
     with pytest.warns(RuntimeWarning, match=rf"no kernels.*cuda:{index}.*cuda: .*no kernel image.*triton: "):

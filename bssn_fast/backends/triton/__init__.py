@@ -27,6 +27,9 @@ from bssn_fast.layout import Batch
 DEVICES: tuple[str, ...] = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 
 
+MIN_VERSION = (3, 4)
+"""Triton's before look nothing up in a tuple of constants (3.3) or know no tuples of arguments (3.2)."""
+
 MIN_CAPABILITY = (8, 0)
 """NVIDIA's GPUs that Triton supports begin here."""
 
@@ -47,6 +50,13 @@ def why_unavailable(device: torch.device) -> str | None:
     if not torch.version.hip and capability < MIN_CAPABILITY:
         return f"Triton needs a GPU of compute capability 8.0, this one has {capability[0]}.{capability[1]}"
     try:
+        import triton
+
+        if tuple(map(int, triton.__version__.split(".")[:2])) < MIN_VERSION:
+            return (
+                f"Triton {triton.__version__} is too old: 3.4 is needed, which torch 2.8 brings; on NVIDIA GPUs the "
+                "backend 'cuda' does without, once installed where nvcc is"
+            )
         from bssn_fast.backends.triton import kernels
 
         with torch.cuda.device(device):

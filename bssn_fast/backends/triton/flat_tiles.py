@@ -28,7 +28,7 @@ def position(e, channel, k_size):
 @triton.jit
 def add_folded(p_fold, step, k_size, COLUMNS: tl.constexpr, BO: tl.constexpr, KB: tl.constexpr, ACC: tl.constexpr):
     """The sums over the lanes of one kernel position each, [rows, KB], of what lies at p_fold, [rows, COLUMNS]."""
-    M: tl.constexpr = max(f.FOLD_BLOCK // (BO * KB), 1)  # channels added at a time
+    M: tl.constexpr = f.FOLD_BLOCK // (BO * KB) if f.FOLD_BLOCK > BO * KB else 1  # channels added at a time
     o = tl.arange(0, BO) * COLUMNS
     k = tl.arange(0, KB)[None, :]
     e = tl.arange(0, M)[:, None] * k_size + k

@@ -63,7 +63,7 @@ def find_segment(segments, tile, N_SEGMENTS: tl.constexpr):
 
     Of many segments first every STEP-th one is looked at, then those from there on.
     """
-    STEP: tl.constexpr = max(N_SEGMENTS // f.SEARCH_AT_ONCE, 1)
+    STEP: tl.constexpr = N_SEGMENTS // f.SEARCH_AT_ONCE if N_SEGMENTS > f.SEARCH_AT_ONCE else 1
     segment = last_start(segments, tile, 0, STEP, N_SEGMENTS // STEP)
     if STEP > 1:
         segment = last_start(segments, tile, segment, 1, STEP)
