@@ -89,10 +89,11 @@ class FourGpus:
 
 @pytest.fixture
 def gpus(monkeypatch):
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
     from bssn_fast.backends.triton import kernels
 
     fake = FourGpus()
+    monkeypatch.setattr(triton, "__version__", "3.4.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: fake.capabilities[device.index])
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
