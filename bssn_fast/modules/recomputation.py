@@ -124,7 +124,7 @@ def _around() -> _Around:
         found = None
         if code is _FORWARD:
             found = frame.f_locals.get("ctx")
-        elif code.co_filename == _FILE and "gen" in code.co_varnames:  # another function since torch 2.14
+        elif code.co_filename == _FILE and "gen" in code.co_varnames:  # `checkpoint`, or what it calls since torch 2.14
             generator = getattr(frame.f_locals.get("gen"), "gi_frame", None)
             found = None if generator is None else generator.f_locals.get("new_frame")
         elif code.co_varnames[:1] == ("ctx",):
