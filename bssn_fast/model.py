@@ -305,8 +305,7 @@ def remove(model: Model) -> Model:
     """
     found = _normalized_layers(model, "remove")
     check_removable(model, found)
-    with torch.no_grad():
-        baked = {id(p): p.evaluate(original_of(place.parametrizations())) for place, p in found}
+    baked = {id(p): p.as_in_evaluation(original_of(place.parametrizations())) for place, p in found}
     parameters = {id(p): original_of(place.parametrizations()) for place, p in found}
     norms = [p for _, p in found]
     with all_or_nothing(model, parameters.values()):

@@ -204,6 +204,23 @@ def test_remove(name, variant):
     layer(x)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_remove_after_a_large_step_leaves_what_evaluation_computes(autocast):
+    """And so does a gain that is learned from then on: u and v of before the step do not belong to the weights."""
+    torch.manual_seed(0)
+    model, x = bssn_fast.apply(Net(), "sn"), images()
+    model(x)
+    with torch.no_grad():
+        for name in norms(model):
+            original(model.get_submodule(name)).normal_()
+    expected = copy.deepcopy(model).eval()(x)
+    with torch.autocast("cpu", enabled=autocast):
+        plain = bssn_fast.remove(copy.deepcopy(model))
+        learning = bssn_fast.apply(copy.deepcopy(model), "sn", gain="learn")
+    torch.testing.assert_close(plain(x), expected)
+    torch.testing.assert_close(learning.eval()(x), expected)
+
+
 def test_remove_part_of_a_model():
     model = bssn_fast.apply(Net())
     bssn_fast.remove(model.body)

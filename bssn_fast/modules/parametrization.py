@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Any, NamedTuple, cast
@@ -104,7 +105,7 @@ class SpectralNormalization(nn.Module):
         """
         stack, new_gain = settings.stack, settings.kind == GAIN and self.gain is None
         if new_gain and "settings" in vars(self):
-            self.evaluate(weight)
+            self.as_in_evaluation(weight)
             in_use = self.multiplier_of(self.sigma_of(weight))
         two_sided = VARIANTS[settings.variant][0] and needs_two_sides(stack.shape(weight.shape), self.dim)
         known = known or self._stored()
@@ -181,6 +182,14 @@ class SpectralNormalization(nn.Module):
         if composite.wants_plain_operations([weight]) and not is_sharded(weight):
             return composite.normalize(self, weight.detach(), 0)[0]
         return self._compute(weight, 0)
+
+    def as_in_evaluation(self, weight: Tensor) -> Tensor:
+        """Return the same after a look whether the vectors belong to the weight, as calls in evaluation have it."""
+        device = weight.device.type
+        casts = not weight.is_meta and torch.is_autocast_enabled(device)  # what autocast asks for is a rounded copy
+        with torch.no_grad(), torch.autocast(device, enabled=False) if casts else contextlib.nullcontext():
+            (normalized,) = plan_for([self], [weight]).normalize([weight], iterate=False, keep=False).normalized
+        return normalized
 
     def sigma_of(self, weight: Tensor) -> Tensor:
         """Return sigma of the last normalisation; where that was part of compiled code, compute it."""
