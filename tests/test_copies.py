@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -69,21 +67,6 @@ def test_training_goes_on_bit_by_bit(variant, update, dtype, tmp_path):
     assert same(dict(model.state_dict()), dict(other.state_dict()))
     x = images()
     assert torch.equal(model.eval()(x), other.eval()(x))
-
-
-def test_pickling():
-    """A whole model is refused, as any of torch's parametrizations is; what the README advises works."""
-    model, x = bssn_fast.apply(Net()), images()
-    model(x)
-    with pytest.raises(RuntimeError, match="state_dict"):
-        pickle.dumps(model)
-    other = bssn_fast.apply(Net())
-    other.load_state_dict(pickle.loads(pickle.dumps(model.state_dict())))
-    assert torch.equal(model.eval()(x), other.eval()(x))
-    plain = pickle.loads(pickle.dumps(bssn_fast.remove(copy.deepcopy(model))))
-    torch.testing.assert_close(plain(x), model(x))
-    file = io.BytesIO()
-    torch.save(bssn_fast.remove(copy.deepcopy(model)), file)
 
 
 def test_spawned_process():

@@ -58,18 +58,6 @@ def test_half_precision_model(dtype):
     assert all(v.dtype == torch.float32 for p in norms(full).values() for v in p.buffers())
 
 
-def test_pickling_is_refused_as_torch_does_and_state_dict_is_the_way(tmp_path):
-    model = bssn_fast.apply(Net())
-    model(images())
-    with pytest.raises(RuntimeError, match="state_dict"):
-        torch.save(model, tmp_path / "model.pt")
-    torch.save(model.state_dict(), tmp_path / "state.pt")
-    other = bssn_fast.apply(Net())
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    x = images()
-    assert torch.equal(model.eval()(x), other.eval()(x))
-
-
 def test_assigning_to_the_weight_sets_the_one_before_normalisation():
     layer = bssn_fast.apply(nn.Linear(3, 3), "sn").eval()
     parameter = original(layer)

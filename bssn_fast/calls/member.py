@@ -30,7 +30,9 @@ class Measured:
         if self.sigma is None:
             return Measured, ()
         own = self.sigma[self.index].clone()
-        return Measured, (own, slice(0, len(own))) if own.ndim else (own[None], 0)
+        # Kept, as what is sent to another process must not be gone before that opens its memory.
+        self.sigma, self.index = (own, slice(0, len(own))) if own.ndim else (own[None], 0)
+        return Measured, (self.sigma, self.index)
 
 
 def gains_of(members: Sequence[Member]) -> list[Tensor]:

@@ -23,6 +23,7 @@ from bssn_fast.modules.parametrization import (
     original_of,
     parametrizations_of,
 )
+from bssn_fast.modules.pickling import allow_pickling
 from bssn_fast.modules.settings import Settings
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -259,6 +260,7 @@ def put(
     quick_access(module, tensor_name)
     watch_loading(module)
     recurrent.follow_weights(module)
+    allow_pickling(module)
     return found
 
 
