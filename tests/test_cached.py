@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import LAYER_NAMES, Net, images, in_use, norm_of, norms, original, same, vectors_of
+from support import LAYER_NAMES, Net, images, in_use, norm_of, norms, original, plain_copy, same, vectors_of
 from torch import nn
 
 import bssn_fast
@@ -31,6 +31,26 @@ def test_one_normalisation_for_the_block(model, launches):
     model(images())
     assert total(launches) == 2 * len(LAYER_NAMES)
     assert not same(vectors, vectors_of(model))
+
+
+@pytest.mark.parametrize("of_torch", [False, True])
+@pytest.mark.parametrize("use", ["model", "layer", "functional_call"])
+def test_each_block_has_an_iteration_of_its_own(model, of_torch, use):
+    """A training loop has a block in each step."""
+    twin, x = plain_copy(model), images()
+    calls = {
+        "model": lambda net: net(x),
+        "layer": lambda net: net.head.weight,
+        "functional_call": lambda net: torch.func.functional_call(net, dict(net.named_parameters()), (x,)),
+    }
+    for _ in range(3):
+        with nn.utils.parametrize.cached() if of_torch else bssn_fast.cached(model):
+            for _ in range(2):
+                calls[use](model)
+        with nn.utils.parametrize.cached():
+            calls["model" if use == "functional_call" else use](twin)
+        for name, norm in norms(model).items():
+            torch.testing.assert_close(tuple(norm.buffers()), norms(twin)[name].vectors)
 
 
 def test_results_from_before_are_not_used_inside(model):

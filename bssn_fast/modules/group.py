@@ -312,7 +312,7 @@ class Group:
         if block is None or entry is None or recomputation.in_backward():
             return
         weight, _, result, _ = entry
-        self.members[j].traced.iterated = not composite.in_fake_mode()
+        block.note_iteration(self.members[j])
         if not composite.is_temporary():
             block.keep(self.members[j], weight, result, call.source(j))
 

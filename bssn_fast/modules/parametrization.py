@@ -277,7 +277,7 @@ class SpectralNormalization(nn.Module):
         results = self._normalize_alone(weight, block, backward, inside)
         (normalized,) = results.normalized
         if block is not None and not backward:
-            self.traced.iterated = not composite.in_fake_mode()
+            block.note_iteration(self)
             if not composite.is_temporary():
                 block.keep(self, weight, normalized, Source(results, 0))
         elif not backward:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from bssn_fast.calls.composite import in_fake_mode
 from bssn_fast.calls.contents import contents_of, version
 from bssn_fast.distributed.sharded import is_sharded
 from bssn_fast.modules.call import Source, leads_to, serves
@@ -59,6 +60,7 @@ class Block:
     def __init__(self, covers: frozenset[int] | None, running: Callable[[], bool]) -> None:
         self.covers, self.running = covers, running
         self._entries: dict[int, Entry] = {}
+        self._iterated: set[int] = set()  # layers, whether or not their results could be kept
 
     def find(self, norm: Any, weight: Tensor) -> Entry | None:
         """Return a layer's result if it is that of this weight as it is now, and of use to who asks.
@@ -75,7 +77,15 @@ class Block:
     def iterated(self, norm: Any, weight: Tensor) -> bool:
         """Whether the vectors have had their iteration for this weight."""
         entry = self._entries.get(id(norm))
-        return bool(norm.traced.iterated) if entry is None else entry.holds(weight)
+        if entry is not None:
+            return entry.holds(weight)
+        return id(norm) in self._iterated or (norm.traced.in_block and norm.traced.iterated)
+
+    def note_iteration(self, norm: Any) -> None:
+        """Remember that a layer's vectors have had their iteration, for compiled code too."""
+        if not in_fake_mode():
+            self._iterated.add(id(norm))
+            norm.traced.iterated = norm.traced.in_block
 
     def keep(self, norm: Any, weight: Tensor, result: Tensor, source: Source | None) -> None:
         """Keep a layer's result for later calls."""

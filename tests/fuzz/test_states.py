@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import random
 
 import pytest
@@ -274,7 +275,8 @@ def reloaded(pair):
 
 
 def copied(pair):
-    pair.model = copy.deepcopy(pair.model)
+    by = random.choice([copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    pair.model = by(pair.model)
     pair.renewed()
 
 
