@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from bssn_fast.layout import are_all
@@ -90,3 +91,9 @@ def bits(number: float) -> int:
     """Return the bits of a double as an integer."""
     found: int = struct.unpack("q", struct.pack("d", number))[0]
     return found
+
+
+def first_gain(sigma: Tensor, in_use: Tensor | None) -> Tensor:
+    """Return the gain with which the weight in use does not change: W times `in_use`, or W."""
+    start = (sigma if in_use is None else sigma * in_use.to(sigma.dtype)).real
+    return torch.where(torch.isfinite(start) & (start != 0), start, 1)  # a zero weight is zero with any

@@ -210,7 +210,7 @@ def _put_on(model: nn.Module, existing: dict[Place, Norm], settings: dict[Place,
     for group in groups:
         group.discard(norms.values())
     if update == "forward":
-        Group(lists.values()).hook(model)
+        Group(lists.values()).hook(model.module if isinstance(model, nn.DataParallel) else model)
     else:
         told: set[str] = set()
         for norm in norms.values():
@@ -272,7 +272,7 @@ def cached(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 def sigma(model: nn.Module) -> dict[str, Tensor]:
     """Return for each layer what its weight was last divided by, as scalar tensors; [n] of n blocks. Computes nothing.
 
-    After a compiled call sigma is computed, from the weight and the vectors as they are now.
+    After a compiled call, and one of DataParallel, sigma is computed, from the weight and the vectors as they are now.
 
     Raises ValueError if no layer of the model is normalised.
     """

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from support import Net, images, norm_of, original, plain_copy
-from test_loading import assert_sigma_right
+from support import Net, norm_of, original, plain_copy
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -279,19 +278,3 @@ def test_own_parameters_of_a_module():
     assert set(bssn_fast.sigma(model)) == {"kernel", "other"}
     bssn_fast.remove(model)
     assert [n for n, _ in model.named_parameters()] == ["bias", "kernel", "other"]
-
-
-def test_data_parallel_is_refused(monkeypatch):
-    """Without GPUs only its way of copying can be run."""
-    from torch.nn.parallel import replicate
-
-    scope = replicate.__globals__
-    monkeypatch.setitem(scope, "_get_device_index", lambda device, optional: device)
-    monkeypatch.setitem(scope, "_broadcast_coalesced_reshape", lambda tensors, devices, detach=False: [tensors] * 2)
-    assert len(replicate(Net(), [0, 1])) == 2
-    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
-        replicate(bssn_fast.apply(Net()), [0, 1])
-    model = bssn_fast.apply(Net())
-    nn.DataParallel(model)(images()).sum().backward()  # on one device there are no copies
-    model.eval()(images())
-    assert_sigma_right(model, rel=0.1)

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from gc import get_referents
+from threading import get_ident
 from types import FrameType
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from bssn_fast.calls.composite import wants_plain_operations
 from bssn_fast.calls.contents import contents_of, version
@@ -244,12 +246,25 @@ class Caller(Protocol):
     calls: the running call of each thread, by the thread's number.
     published: the latest call's results, for compiled code.
     recorded: they are those of a call whose beginning was compiled.
+    shared: whether another group has some of the layers too.
     """
 
     calls: dict[int, Call]
     published: list[Tensor | None] | None
     recorded: bool
     members: list[Any]
+    shared: bool
     advice: Advice
 
+    def layers(self) -> list[ParametrizationList]: ...
+
     def discard(self, norms: Iterable[Any]) -> None: ...
+
+
+def interrupted(groups: Iterable[Caller], frame: FrameType) -> list[tuple[Caller, Call]]:
+    """Return the running calls, of groups of the same layers, in the middle of which a signal handler calls the model.
+
+    Such a call normalises for itself: its backward pass would free the graph of theirs.
+    """
+    found = [(group, group.calls.get(get_ident())) for group in groups]
+    return [(g, c) for g, c in found if c is not None and c.running() and interrupts(frame, c.frame)]

@@ -27,8 +27,9 @@ from bssn_fast.distributed.sharded import (
 from bssn_fast.layout import picked, result_dtype
 from bssn_fast.modules import recomputation, sharing, writes
 from bssn_fast.modules.advice import Advice
-from bssn_fast.modules.call import Call, Caller, Chosen, frame_of_call, interrupts
+from bssn_fast.modules.call import Call, Caller, Chosen, frame_of_call, interrupted
 from bssn_fast.modules.parametrization import SpectralNormalization, original_of
+from bssn_fast.modules.replicas import own_group
 from bssn_fast.modules.shards import Shards, found_for
 from bssn_fast.tracing.recording import called_eagerly, is_exporting
 
@@ -40,15 +41,16 @@ class Group:
     published: the latest call's results, for compiled code.
     recorded: they are those of a call whose beginning was compiled.
     member_ids: of the layers' parametrizations.
+    shared: whether another group has some of the layers too.
     """
 
     _layers: list[weakref.ref[ParametrizationList]]
     _parameters: list[dict[str, Any]]  # of the layers
     _states: list[dict[str, Any]]  # the attributes of the members
     member_ids: frozenset[int]
+    shared: bool
     _planned: Plans
     _used: bool  # a call of the model has computed with the layers
-    _shared: bool  # whether another group has some of the layers too
 
     def __init__(self, layers: Iterable[ParametrizationList], parent: Group | None = None) -> None:
         self._handles: list[RemovableHandle] = []
@@ -85,7 +87,7 @@ class Group:
             member_ids=frozenset(map(id, members)),
             _used=False,
             _planned=Plans(),  # replaced at once, as other threads may be calling the model
-            _shared=any(len(m.slots) > 1 for m in members),
+            shared=any(len(m.slots) > 1 for m in members),
             _pending=None,
         )
 
@@ -127,14 +129,17 @@ class Group:
         """Before a call of the model: normalise what no call around this one has normalised already."""
         if is_dynamo_compiling() or is_exporting():
             self._begin_recorded()
-            return
+        else:
+            own_group(self, model)._begin(model, frame_of_call())
+
+    def _begin(self, model: nn.Module, frame: FrameType) -> None:
         if self._pending is not None:
             self._set_layers(self._pending)
-        frame = frame_of_call()
         before = self.calls.get(get_ident())
         aside: Sequence[tuple[Caller, Call]] = ()
-        if before is not None or self._shared:
-            aside = self._interrupted(frame)
+        if before is not None or self.shared:
+            groups = {id(g): g for m in self.members for g in m.groups} if self.shared else {0: self}
+            aside = interrupted(groups.values(), frame)
             if aside or (before is not None and not before.running()):
                 before = None
             if before is not None and not before.inherited:
@@ -154,15 +159,6 @@ class Group:
         for group, _ in aside:
             if group is not self:
                 group.calls.pop(get_ident(), None)
-
-    def _interrupted(self, frame: FrameType) -> list[tuple[Caller, Call]]:
-        """Return the running calls, of groups of these layers, in the middle of which a signal handler calls the model.
-
-        Such a call normalises for itself: its backward pass would free the graph of theirs.
-        """
-        groups = {id(g): g for m in self.members for g in m.groups} if self._shared else {0: self}
-        found = [(group, group.calls.get(get_ident())) for group in groups.values()]
-        return [(g, c) for g, c in found if c is not None and c.running() and interrupts(frame, c.frame)]
 
     def _called(self, frame: FrameType, before: Call | None, aside: Sequence[tuple[Caller, Call]]) -> Call:
         """Return a call of the model with all its layers normalised."""
@@ -197,7 +193,7 @@ class Group:
             for m, w in zip(members, weights, strict=True):
                 refuse_flattened(w, m)
         held: set[int] = set()
-        if before is not None or self._shared or sharing.any_block():
+        if before is not None or self.shared or sharing.any_block():
             indices, held = self._found_elsewhere(call, before, indices, weights)
         if len(indices) != len(members):
             members, weights = [members[j] for j in indices], [weights[j] for j in indices]
@@ -358,13 +354,16 @@ class Group:
                 from bssn_fast.tracing import hooks
 
                 hooks.end(self, self.members)
-            return
+        else:
+            own_group(self, model)._end(frame_of_call())
+
+    def _end(self, frame: FrameType) -> None:
         thread = get_ident()
         call = self.calls.get(thread)
         if call is not None and call.aside and not call.running():  # an interrupt has ended it, within the call of now
             call.bring_back(thread)
             call = self.calls.get(thread)
-        if call is None or (call.frame is not frame_of_call() and call.running()):
+        if call is None or (call.frame is not frame and call.running()):
             return  # a call inside a call, or one whose beginning has failed
         parent = self._parent.calls.get(thread) if self._parent is not None else None
         if parent is not None and parent.running() and not recomputation.in_backward():

@@ -13,8 +13,9 @@ from bssn_fast.calls.arguments import check_module
 from bssn_fast.calls.estimation import are_units, belong, estimate_vectors
 from bssn_fast.calls.sharded import estimate_sharded
 from bssn_fast.distributed.sharded import is_sharded
+from bssn_fast.laws import first_gain
 from bssn_fast.layout import compute_dtype
-from bssn_fast.modules.parametrization import SpectralNormalization, first_gain, original_of, parametrizations_of
+from bssn_fast.modules.parametrization import SpectralNormalization, original_of, parametrizations_of
 
 _WRAPPERS = {"module", "_orig_mod"}
 

@@ -21,11 +21,11 @@ from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.calls.plan import Plan, Results, Seen, checked_vectors
 from bssn_fast.calls.sharded import ShardedPlan, plan_for
 from bssn_fast.distributed.sharded import is_sharded, placements_of
-from bssn_fast.laws import AT_MOST, CONSTANT, GAIN
-from bssn_fast.layout import ONE, compute_dtype, fits_kernels, needs_two_sides
+from bssn_fast.laws import AT_MOST, GAIN, first_gain
+from bssn_fast.layout import compute_dtype, fits_kernels, needs_two_sides
 from bssn_fast.modules import recomputation, sharing, writes
 from bssn_fast.modules.advice import Advice
-from bssn_fast.modules.call import Caller, Source, in_module_call, leads_to, serves
+from bssn_fast.modules.call import Call, Caller, Source, in_module_call, leads_to, serves
 from bssn_fast.modules.settings import VARIANTS, Settings
 from bssn_fast.tracing.recording import Traced, called_eagerly, is_exporting
 
@@ -59,6 +59,8 @@ class SpectralNormalization(nn.Module):
     _u: Tensor
     _v: Tensor
     gain: nn.Parameter | None
+    origin: SpectralNormalization | None = None  # what this one stands in for on a device of DataParallel
+    held = False  # that one has had the iteration of this call
 
     def __init__(
         self,
@@ -88,7 +90,7 @@ class SpectralNormalization(nn.Module):
         self.configure(weight, settings, known, in_use)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy begins with nothing at hand
-        return {**self.__dict__, "slots": (), "_plan": None, "seen": None, "_beginning": None, "traced": Traced()}
+        return {**self.__dict__, **_nothing_at_hand()}
 
     @property
     def groups(self) -> tuple[Caller, ...]:
@@ -227,10 +229,8 @@ class SpectralNormalization(nn.Module):
 
     def looked_at(self) -> None:
         """Let a running call of a model know that somebody has got at the weight, and may write into it."""
-        for group, j in self.slots:
-            call = group.calls.get(get_ident())
-            if call is not None:
-                call.doubt(j)
+        for call, j in self._running():
+            call.doubt(j)
 
     def find_recorded(self, weight: Tensor) -> Tensor | None:
         """Return what a compiled beginning of a call has left, for a layer of the model that is not compiled."""
@@ -243,11 +243,12 @@ class SpectralNormalization(nn.Module):
 
     def iterated_in_call(self, weight: Tensor) -> bool:
         """Whether a running call of a model has had an iteration for this weight."""
-        for group, j in self.slots:
-            call = group.calls.get(get_ident())
-            if call is not None and call.iterated(j, weight) and call.running():
-                return True
-        return False
+        return self.held or any(call.iterated(j, weight) for call, j in self._running())
+
+    def _running(self) -> list[tuple[Call, int]]:
+        """Return the running calls of a model that contains the layer, with its index in each."""
+        found = [(group.calls.get(get_ident()), j) for group, j in self.slots]
+        return [(call, j) for call, j in found if call is not None and call.running()]
 
     @called_eagerly
     def forward(self, weight: Tensor) -> Tensor:
@@ -339,20 +340,22 @@ class SpectralNormalization(nn.Module):
         return value
 
     def extra_repr(self) -> str:
-        variant, scale, eps, n_power_iterations, *_ = self.settings
-        shown = f"{variant!r}, dim={self.dim}, n_power_iterations={n_power_iterations}, eps={eps}"
-        if self.settings.stack != ONE:
-            shown += f", blocks={self.settings.stack.n}"
-        number = f"[{', '.join(f'{c:.4g}' for c in scale)}]" if isinstance(scale, tuple) else f"{scale:.4g}"
-        if self.settings.kind != CONSTANT:
-            return shown + (f", at_most={number}" if self.settings.kind == AT_MOST else ", gain='learn'")
-        return f"{shown}, scale={number}" if VARIANTS[variant][1] else shown
+        return self.settings.arguments(self.dim)
 
     def _replicate_for_data_parallel(self) -> SpectralNormalization:
-        raise RuntimeError(
-            "bssn_fast: torch.nn.DataParallel runs copies of a model whose vectors are thrown away; "
-            "use torch.nn.parallel.DistributedDataParallel"
-        )
+        """Return what takes its place on one of torch.nn.DataParallel's devices, for one call: see `replicas`."""
+        if sharing.block_of(self) is not None:
+            raise RuntimeError(
+                f"bssn_fast: {self.name}: calls of torch.nn.DataParallel cannot share a normalisation. Use "
+                "torch.nn.parallel.DistributedDataParallel, or call the model outside of blocks of `cached`"
+            )
+        if self._beginning is not None:  # before the first use: the vectors must belong to the weight
+            self.as_in_evaluation(self._beginning.weight)
+        self.used, self.measured.sigma = True, None  # which is computed when somebody asks for it
+        replica = cast(SpectralNormalization, super()._replicate_for_data_parallel())
+        held = any(call.results[j] is not None for call, j in self._running())  # copies are made in a model's call
+        replica.__dict__.update(_nothing_at_hand(), measured=Measured(), origin=self, held=held)
+        return replica
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SpectralNormalization:
         # `.half()` and `.bfloat16()` reach vectors and gain too, which must keep their precision.
@@ -366,6 +369,10 @@ class SpectralNormalization(nn.Module):
             if compute_dtype(new.dtype) != new.dtype:
                 self._buffers[name] = old.to(new.device, torch.float32)
         return self
+
+
+def _nothing_at_hand() -> dict[str, Any]:
+    return {"slots": (), "_plan": None, "seen": None, "_beginning": None, "traced": Traced()}
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
@@ -389,9 +396,3 @@ def original_of(layer: ParametrizationList) -> Tensor:
             "torch.nn.utils.prune.remove(layer.parametrizations.weight, 'original') if the layer was pruned"
         )
     return weight
-
-
-def first_gain(sigma: Tensor, in_use: Tensor | None) -> Tensor:
-    """Return the gain with which the weight in use does not change: W times `in_use`, or W."""
-    start = (sigma if in_use is None else sigma * in_use.to(sigma.dtype)).real
-    return torch.where(torch.isfinite(start) & (start != 0), start, 1)  # a zero weight is zero with any

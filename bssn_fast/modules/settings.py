@@ -49,3 +49,14 @@ class Settings(NamedTuple):
         if self.kind == GAIN:
             return [f"{'bsn' if sides else 'sn'} x learned gain"] * self.stack.n
         return [f"{self.variant} x {law.number:.4g}" if scaled else self.variant for law in self.laws()]
+
+    def arguments(self, dim: int) -> str:
+        """Return a layer's settings as its repr shows them; dim is the weight's output dimension."""
+        shown = f"{self.variant!r}, dim={dim}, n_power_iterations={self.n_power_iterations}, eps={self.eps}"
+        if self.stack != ONE:
+            shown += f", blocks={self.stack.n}"
+        scale = self.scale
+        number = f"[{', '.join(f'{c:.4g}' for c in scale)}]" if isinstance(scale, tuple) else f"{scale:.4g}"
+        if self.kind != CONSTANT:
+            return shown + (f", at_most={number}" if self.kind == AT_MOST else ", gain='learn'")
+        return f"{shown}, scale={number}" if VARIANTS[self.variant][1] else shown

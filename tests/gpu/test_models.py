@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from support import Net, images, norms, vectors_of
+from torch import nn
 
 import bssn_fast
 
@@ -131,3 +132,15 @@ def test_training_on_a_device_that_is_not_current(backend, reproducible):
         expected, found = trained_twice(here, x.to("cuda:0")), trained_twice(there, x.to("cuda:1"))
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(b.cpu(), a.cpu(), rtol=1e-5, atol=1e-6)
+
+
+def test_data_parallel(backend):
+    """Needs two GPUs."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU: no copies are made")
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 5, 3), nn.Flatten(), nn.Linear(20, 1))
+    plain, x = bssn_fast.apply(plain.cuda(), backend=backend), images(4).cuda()
+    several = nn.DataParallel(copy.deepcopy(plain), device_ids=[0, 1])
+    expected, found = trained_twice(plain, x), trained_twice(several, x)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
