@@ -232,6 +232,24 @@ def test_evaluation_after_each_step_is_torchs(optimizer, launches):
     assert max(n for _, n in launches) == 1, "nothing was estimated"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("shape", [(4, 12), (12, 4), (40, 7), (5, 3, 2)])
+def test_a_singular_value_that_outgrows_the_one_in_use(shape, dtype):
+    """Only weights change, as in a target network: the vectors stay where they are, and an iteration finds nothing."""
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.zeros(shape, dtype=dtype))
+    with torch.no_grad():
+        layer.weight.flatten(1)[:3, :3] = torch.diag(torch.tensor([1.3, 1.0, 0.5], dtype=dtype))
+    bssn_fast.apply(layer, "sn", names=["weight"]).eval()
+    torch.testing.assert_close(layer.weight.abs().max().item(), 1.0, rtol=3e-3, atol=0)
+    with torch.no_grad():
+        original(layer).flatten(1)[1, 1] = 1.5
+    torch.testing.assert_close(layer.weight.abs().max().item(), 1.0, rtol=3e-3, atol=0)
+    with torch.no_grad():
+        original(layer)[0] = torch.inf
+    assert layer.weight.isnan().all()  # as ever, and no error
+
+
 def test_a_functional_call_after_training_changes_no_vectors():
     model = bssn_fast.apply(Net())
     model(images()).mean().backward()

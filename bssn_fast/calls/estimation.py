@@ -25,7 +25,14 @@ initialisation: 0.97 with Adam at 1e-4 and 2e-4; with others 0.94 after the tent
 """
 
 STILL_BELONGING = 0.98
-"""Where only weights change, without any iteration: as long as that goes on, sigma stays right within a tenth."""
+"""Where only weights change, without any iteration: as long as that goes on, sigma stays right within a tenth.
+
+Another singular value can outgrow the one that the vectors belong to. An iteration shows that late, as the vectors
+stand still there. So sigma of small matrices, whose singular values lie far apart, is computed. In random walks it was
+off by up to 28 % before, for 3 by 4; by iterations alone it is by 9 % for 16 by 64, and by 6 % for 64 by 256.
+"""
+
+_SMALL = 16  # a matrix with no more rows, or no more columns
 
 _FIRST_ROUND = 8
 _MOST_IN_A_ROUND = 1024
@@ -70,7 +77,7 @@ def belong(
 
     They are not if they give less than a part, `at_least`, of the sigma that a power iteration would, as where a
     weight is new. What a step of training, or slow convergence, leaves to be done is far less, and is left to the
-    iterations to come.
+    iterations to come. With STILL_BELONGING there are none to come, and of small matrices sigma itself is asked for.
     """
     if not vectors:
         return True
@@ -80,12 +87,23 @@ def belong(
         for j in range(0, len(own), 2):  # the input side is the output side of the other dimension
             side, pair = (dim if j == 0 else input_dimension(dim)), own[j : j + 2]
             now = reference.spectral_norm(w, pair, side).abs()
-            then = reference.spectral_norm(w, reference.power_iteration(w, pair, side, eps), side).abs()
+            if at_least >= STILL_BELONGING and min(reference.unfold(w, side).shape) <= _SMALL:
+                then = _exact_norm(reference.unfold(w, side))
+            else:
+                then = reference.spectral_norm(w, reference.power_iteration(w, pair, side, eps), side).abs()
             found.append(~(now < at_least * then))  # true where a weight is not finite
         return torch.stack(found).all()
 
     w = weight.detach().to(compute_dtype(weight.dtype))
     return bool(good(w, *vectors) if stack == ONE else torch.vmap(good)(stack.numbered(w), *vectors).all())
+
+
+def _exact_norm(matrix: Tensor) -> Tensor:
+    """Return the spectral norm [] of a matrix with few rows or few columns; 0 if it is not finite."""
+    rows, columns = matrix.shape
+    squared = matrix @ matrix.mH if rows <= columns else matrix.mH @ matrix
+    squared = torch.where(squared.isfinite().all(), squared, 0)
+    return torch.linalg.eigvalsh(squared)[-1].clamp_min(0).sqrt()
 
 
 def random_direction(weight: Tensor, shape: Sequence[int]) -> Tensor:
