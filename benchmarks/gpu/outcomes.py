@@ -100,6 +100,16 @@ def not_again(lines: Sequence[Line], machine: str) -> list[str]:
     return list(dict.fromkeys([*passed(lines, machine), *latest(of_this_run(lines), "test")]))
 
 
+def failed_before(lines: Iterable[Line]) -> list[str]:
+    """Return the names of the tests that failed when they ran last, with whatever sources: they run first."""
+    return [name for name, line in latest(lines, "test").items() if line["outcome"] == "failed"]
+
+
+def timed_before(lines: Iterable[Line]) -> set[str]:
+    """Return the names of the units that were ever timed, with whatever sources: the others come first."""
+    return {line["name"] for line in lines if line["kind"] == "unit" and "error" not in line}
+
+
 def all_tests(lines: Iterable[Line]) -> list[str]:
     """Return the names of all tests, as the last list of them has it."""
     lists = [line["names"] for line in lines if line["kind"] == "tests"]

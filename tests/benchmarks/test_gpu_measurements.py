@@ -202,6 +202,24 @@ def test_a_second_process_goes_on(tmp_path):
     assert done == ["a", "c", "b"]
 
 
+def test_what_no_earlier_run_came_to_is_first(tmp_path):
+    """Though all has changed since: or each run would end before the same units. What counts launches stays last."""
+    order = []
+
+    def unit(name):
+        return Unit(name, lambda names: order.append(name) or [])
+
+    names = ["a", "b", "c", "d"]
+    units = [*map(unit, names), unit("launches a"), unit("launches b")]
+    file = tmp_path / outcomes.FILE
+    for name in ("a", "c", "launches a"):
+        outcomes.append(file, "unit", name=name, records=[], sources="others", sources_of_others="others")
+    outcomes.append(file, "unit", name="d", error="it failed", sources="others", sources_of_others="others")
+    outcomes.append(file, "run", machine=KEY, about={})
+    assert measurements.run(units, tmp_path, KEY, 60) == 0
+    assert order == ["b", "d", "a", "c", "launches a", "launches b"]
+
+
 def test_other_peers_are_not_timed_again_for_ours(tmp_path, monkeypatch):
     """Where only the package has changed; a training step, whose peers are compared turn by turn, is timed whole."""
     timed = []

@@ -92,6 +92,29 @@ def test_outcomes_of_tests_are_appended_as_they_come(tmp_path):
     assert "crashed" in found["test_kinds.py::test_hangs"]["why"]
 
 
+def test_what_failed_before_comes_first(tmp_path):
+    """In all workers, also those that begin when others have appended outcomes: by a file that stays as it is."""
+    names = ["test_a", "test_matrix[0]", "test_matrix[1]", "test_z"]
+    text = "import pytest\n\n@pytest.mark.parametrize('n', [0, 1])\ndef test_matrix(n):\n    pass\n"
+    (tmp_path / "test_order.py").write_text(f"def test_a():\n    pass\n\n{text}\ndef test_z():\n    pass\n")
+    file = tmp_path / outcomes.FILE
+    for name in names:
+        outcome = "failed" if name in ("test_z", "test_matrix[1]") else "passed"
+        outcomes.append(file, "test", name=f"test_order.py::{name}", outcome=outcome, sources="others")
+    outcomes.append(file, "run", machine=KEY, about={})
+    first = Files(tmp_path, tmp_path, KEY).first
+    first.write_text("\n".join(outcomes.failed_before(outcomes.read(file))))
+    command = timetable.tests("cuda", Files(tmp_path, tmp_path, KEY), 60).command
+    command = [word for word in command if word not in ("tests/gpu", "--confcutdir=tests/gpu")]
+    command[command.index("-n") + 1] = "0"
+    done = subprocess.run(
+        [*command, "-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    ran = [line["name"].split("::")[1] for line in outcomes.of_this_run(list(outcomes.read(file)))]
+    assert ran == ["test_matrix[1]", "test_z", "test_matrix[0]", "test_a"], done.stdout + done.stderr
+
+
 def test_all_passed_before_is_no_failure(tmp_path):
     (tmp_path / "test_one.py").write_text("def test_one():\n    raise AssertionError\n")
     (tmp_path / "not_again.txt").write_text("test_one.py::test_one\n")
