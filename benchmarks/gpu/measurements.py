@@ -16,7 +16,7 @@ import faulthandler
 import gc
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,16 @@ def in_order(chosen: Sequence[Unit], timed_before: Collection[str]) -> list[Unit
     return sorted(chosen, key=lambda unit: unit.name in timed_before or unit.name.startswith("launches"))
 
 
+def without_deadly(unit: Unit, tests: Sequence[str]) -> Unit:
+    """Return the unit without those of our ways, but for the usual ones, of which one of these tests is.
+
+    What hangs, or spoils the GPU, would take the figures of all others with it, in each unit anew.
+    """
+    ways = {name: name.removeprefix(f"{peers.OURS} ").replace(" ", "-") for name in unit.peers if name.count(" ") > 1}
+    left = [name for name in unit.peers if name not in ways or not any(ways[name] in test for test in tests)]
+    return replace(unit, peers=left)
+
+
 def run(chosen: Sequence[Unit], folder: Path, machine: str, longest: float) -> int:
     """Run the units that are left, and return the process's exit status."""
     file = folder / FILE
@@ -165,7 +175,9 @@ def run(chosen: Sequence[Unit], folder: Path, machine: str, longest: float) -> i
     failed = [name for name in tried if name not in outcomes.measured(lines, machine)]
     others = outcomes.others_measured(lines, machine)
     hashes = {"sources": outcomes.sources(machine, *TIMING), "sources_of_others": outcomes.hash_of(machine, *OTHERS)}
-    for unit in in_order(chosen, outcomes.timed_before(lines)):
+    deadly = outcomes.deadly(lines, machine)
+    for one in in_order(chosen, outcomes.timed_before(lines)):
+        unit = without_deadly(one, deadly)
         if unit.name in left_out:
             continue
         outcomes.append(file, "begun", name=unit.name)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.against.peers import PLANS
 from benchmarks.gpu import outcomes
 
 
@@ -26,14 +27,20 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what need not run again. First comes what failed before, whatever else the time is enough for.
 
-    Then what Triton compiles longest, or one worker would end last.
+    Plans that are not the default come last: where one of them hangs, each of its tests takes the time of hundreds.
+    In between, what Triton compiles longest is first, or one worker would end last.
     """
     only_names = config.getoption("collectonly")
     done = set() if only_names else _names(config.getoption("not_again"))
     first = _names(config.getoption("first"))
     left_out = [item for item in items if item.nodeid in done]
     rest = (item for item in items if item.nodeid not in done)
-    items[:] = sorted(rest, key=lambda item: (item.nodeid not in first, "::test_matrix[" not in item.nodeid))
+
+    def place(item: pytest.Item) -> tuple[bool, bool, bool]:
+        is_plan = any(f"{backend}-{plan}" in item.nodeid for backend, plans in PLANS.items() for plan in plans)
+        return item.nodeid not in first, is_plan, "::test_matrix[" not in item.nodeid
+
+    items[:] = sorted(rest, key=place)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
 
