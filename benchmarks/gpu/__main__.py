@@ -72,6 +72,7 @@ def run(stages: Sequence[Sequence[Step]], files: Files, minutes: float, deadline
     for n, stage in enumerate(stages):
         lines = list(outcomes.read(files.output / FILE))
         files.not_again.write_text("\n".join(outcomes.not_again(lines, files.machine)))
+        files.first.write_text("\n".join(outcomes.failed_before(lines)))
         run_stage(stage, files, deadline, deadline - needed(stages[n + 1 :]))
         kept.write(files.output, files.scratch, files.machine)
 

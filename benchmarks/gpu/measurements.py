@@ -2,10 +2,11 @@
 
     python -m benchmarks.gpu.measurements FOLDER --machine NAME [--compiled]
 
-A unit is what is timed together, with peers that take turns. Units come in the order of what one wants to know first;
-each is appended to the outcomes when it is done. One that has been timed with the same sources is left out, and so is
-one in which an earlier process of this run has died: a unit that hangs, or spoils the GPU for this process, ends it.
-Where only the package has changed, the copy and ours are timed anew, and the other peers' figures are kept.
+A unit is what is timed together, with peers that take turns. Units come in the order of what one wants to know first,
+behind those that no earlier run has come to, whatever has changed since; each is appended to the outcomes when it is
+done. One that has been timed with the same sources is left out, and so is one in which an earlier process of this run
+has died: a unit that hangs, or spoils the GPU for this process, ends it. Where only the package has changed, the copy
+and ours are timed anew, and the other peers' figures are kept.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import argparse
 import faulthandler
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,24 @@ def _unit(
     return Unit(name, run, names, partial(Problem, chosen, variant, device, of_dtype), kind == "compiled")
 
 
+def in_order(chosen: Sequence[Unit], timed_before: Collection[str]) -> list[Unit]:
+    """Return the units in their order, but first those that no earlier run came to, as none may come to all.
+
+    Those that count launches stay where they are, last: see `measure.launch_counts`.
+    """
+    return sorted(chosen, key=lambda unit: unit.name in timed_before or unit.name.startswith("launches"))
+
+
+def without_deadly(unit: Unit, tests: Sequence[str]) -> Unit:
+    """Return the unit without those of our ways, but for the usual ones, of which one of these tests is.
+
+    What hangs, or spoils the GPU, would take the figures of all others with it, in each unit anew.
+    """
+    ways = {name: name.removeprefix(f"{peers.OURS} ").replace(" ", "-") for name in unit.peers if name.count(" ") > 1}
+    left = [name for name in unit.peers if name not in ways or not any(ways[name] in test for test in tests)]
+    return replace(unit, peers=left)
+
+
 def run(chosen: Sequence[Unit], folder: Path, machine: str, longest: float) -> int:
     """Run the units that are left, and return the process's exit status."""
     file = folder / FILE
@@ -156,7 +175,9 @@ def run(chosen: Sequence[Unit], folder: Path, machine: str, longest: float) -> i
     failed = [name for name in tried if name not in outcomes.measured(lines, machine)]
     others = outcomes.others_measured(lines, machine)
     hashes = {"sources": outcomes.sources(machine, *TIMING), "sources_of_others": outcomes.hash_of(machine, *OTHERS)}
-    for unit in chosen:
+    deadly = outcomes.deadly(lines, machine)
+    for one in in_order(chosen, outcomes.timed_before(lines)):
+        unit = without_deadly(one, deadly)
         if unit.name in left_out:
             continue
         outcomes.append(file, "begun", name=unit.name)

@@ -100,6 +100,30 @@ def not_again(lines: Sequence[Line], machine: str) -> list[str]:
     return list(dict.fromkeys([*passed(lines, machine), *latest(of_this_run(lines), "test")]))
 
 
+def failed_before(lines: Iterable[Line]) -> list[str]:
+    """Return the names of the tests that failed when they ran last, with whatever sources: they run first."""
+    return [name for name, line in latest(lines, "test").items() if line["outcome"] == "failed"]
+
+
+def deadly(lines: Sequence[Line], machine: str) -> list[str]:
+    """Return the names of the tests, with the sources as they are, that ended their process or the GPU's use to it.
+
+    One that hangs is among them, as it is ended with its process.
+    """
+    return [
+        name
+        for name, line in latest(lines, "test").items()
+        if line["outcome"] == "failed"
+        and ("crashed while running" in line["why"] or "CUDA error" in line["why"])
+        and line["sources"] == sources_of_test(name, machine)
+    ]
+
+
+def timed_before(lines: Iterable[Line]) -> set[str]:
+    """Return the names of the units that were ever timed, with whatever sources: the others come first."""
+    return {line["name"] for line in lines if line["kind"] == "unit" and "error" not in line}
+
+
 def all_tests(lines: Iterable[Line]) -> list[str]:
     """Return the names of all tests, as the last list of them has it."""
     lists = [line["names"] for line in lines if line["kind"] == "tests"]

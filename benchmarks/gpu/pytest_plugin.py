@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.against.peers import PLANS
 from benchmarks.gpu import outcomes
 
 
@@ -14,6 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--outcomes", type=Path, help="folder of the outcomes")
     group.addoption("--machine", help="name of the machine, part of the sources' hash")
     group.addoption("--not-again", type=Path, help="file with names of tests that are left out")
+    group.addoption("--first", type=Path, help="file with names of tests that come first")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,14 +25,29 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what need not run again. What Triton compiles longest comes first, or one worker would end last."""
-    file = config.getoption("not_again")
-    runs = file is not None and file.exists() and not config.getoption("collectonly")
-    done = set(file.read_text().splitlines()) if runs else set()
+    """Leave out what need not run again. First comes what failed before, whatever else the time is enough for.
+
+    Plans that are not the default come last: where one of them hangs, each of its tests takes the time of hundreds.
+    In between, what Triton compiles longest is first, or one worker would end last.
+    """
+    only_names = config.getoption("collectonly")
+    done = set() if only_names else _names(config.getoption("not_again"))
+    first = _names(config.getoption("first"))
     left_out = [item for item in items if item.nodeid in done]
-    items[:] = sorted((i for i in items if i.nodeid not in done), key=lambda item: "::test_matrix[" not in item.nodeid)
+    rest = (item for item in items if item.nodeid not in done)
+
+    def place(item: pytest.Item) -> tuple[bool, bool, bool]:
+        is_plan = any(f"{backend}-{plan}" in item.nodeid for backend, plans in PLANS.items() for plan in plans)
+        return item.nodeid not in first, is_plan, "::test_matrix[" not in item.nodeid
+
+    items[:] = sorted(rest, key=place)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
+
+
+def _names(file: Path | None) -> set[str]:
+    """Return the names in a file, which is the same for all of xdist's workers, whenever they begin."""
+    return set(file.read_text().splitlines()) if file is not None and file.exists() else set()
 
 
 class Outcomes:

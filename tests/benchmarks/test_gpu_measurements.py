@@ -202,6 +202,44 @@ def test_a_second_process_goes_on(tmp_path):
     assert done == ["a", "c", "b"]
 
 
+def test_what_no_earlier_run_came_to_is_first(tmp_path):
+    """Though all has changed since: or each run would end before the same units. What counts launches stays last."""
+    order = []
+
+    def unit(name):
+        return Unit(name, lambda names: order.append(name) or [])
+
+    names = ["a", "b", "c", "d"]
+    units = [*map(unit, names), unit("launches a"), unit("launches b")]
+    file = tmp_path / outcomes.FILE
+    for name in ("a", "c", "launches a"):
+        outcomes.append(file, "unit", name=name, records=[], sources="others", sources_of_others="others")
+    outcomes.append(file, "unit", name="d", error="it failed", sources="others", sources_of_others="others")
+    outcomes.append(file, "run", machine=KEY, about={})
+    assert measurements.run(units, tmp_path, KEY, 60) == 0
+    assert order == ["b", "d", "a", "c", "launches a", "launches b"]
+
+
+def test_ways_that_ended_a_process_are_not_timed(tmp_path, monkeypatch):
+    """Or they would end that of each unit, with the figures of all others."""
+    monkeypatch.setattr(outcomes, "sources_of_test", lambda name, machine: "now")
+    timed = []
+    names = ["copy", "torch graph", "bssn_fast cuda", "bssn_fast cuda graph", "bssn_fast cuda clusters",
+             "bssn_fast cuda keep", "bssn_fast triton registers", "bssn_fast triton"]  # fmt: skip
+    file = tmp_path / outcomes.FILE
+    for name, why, sources in (
+        ("tests/gpu/test_a.py::test[cuda-single]", "worker 'gw0' crashed while running 'test[cuda-single]'", "now"),
+        ("tests/gpu/test_a.py::test[cuda-keep-1]", "worker 'gw1' crashed while running 'test[cuda-keep-1]'", "now"),
+        ("tests/gpu/test_a.py::test[triton-registers]", "torch.AcceleratorError: CUDA error: misaligned", "now"),
+        ("tests/gpu/test_b.py::test[cuda-clusters]", "AssertionError: error 1.3e-6", "now"),
+        ("tests/gpu/test_c.py::test[cuda-clusters]", "worker 'gw1' crashed while running 'x'", "before"),
+    ):
+        outcomes.append(file, "test", name=name, outcome="failed", why=why, sources=sources)
+    outcomes.append(file, "run", machine=KEY, about={})
+    assert measurements.run([Unit("a", lambda names: timed.extend(names) or [], names)], tmp_path, KEY, 60) == 0
+    assert timed == [name for name in names if name not in ("bssn_fast cuda keep", "bssn_fast triton registers")]
+
+
 def test_other_peers_are_not_timed_again_for_ours(tmp_path, monkeypatch):
     """Where only the package has changed; a training step, whose peers are compared turn by turn, is timed whole."""
     timed = []

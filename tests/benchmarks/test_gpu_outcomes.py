@@ -92,6 +92,49 @@ def test_outcomes_of_tests_are_appended_as_they_come(tmp_path):
     assert "crashed" in found["test_kinds.py::test_hangs"]["why"]
 
 
+ORDERED = """
+import pytest
+
+WAYS = pytest.mark.parametrize("way", ["cuda-keep", "cuda-single"])
+
+@WAYS
+def test_a(way):
+    pass
+
+@WAYS
+def test_matrix(way):
+    pass
+
+@WAYS
+def test_z(way):
+    pass
+"""
+
+
+def test_what_failed_before_comes_first_and_other_plans_last(tmp_path):
+    """In all workers, also those that begin when others have appended outcomes: by a file that stays as it is."""
+    (tmp_path / "test_order.py").write_text(ORDERED)
+    file = tmp_path / outcomes.FILE
+    for name, outcome in (("a", "failed"), ("a", "passed"), ("matrix", "passed"), ("z", "failed")):
+        outcomes.append(
+            file, "test", name=f"test_order.py::test_{name}[cuda-single]", outcome=outcome, sources="others"
+        )
+    outcomes.append(file, "run", machine=KEY, about={})
+    first = Files(tmp_path, tmp_path, KEY).first
+    first.write_text("\n".join(outcomes.failed_before(outcomes.read(file))))
+    command = timetable.tests("cuda", Files(tmp_path, tmp_path, KEY), 60).command
+    command = [word for word in command if word not in ("tests/gpu", "--confcutdir=tests/gpu")]
+    command[command.index("-n") + 1] = "0"
+    done = subprocess.run(
+        [*command, "-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    ran = [line["name"].split("::test_")[1] for line in outcomes.of_this_run(list(outcomes.read(file)))]
+    assert ran == [
+        "z[cuda-single]", "matrix[cuda-single]", "a[cuda-single]", "matrix[cuda-keep]", "a[cuda-keep]", "z[cuda-keep]"
+    ], done.stdout + done.stderr  # fmt: skip
+
+
 def test_all_passed_before_is_no_failure(tmp_path):
     (tmp_path / "test_one.py").write_text("def test_one():\n    raise AssertionError\n")
     (tmp_path / "not_again.txt").write_text("test_one.py::test_one\n")

@@ -122,6 +122,15 @@ def test_what_passed_is_not_repeated_and_what_did_not_run_is_named(run, tmp_path
     assert "tests: 3 passed, 0 failed, 0 did not run" in capsys.readouterr().out
 
 
+def test_what_failed_in_an_earlier_run_is_told_to_the_tests(run, monkeypatch, tmp_path):
+    first = tmp_path / "first.txt"
+    monkeypatch.setattr(Files, "first", property(lambda self: first))
+    run(lambda file: [[listing(file)], [trying(file, TESTS[0])], [trying(file, TESTS[1], outcome="failed")]])
+    monkeypatch.setattr(outcomes, "sources_of_test", lambda name, machine: "other")
+    run(lambda file: [[listing(file)], []])
+    assert first.read_text().splitlines() == [TESTS[1]]
+
+
 def test_other_sources_begin_anew(run, monkeypatch):
     run(lambda file: [[listing(file)], [trying(file, *TESTS)]])
     monkeypatch.setattr(outcomes, "sources_of_test", lambda name, machine: "other")
