@@ -64,6 +64,9 @@ class Pair:
                 self.model(inputs())
             self.vectors_follow()
         found = []
+        plain = norms(self.twin)
+        for norm in plain.values():
+            norm.sigma = None
         self.evaluated, self.looked_at = not self.model.training, False
         state = torch.get_rng_state()
         for net, call in zip(self.both(), self.called(), strict=True):
@@ -73,6 +76,9 @@ class Pair:
         torch.testing.assert_close(*found, rtol=TOLERANCE, atol=TOLERANCE)
         assert_same_gradients(*self.both(), TOLERANCE)
         assert_same_vectors(*self.both())
+        for name, sigma in bssn_fast.sigma(self.model).items():
+            if plain[name].sigma is not None:  # else the layer was not used
+                torch.testing.assert_close(sigma, plain[name].sigma, rtol=TOLERANCE, atol=TOLERANCE)
 
     def change(self, write):
         """Do the same to the weights of both."""
@@ -143,6 +149,27 @@ def read_alone(pair):
         return weight.detach().clone()
 
     pair.compare(run)
+
+
+def with_other_weights(pair):
+    """Which a functional call puts in the place of the model's own; training iterates with them."""
+    x, factor = inputs(), 1 + 0.2 * random.random()
+    for net in pair.both():
+        net.train()
+
+    def run(net):
+        others = {name: (factor * p.detach()).requires_grad_() for name, p in net.named_parameters()}
+        out = torch.func.functional_call(net, others, (x,))
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), list(others.values()))]
+
+    pair.compare(run)
+
+
+def baked(pair):
+    """What `remove` leaves, and a copy in evaluation."""
+    model, x = copy.deepcopy(pair.model).eval(), inputs()
+    twin = bssn_fast.remove(copy.deepcopy(pair.model))
+    torch.testing.assert_close(twin(x), model(x), rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def in_a_block(pair):
@@ -292,7 +319,7 @@ def off_and_on(pair):
 
 
 RUNS = [train, *[evaluate] * 4, evaluate_with_gradients, without_gradients_in_training, two_forwards, read_alone,
-        in_a_block, checkpointed, autocast, failing, step]  # fmt: skip
+        with_other_weights, in_a_block, checkpointed, autocast, failing, baked, step]  # fmt: skip
 WRITES = [write_elements, cut_channel, mask, clip, polyak, counted, given_other_data, freeze]
 OTHERS = [reloaded, copied, again, off_and_on]
 
