@@ -153,8 +153,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     return {n: p.grad for n, p in model.named_parameters()}
 
 
-def assert_same_gradients(model: nn.Module, twin: nn.Module, rtol: float) -> None:
-    """Compare gradients relative to the largest entry of each."""
+def assert_same_gradients(model: nn.Module, twin: nn.Module, rtol: float, least: float = 1e-30) -> None:
+    """Compare gradients relative to the largest entry of each, if that is not below `least`, where all is rounding."""
     ours, theirs = gradients(model), gradients(twin)
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
@@ -162,5 +162,5 @@ def assert_same_gradients(model: nn.Module, twin: nn.Module, rtol: float) -> Non
             assert ours[name] is None, name
             continue
         assert ours[name] is not None, name
-        error = (ours[name] - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+        error = (ours[name] - expected).abs().max() / expected.abs().max().clamp_min(least)
         assert error <= rtol, f"{name}: {error:.2e}"
