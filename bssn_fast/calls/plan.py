@@ -110,6 +110,8 @@ class Plan:
         for member, weight in zip(members, weights, strict=True):
             refuse_flattened(weight, member)
             check_weight(weight, member.dim, f"bssn_fast: {member.name}")
+            if is_plain(weight):  # else there is no memory to ask for, or none that kernels read
+                check_memory(weight, f"bssn_fast: the weight of {member.name}")
         self.members = list(members)
         self._fitting = Guard(weights)
         self._signature = signature(weights)
@@ -175,6 +177,9 @@ class Plan:
         readable = readable and all(map(is_plain, gains)) and not composite.has_tangents(gains)
         if not readable and composite.wants_plain_operations([*weights, *gains] if gains else weights):
             return self._in_plain_operations(weights, iterate, vectors)
+        for m in self.members if gains else ():
+            if m.gain is not None:
+                check_memory(m.gain, f"bssn_fast: the gain of {m.name}")
         dtype = result_dtype(weights[0], self.members[0].autocast)
         own, normalizer = self._current_vectors(weights), self._normalizer
         if normalizer is None:
@@ -320,7 +325,7 @@ class _Kept:
         self.weights = [w.detach() for w in weights]
         self.vectors, self.dtype = list(vectors), dtype
         self.gains = [g.detach() for g in gains]
-        self.contents = self.latest = contents_of([*weights, *vectors, *gains, *values.normalized])
+        self.contents = self.latest = contents_of([*weights, *vectors, *gains, *values.normalized], readable=True)
 
     @staticmethod
     def of(
@@ -331,15 +336,17 @@ class _Kept:
         values: Values,
     ) -> _Kept | None:
         """Return the values to keep; None where it could not be told later whether they still hold."""
-        if not all(map(is_dense, weights)):
+        if not all(map(is_dense, (*weights, *gains))):
             return None
         kept = _Kept(weights, vectors, gains, dtype, values)
         return None if kept.contents is None else kept
 
     def _same_tensors(self, weights: Sequence[Tensor], vectors: Sequence[Tensor], gains: Sequence[Tensor]) -> bool:
-        return all(map(is_, vectors, self.vectors)) and [x.data_ptr() for x in (*weights, *gains)] == [
-            x.data_ptr() for x in (*self.weights, *self.gains)
-        ]
+        return (
+            all(map(is_, vectors, self.vectors))
+            and [x.data_ptr() for x in (*weights, *gains)] == [x.data_ptr() for x in (*self.weights, *self.gains)]
+            and all(map(has_its_memory, self.values.normalized[-1:]))  # the last in the buffer that all share
+        )
 
     def current(
         self, weights: Sequence[Tensor], vectors: Sequence[Tensor], gains: Sequence[Tensor], dtype: torch.dtype
@@ -351,7 +358,7 @@ class _Kept:
         if not self._same_tensors(weights, vectors, gains):
             self.latest = None
             return False
-        self.latest = contents_of([*weights, *vectors, *gains, *self.values.normalized])
+        self.latest = contents_of([*weights, *vectors, *gains, *self.values.normalized], readable=True)
         return self.latest == self.contents and self.dtype == dtype
 
     def changes(self, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> tuple[bool, bool]:

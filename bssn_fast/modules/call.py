@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from bssn_fast.calls.composite import wants_plain_operations
 from bssn_fast.calls.contents import contents_of, version
 from bssn_fast.calls.plan import Plans, Results
-from bssn_fast.layout import result_dtype
+from bssn_fast.layout import has_its_memory, result_dtype
 from bssn_fast.modules import recomputation
 from bssn_fast.modules.advice import Advice
 from bssn_fast.tracing.recording import WRAPPER, called_eagerly
@@ -190,13 +190,18 @@ class Call:
         entry = self.entries[j]
         if entry is not None and j not in self.doubted and not wants_plain_operations(entry[:1]) and self.running():
             weight = entry[0]
-            self.doubted[j] = contents_of([weight]) or weight.detach().clone()  # on a GPU there is no hash
+            if has_its_memory(weight):
+                self.doubted[j] = contents_of([weight]) or weight.detach().clone()  # on a GPU there is no hash
+            else:  # whoever reads it is told so
+                self.results[j] = self.entries[j] = None
 
     def _written(self, j: int, weight: Tensor) -> bool:
         """Whether a weight has changed since somebody looked at its layer; asked once."""
         before = self.doubted.pop(j, None)
         if before is None:
             return False
+        if not has_its_memory(weight):
+            return True
         if isinstance(before, Tensor):
             return not torch.equal(before, weight.detach())
         return contents_of([weight]) != before

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bssn_fast.calls.composite import wants_plain_operations
 from bssn_fast.calls.contents import contents_of, version
+from bssn_fast.layout import has_its_memory
 
 
 class _Member(Protocol):
@@ -55,6 +56,8 @@ class _Result(NamedTuple):
 
     def written(self) -> bool:
         """Whether someone has written into the result. With gradients torch refuses to, as the result is a view."""
+        if not has_its_memory(self.result):
+            return False  # freed, by whoever moves weights to and fro
         if self.result.data_ptr() != self.address or version(self.result) != self.version:
             return True
         if isinstance(self.contents, Tensor):

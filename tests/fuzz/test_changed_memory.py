@@ -133,6 +133,87 @@ for seed in map(int, sys.argv[1].split(",")):
 """
 )
 
+IN_BLOCKS = (
+    CHANGES
+    + """
+def attempt(change):
+    torch.manual_seed(0)
+    model, x = small().eval(), inputs()
+    weight = original(model.linear)
+    def run():
+        try:
+            return model(x)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            assert "linear" in str(error) or weight.dtype != torch.float64, (change, error)
+    with bssn_fast.cached(model), torch.no_grad():
+        run()
+        try:
+            change(weight)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            return
+        found = [run()]
+        if found[0] is not None:
+            weight.data[-1, -1] += 5
+            found.append(run())
+    if found[0] is not None:
+        torch.testing.assert_close(found[-1], run(), msg=lambda m: f"{change}: {m}")
+        assert not torch.equal(*found), change
+
+for change in CHANGES:
+    print(change.__name__, flush=True)
+    attempt(change)
+"""
+)
+
+
+FREED = """
+import torch, bssn_fast
+from fuzzing import *
+
+def freed(model, give_away):
+    x = inputs()
+    got = [give_away(model)]
+    handle = model.linear.register_forward_hook(lambda *_: got.append(give_away(model)))
+    with torch.no_grad():
+        model(x), model(x)
+        handle.remove()
+        for tensor in got:
+            tensor.untyped_storage().resize_(0)
+        del got[:], tensor
+        return model(x), model(x)
+
+for training in (True, False):
+    model = small().train(training)
+    freed(model, lambda model: model.linear.weight)
+    assert_right(model, inputs())
+    model = bssn_fast.apply(Small().double(), "sn", gain="learn").train(training)
+    try:
+        freed(model, lambda model: model.linear.parametrizations.weight[0].gain)
+    except RuntimeError as error:
+        assert "the gain of linear" in str(error), error
+    else:
+        raise AssertionError("not refused")
+
+class Freeing(Small):
+    def forward(self, x):
+        for p in self.parameters():
+            p.untyped_storage().resize_(0)
+        return super().forward(x)
+
+try:
+    bssn_fast.apply(Freeing().double())(inputs())
+except RuntimeError as error:
+    assert "conv" in str(error), error
+"""
+
+
+def test_other_memory_in_a_block():
+    run_in_subprocess(IN_BLOCKS)
+
+
+def test_memory_of_results_and_gains_that_is_freed():
+    run_in_subprocess(FREED)
+
 
 def test_other_memory_under_the_same_object():
     print(run_in_subprocess(RUN, ",".join(map(str, cases(108)))))
