@@ -295,6 +295,21 @@ def test_right_after_vectors_moved_to_where_the_weight_is_not(model):
     assert norm_of(model.first)._u.dtype == torch.float32
 
 
+@pytest.mark.parametrize("moved", [lambda v: v.double(), lambda v: v.to("meta")], ids=["dtype", "device"])
+def test_vectors_moved_in_inference_mode_are_tensors_as_before(model, moved):
+    """They are written to afterwards, by training and by `load_state_dict`."""
+    saved = copy.deepcopy(model.state_dict())
+    for norm in norms(model).values():
+        for name in norm.vector_names:
+            setattr(norm, name, moved(getattr(norm, name)))
+    with torch.inference_mode():
+        model(images())
+    assert not any(v.is_inference() for v in model.buffers())
+    model.train()(images()).sum().backward()
+    model.load_state_dict(saved)
+    assert same(saved, model.state_dict())
+
+
 def test_evaluating_a_weight_that_shares_memory_reads_nothing_else():
     layer = bssn_fast.apply(nn.Linear(64, 64, bias=False), "sn").eval()
     _ = layer.weight
