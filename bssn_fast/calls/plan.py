@@ -1,10 +1,10 @@
-"""Layers that are normalised together: how they are grouped, and what of the last evaluation can be used again."""
+"""Layers that are normalised together: how they are grouped, and how their vectors are looked after."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from operator import getitem, is_
+from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +14,14 @@ from torch.compiler import is_dynamo_compiling
 from bssn_fast.backends.addresses import addresses
 from bssn_fast.calls import composite
 from bssn_fast.calls.arguments import check_weight
-from bssn_fast.calls.contents import contents_of, version
+from bssn_fast.calls.contents import version
 from bssn_fast.calls.estimation import BELONGING, STILL_BELONGING, are_units, belong, estimate_vectors, write
 from bssn_fast.calls.guard import Guard
+from bssn_fast.calls.kept import Kept
 from bssn_fast.calls.member import Measured, Member, gains_of
 from bssn_fast.calls.normalizer import Normalizer, Values
 from bssn_fast.distributed.sharded import is_sharded, refuse_flattened, refuse_gain, refuse_sharded
-from bssn_fast.layout import compute_dtype, fits_kernels, has_its_memory, is_dense, is_plain, result_dtype
+from bssn_fast.layout import compute_dtype, fits_kernels, has_its_memory, is_plain, result_dtype
 
 
 def signature(weights: Iterable[Tensor]) -> tuple[object, ...]:
@@ -125,7 +126,7 @@ class Plan:
         self._names = [name for m in members for name in m.vector_names]
         self._alike = Guard()  # vectors like those that were found to be right
         self._addresses = b""  # where the weights and the vectors were found to have all their memory
-        self._kept: _Kept | None = None
+        self._kept: Kept | None = None
 
     def fits(self, weights: Sequence[Tensor]) -> bool:
         """Whether the plan is for such weights, as far as shapes, strides, dtypes and devices decide."""
@@ -201,7 +202,7 @@ class Plan:
         for measured, index in self._measured:
             measured.sigma, measured.index = values.sigma, index
         if keep:
-            self._kept = _Kept.of(weights, own, gains, dtype, values)
+            self._kept = Kept.of(weights, own, gains, dtype, values)
         return _attached(normalizer, values, weights, gains, protect, readable)
 
     def scale(self, weights: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]], sigma: Sequence[Tensor]) -> Results:
@@ -238,7 +239,7 @@ class Plan:
         self._addresses = addresses(weights, found)
         return found
 
-    def _mend(self, weights: Sequence[Tensor], vectors: list[Tensor], kept: _Kept | None, iterate: bool) -> None:
+    def _mend(self, weights: Sequence[Tensor], vectors: list[Tensor], kept: Kept | None, iterate: bool) -> None:
         """Estimate vectors where they cannot belong to the weight.
 
         Looked for before the first use, and in evaluation where someone has written into vectors, as moving averages
@@ -307,66 +308,6 @@ def check_memory(tensor: Tensor, what: str) -> None:
     """Raise RuntimeError for a tensor that reaches beyond its memory, or whose memory has been freed."""
     if tensor.device.type != "meta" and not has_its_memory(tensor):
         raise RuntimeError(f"{what}: its memory has been freed or made smaller. Bring it back before the layer is used")
-
-
-class _Kept:
-    """Values, and all that they depend on, to tell whether they still hold."""
-
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        vectors: Sequence[Tensor],
-        gains: Sequence[Tensor],
-        dtype: torch.dtype,
-        values: Values,
-    ) -> None:
-        self.values = values.aliases()
-        # As long as the old weights are held here, new ones cannot come to lie at the same address.
-        self.weights = [w.detach() for w in weights]
-        self.vectors, self.dtype = list(vectors), dtype
-        self.gains = [g.detach() for g in gains]
-        self.contents = self.latest = contents_of([*weights, *vectors, *gains, *values.normalized], readable=True)
-
-    @staticmethod
-    def of(
-        weights: Sequence[Tensor],
-        vectors: Sequence[Tensor],
-        gains: Sequence[Tensor],
-        dtype: torch.dtype,
-        values: Values,
-    ) -> _Kept | None:
-        """Return the values to keep; None where it could not be told later whether they still hold."""
-        if not all(map(is_dense, (*weights, *gains))):
-            return None
-        kept = _Kept(weights, vectors, gains, dtype, values)
-        return None if kept.contents is None else kept
-
-    def _same_tensors(self, weights: Sequence[Tensor], vectors: Sequence[Tensor], gains: Sequence[Tensor]) -> bool:
-        return (
-            all(map(is_, vectors, self.vectors))
-            and [x.data_ptr() for x in (*weights, *gains)] == [x.data_ptr() for x in (*self.weights, *self.gains)]
-            and all(map(has_its_memory, self.values.normalized[-1:]))  # the last in the buffer that all share
-        )
-
-    def current(
-        self, weights: Sequence[Tensor], vectors: Sequence[Tensor], gains: Sequence[Tensor], dtype: torch.dtype
-    ) -> bool:
-        """Whether weights, vectors, gains and results are what they were, every element of them.
-
-        Results too: whoever got them may have written into them.
-        """
-        if not self._same_tensors(weights, vectors, gains):
-            self.latest = None
-            return False
-        self.latest = contents_of([*weights, *vectors, *gains, *self.values.normalized], readable=True)
-        return self.latest == self.contents and self.dtype == dtype
-
-    def changes(self, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> tuple[bool, bool]:
-        """Whether weights, and whether vectors, have changed, after `current` has looked."""
-        n, m = 8 * len(weights), 8 * len(vectors)
-        before, now = self.contents, self.latest or contents_of([*weights, *vectors])
-        assert before is not None, "made by `of`"
-        return now is None or now[:n] != before[:n], now is None or now[n : n + m] != before[n : n + m]
 
 
 def checked_vectors(member: Member, vectors: list[Tensor], weight: Tensor) -> list[Tensor]:
