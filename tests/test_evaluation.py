@@ -319,6 +319,26 @@ def test_evaluating_a_weight_that_shares_memory_reads_nothing_else():
             torch.testing.assert_close(layer.weight, torch.full((64, 64), 1 / 64), rtol=1e-4, atol=0)
 
 
+def test_sigma_is_that_of_the_last_call_where_nothing_is_computed(model):
+    """Others, of a layer alone or under autocast, came between."""
+    x = images()
+    with torch.no_grad():
+        model(x)
+        before = bssn_fast.sigma(model)
+        weight = original(model.first)
+        other = {"parametrizations.weight.original": torch.randn_like(weight)}
+        torch.func.functional_call(model.first, other, (x,))
+        model(x)
+        assert same(bssn_fast.sigma(model), before)
+        weight.mul_(2)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x)
+        assert bssn_fast.sigma(model)["first"] == 2 * before["first"]
+        weight.div_(2)
+        model(x)
+    assert same(bssn_fast.sigma(model), before)
+
+
 def test_sigma_is_a_copy():
     layer = bssn_fast.apply(nn.Linear(5, 4)).eval()
     before = bssn_fast.sigma(layer)[""]

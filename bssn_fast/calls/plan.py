@@ -194,16 +194,21 @@ class Plan:
         kept, self._kept = self._kept, None  # in an error's case it is gone
         if keep and not iterate and kept is not None and kept.current(weights, own, gains, dtype):
             self._kept = kept
+            self._publish(kept.values)  # other calls, of a layer alone or under autocast, may have come between
             return _attached(normalizer, kept.values.aliases(), weights, gains, protect, readable)
         if self._unchecked or not iterate:
             self._mend(weights, own, kept, iterate)
         n = self.settings.n_power_iterations if iterate else 0
         values = normalizer.compute(weights, own, n, dtype, gains, readable=readable)
-        for measured, index in self._measured:
-            measured.sigma, measured.index = values.sigma, index
+        self._publish(values)
         if keep:
             self._kept = Kept.of(weights, own, gains, dtype, values)
         return _attached(normalizer, values, weights, gains, protect, readable)
+
+    def _publish(self, values: Values) -> None:
+        """Let members know the sigma that their weights are divided by."""
+        for measured, index in self._measured:
+            measured.sigma, measured.index = values.sigma, index
 
     def scale(self, weights: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]], sigma: Sequence[Tensor]) -> Results:
         """Return the normalised weights, with a graph if one is wanted, of vectors and sigma [] that are known."""
