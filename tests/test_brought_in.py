@@ -70,6 +70,25 @@ def test_pruned_layers_are_named(update, change):
     model(images(2, torch.float64))
 
 
+@pytest.mark.parametrize("spectral_norm", [bssn_fast.spectral_norm, parametrizations.spectral_norm])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 4), lambda: nn.ConvTranspose2d(3, 4, 2)])
+def test_the_parameter_behind_a_pruned_weight(spectral_norm, make):
+    """The mask then applies to the normalised weight."""
+    layer = make()
+    prune.l1_unstructured(layer, "weight", 0.5)
+    weight, mask = layer.weight_orig, layer.weight_mask
+    spectral_norm(layer, "weight_orig")
+    x = torch.randn(2, 3) if isinstance(layer, nn.Linear) else torch.randn(2, 3, 4, 4)
+    for _ in range(30):
+        layer(x).sum().backward()
+    assert layer.parametrizations.weight_orig.original is weight
+    assert weight.grad is not None
+    rows = (weight if isinstance(layer, nn.Linear) else weight.transpose(0, 1)).detach().flatten(1)
+    torch.testing.assert_close(layer.eval().weight_orig, weight / torch.linalg.matrix_norm(rows, 2))
+    layer(x)
+    torch.testing.assert_close(layer.weight, layer.weight_orig * mask)
+
+
 def test_compiling_a_pruned_model():
     ours, theirs = map(pruned, pair("forward"))
     compiled = torch.compile(ours, backend="eager")

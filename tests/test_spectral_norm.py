@@ -187,6 +187,30 @@ def test_dimension_of_transposed_convolutions(spectral_norm):
     assert norm_of(layer)._u.shape == original(layer)[0, :, 0, 0].shape
 
 
+def test_other_parameters_of_transposed_convolutions(spectral_norm):
+    layer = nn.ConvTranspose2d(3, 4, 2)
+    layer.more = nn.Parameter(torch.randn(3, 5))
+    spectral_norm(layer, "more")
+    assert layer.parametrizations.more[0]._u.shape == (5,)
+
+
+def test_names_that_end_like_those_of_torchs_hook(spectral_norm):
+    module = nn.Module()
+    module.w, module.w_orig = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5, 6))
+    spectral_norm(module, "w_orig")
+    assert dict(module.named_parameters()).keys() == {"w", "parametrizations.w_orig.original"}
+    assert module.w_orig.shape == (5, 6)
+    spectral_norm(module, "w")
+    plain = {"w": torch.randn(3, 4), "w_orig": torch.randn(5, 6)}
+    if spectral_norm is bssn_fast.spectral_norm:  # torch does not load plain weights
+        module.load_state_dict(plain)
+        same(module.parametrizations.w.original.detach(), plain["w"])
+        same(module.parametrizations.w_orig.original.detach(), plain["w_orig"])
+        remove(remove(module, "w"), "w_orig")
+        bssn_fast.load_state_dict(module, plain)
+        same(module.w.detach(), plain["w"])
+
+
 def test_forward(spectral_norm):
     """One power iteration, written out."""
     layer, x = spectral_norm(nn.Linear(5, 7)), torch.randn(3, 5)

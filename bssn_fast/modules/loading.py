@@ -61,7 +61,8 @@ def _refuse_normalized(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     for path, module in model.named_modules():
         for name in module._parameters:
             prefix = f"{path}." if path else ""
-            if f"{prefix}parametrizations.{name}.0._u" in state_dict or f"{prefix}{name}_orig" in state_dict:
+            of_hook = f"{name}_orig" not in module._parameters and f"{prefix}{name}_orig" in state_dict
+            if f"{prefix}parametrizations.{name}.0._u" in state_dict or of_hook:
                 raise RuntimeError(
                     f"{prefix}{name} is normalised in the checkpoint and not in the model: call bssn_fast.apply(model, "
                     "...) first, with the variant and settings of the model that was saved"
@@ -143,7 +144,8 @@ def _translate(
             weight = original_of(layer)
             _refuse_untying(norm, f"{prefix}{tensor_name}", metadata)
             target = f"{prefix}parametrizations.{tensor_name}."
-            plain = _rename(state_dict, f"{prefix}{tensor_name}", target)
+            own = f"{tensor_name}_orig" in [*module._parameters, *cast(Any, module).parametrizations]
+            plain = _rename(state_dict, f"{prefix}{tensor_name}", target, hooks=not own)
             for key in [k for k in (f"{target}0._u", f"{target}0._v") if k in state_dict]:
                 if not norm.vector_names:  # torch's hook has vectors for a weight of one dimension too
                     del state_dict[key]
@@ -163,11 +165,14 @@ def _refuse_untying(norm: SpectralNormalization, name: str, metadata: dict[str, 
         )
 
 
-def _rename(state_dict: MutableMapping[str, Any], plain: str, target: str) -> bool:
-    """Bring a weight, and u and v, under the names of torch's parametrization; return whether it was a plain one."""
+def _rename(state_dict: MutableMapping[str, Any], plain: str, target: str, *, hooks: bool) -> bool:
+    """Bring a weight, and u and v, under the names of torch's parametrization; return whether it was a plain one.
+
+    hooks: look for the names of torch's hook; `weight_orig` is no other parameter of the layer.
+    """
     if f"{target}original" in state_dict:
         return False
-    if f"{plain}_orig" in state_dict:
+    if hooks and f"{plain}_orig" in state_dict:
         # The first versions of the hook saved the normalised weight too.
         state_dict.pop(plain, None)
         for old, new in (("_orig", "original"), ("_u", "0._u"), ("_v", "0._v")):

@@ -130,6 +130,8 @@ def own_place(module: nn.Module, tensor_name: str, dim: int | None) -> Place:
     n = weight.ndim
     if dim is not None and not -n <= dim < n:
         raise IndexError(f"{type(module).__name__}: dim must be from {-n} to {n - 1}, not {dim}")
+    if dim is None and tensor_name != WEIGHT and isinstance(module, _TRANSPOSED) and n > 1:
+        dim = 1  # as torch has it, whatever the parameter's name
     return Place("" if tensor_name == WEIGHT else tensor_name, module, tensor_name, None if dim is None else dim % n)
 
 
@@ -152,8 +154,18 @@ def named(name: str, modules: Mapping[str, nn.Module]) -> Place:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that a module computes with, by the names of its attributes, normalised ones included."""
-    found: dict[str, Tensor] = {n.removesuffix("_orig"): p for n, p in module._parameters.items() if p is not None}
+    """Return the parameters that a module computes with, by the names of its attributes, normalised ones included.
+
+    Of a pruned weight there is the parameter too, `weight_orig`, of which pruning makes `weight`.
+    """
+    found: dict[str, Tensor] = {n: p for n, p in module._parameters.items() if p is not None}
+    of_torch = convert.carried(module)
+    for name in [n for n in found if n.endswith("_orig")]:
+        plain = name.removesuffix("_orig")
+        if plain in vars(module):
+            found[plain] = found[name]
+            if plain in of_torch:  # torch's hook names it so
+                del found[name]
     layers = cast(Any, module).parametrizations if parametrize.is_parametrized(module) else {}
     for name, layer in layers.items():
         if "original" in layer._parameters:
