@@ -260,6 +260,24 @@ def test_checkpoint_uses_the_vectors_of_its_forward():
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("update", ["forward", "access"])
+def test_checkpoints_around_parts(use_reentrant, training, update):
+    class Parts(Model):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=use_reentrant)
+
+    model, x = bssn_fast.apply(Parts(), "sn", names=NAMES, update=update).train(training), inputs().requires_grad_()
+    twin = made("sn", update=update).train(training)
+    twin.load_state_dict(model.state_dict())
+    for _ in range(2):
+        for net in (model, twin):
+            (net(x).sum() + net(2 * x).sum()).backward()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
 def test_export_and_compile():
     model, x = made().eval(), inputs()
     expected = model(x)

@@ -5,6 +5,7 @@ For tensors that have no memory of their own, for those who record, and for weig
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Sequence
 from types import FrameType
@@ -15,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import stateless
 
 from bssn_fast import reference
+from bssn_fast.calls.hooks import past_hooks
 from bssn_fast.calls.member import Measured, Member
 from bssn_fast.laws import AT_MOST
 from bssn_fast.layout import PLAIN_CLASSES, compute_dtype, has_tangent, result_dtype
@@ -93,16 +95,17 @@ def normalize(
     numbers: Sequence[float | Tensor] = [law.number for law in s.laws()]
     if member.gain is not None:
         numbers = member.gain.to(used[0].real.dtype if used else member.gain.dtype).split(1)
-    found = [
-        reference.normalize(w, own, member.dim, scale=c, at_most=s.kind == AT_MOST, eps=s.eps, n_power_iterations=0)
-        for (w, own), c in zip(stack.each(weight, used), numbers, strict=True)
-    ]
+    with contextlib.nullcontext() if torch.compiler.is_compiling() or in_transform() else past_hooks():
+        found = [
+            reference.normalize(w, own, member.dim, scale=c, at_most=s.kind == AT_MOST, eps=s.eps, n_power_iterations=0)
+            for (w, own), c in zip(stack.each(weight, used), numbers, strict=True)
+        ]
+        normalized = stack.join([part for part, _, _ in found]).to(result_dtype(weight, member.autocast))
     member.measured.sigma = None  # whoever asks for it computes it
     if not torch.compiler.is_compiling() and not wants_plain_operations([weight]):
         sigma = torch.stack([sigma.detach().abs() for _, _, sigma in found])
         member.measured.sigma, member.measured.index = sigma, Measured.at(0, stack)
-    normalized = stack.join([part for part, _, _ in found])
-    return normalized.to(result_dtype(weight, member.autocast)), tuple(used)
+    return normalized, tuple(used)
 
 
 def _write(old: Tensor, new: Tensor) -> None:
