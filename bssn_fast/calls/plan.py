@@ -338,7 +338,7 @@ def checked_vectors(member: Member, vectors: list[Tensor], weight: Tensor) -> li
 
 
 def _moved(vector: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    if torch.is_inference_mode_enabled() and not is_dynamo_compiling():  # a buffer is written to outside of it too
+    if not is_dynamo_compiling() and torch.is_inference_mode_enabled():  # a buffer is written to outside of it too
         with torch.inference_mode(False):
             return _moved(vector, device, dtype)
     if vector.device.type == "meta" and device.type != "meta":
