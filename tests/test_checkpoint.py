@@ -1,12 +1,14 @@
 """torch.utils.checkpoint repeats a forward in the backward pass: no second iteration, the same gradients."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from support import Net, assert_same_gradients, images, norms, plain_copy, same, vectors_of
 from torch import nn
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective
 
 import bssn_fast
 
@@ -58,6 +60,59 @@ def test_parts(use_reentrant, update):
         compare(
             model, twin, lambda x=x: model(x).square().sum().backward(), lambda x=x: twin(x).square().sum().backward()
         )
+
+
+OPERATIONS = {
+    "layers": [torch.ops.aten.convolution.default, torch.ops.aten.addmm.default],
+    "others": [torch.ops.aten.tanh.default, torch.ops.aten.mul.Tensor, torch.ops.aten.view.default],
+    "all": [],
+}
+
+
+@both_updates
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("saved", OPERATIONS)
+def test_selective(update, training, whole, saved):
+    """These count the operations between the beginning and the end, by name."""
+    save, counted = OPERATIONS[saved], []
+
+    def policy(context, operation, *args, **kwargs):
+        counted.append(str(operation))
+        return CheckpointPolicy.MUST_SAVE if not save or operation in save else CheckpointPolicy.PREFER_RECOMPUTE
+
+    class Selective(Net):
+        whole: bool | None = None
+
+        def forward(self, x):
+            if self.whole is not False:
+                return super().forward(x)
+            run = partial(checkpoint, use_reentrant=False, context_fn=partial(selective, policy))
+            x = run(lambda x: self.body(self.first(x) * 2), x).tanh().flatten(1)
+            return run(lambda x: self.head(x * x) + self.embed(torch.arange(len(x)) % 3).sum() * x.sum(), x)
+
+    model = bssn_fast.apply(Selective().double(), update=update).train(training)
+    model.whole = whole
+    call = model
+    if whole:
+        call = partial(checkpoint, model, use_reentrant=False, context_fn=partial(selective, policy))
+    twin = plain_copy(model)
+    for x in data(3):
+        compare(
+            model,
+            twin,
+            lambda x=x: (call(x).square().sum() + call(2 * x).sum()).backward(),
+            lambda x=x: (uncheckpointed(twin, x).square().sum() + uncheckpointed(twin, 2 * x).sum()).backward(),
+        )
+        model.zero_grad(), twin.zero_grad()
+    assert not [name for name in counted if "bssn_fast" in name or "norm" in name]
+
+
+def uncheckpointed(twin, x):
+    if twin.whole:
+        return twin(x)
+    x = twin.body(twin.first(x) * 2).tanh().flatten(1)
+    return twin.head(x * x) + twin.embed(torch.arange(len(x)) % 3).sum() * x.sum()
 
 
 @both_modes

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from bssn_fast.calls import composite
 from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.plan import Plans, parted_by_autocast, partition, signature
+from bssn_fast.calls.selective import uncounted
 from bssn_fast.calls.sharded import plan_for, refuse_gains
 from bssn_fast.distributed.sharded import (
     ShardedWeightError,
@@ -144,12 +145,13 @@ class Group:
                 before = None
             if before is not None and not before.inherited:
                 return  # a call inside a call
-        writes.settle(self.member_ids, forget=True)
-        try:
-            call = self._called(frame, before, aside)
-        except ShardedWeightError:
-            self._hand_over(model)
-            call = self._called(frame, before, aside)
+        with uncounted():
+            writes.settle(self.member_ids, forget=True)
+            try:
+                call = self._called(frame, before, aside)
+            except ShardedWeightError:
+                self._hand_over(model)
+                call = self._called(frame, before, aside)
         self.calls[get_ident()] = call
         if len(self.calls) > 1:  # a thread may have ended in the middle of a call
             for thread, other in list(self.calls.items()):

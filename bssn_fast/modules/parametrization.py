@@ -19,6 +19,7 @@ from bssn_fast.calls.estimation import estimate_vectors, random_direction, write
 from bssn_fast.calls.member import Measured
 from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.calls.plan import Plan, Results, Seen, checked_vectors
+from bssn_fast.calls.selective import uncounted
 from bssn_fast.calls.sharded import ShardedPlan, plan_for
 from bssn_fast.distributed.sharded import is_sharded, placements_of
 from bssn_fast.laws import AT_MOST, GAIN, first_gain
@@ -275,7 +276,8 @@ class SpectralNormalization(nn.Module):
                 recomputation.note(self, entry.source.vectors, in_call=False)
             return entry.result
         inside = in_module_call()
-        results = self._normalize_alone(weight, block, backward, inside)
+        with uncounted():
+            results = self._normalize_alone(weight, block, backward, inside)
         (normalized,) = results.normalized
         if block is not None and not backward:
             block.note_iteration(self)
