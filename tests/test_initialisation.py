@@ -124,6 +124,21 @@ def test_data_replaced():
         model(images())
 
 
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_same_values_elsewhere_are_no_write(used, training):
+    """torch's function gives `layer.weight.data` another memory format, which does nothing to a weight of torch's."""
+    model = bssn_fast.apply(Net()).train(training)
+    if used:
+        use(model)
+    model.train(training)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
+    model.head.weight.data = model.head.weight.data.clone()
+    model(images())
+    assert same(before, dict(model.named_parameters()))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_plot_may_use_the_array_in_a_call(training):
     """What is written in there into a result counts for nothing afterwards."""

@@ -39,9 +39,10 @@ class _Result(NamedTuple):
     weight: Tensor
     weight_version: int
     result: Tensor
-    version: int
-    address: int
-    contents: bytes | Tensor | None
+    kind: tuple[torch.Size, torch.dtype, torch.device]
+    strides: tuple[int, ...]
+    contents: bytes | Tensor
+    earlier: Any  # the contents that the last read before gave, if the weight has been the same since
     sharers: int  # of the memory
 
     def held(self) -> bool:
@@ -55,18 +56,27 @@ class _Result(NamedTuple):
         )
 
     def written(self) -> bool:
-        """Whether someone has written into the result. With gradients torch refuses to, as the result is a view."""
-        if not has_its_memory(self.result):
+        """Whether someone has written into the result. With gradients torch refuses to, as the result is a view.
+
+        The same values elsewhere or in another memory format are no write, nor are those of the read before: they are
+        what `torch.nn.utils.convert_conv2d_weight_memory_format` leaves.
+        """
+        result = self.result.detach()
+        if not has_its_memory(result):
             return False  # freed, by whoever moves weights to and fro
-        if self.result.data_ptr() != self.address or version(self.result) != self.version:
+        if (result.shape, result.dtype, result.device) != self.kind:
             return True
         if isinstance(self.contents, Tensor):
-            return not torch.equal(self.contents, self.result.detach())
-        return contents_of([self.result]) != self.contents
+            return not any(torch.equal(known, result) for known in (self.contents, self.earlier) if known is not None)
+        if result.stride() != self.strides:
+            result = torch.empty_strided(result.shape, self.strides, dtype=result.dtype).copy_(result)
+        return contents_of([result]) not in (self.contents, self.earlier)
 
 
 _watched: dict[int, _Result] = {}  # by the order in which they were given away
 _numbers = itertools.count()
+_latest: weakref.WeakKeyDictionary[Any, tuple[Any, bytes | Tensor]] = weakref.WeakKeyDictionary()
+"""What the weight was, and the contents of the result, at the last read of each member, until a model is called."""
 
 
 def _sharers(tensor: Tensor) -> int:
@@ -83,6 +93,9 @@ def watch(member: _Member, layer: object, weight: Tensor, result: Tensor) -> Non
     contents: bytes | Tensor | None = contents_of([result])
     if contents is None:  # on a GPU: to be compared element by element, once, when somebody looks
         contents = result.detach().clone()
+    now = version(weight), weight.device
+    before, earlier = _latest.get(member, (None, None))
+    _latest[member] = now, contents
     _watched[next(_numbers)] = _Result(
         weakref.ref(member),
         weakref.ref(layer),
@@ -90,9 +103,10 @@ def watch(member: _Member, layer: object, weight: Tensor, result: Tensor) -> Non
         weight,
         version(weight),
         result,
-        version(result),
-        result.data_ptr(),
+        (result.shape, result.dtype, result.device),
+        result.stride(),
         contents,
+        earlier if before == now else None,
         _sharers(result),
     )
 
@@ -116,6 +130,8 @@ def settle(norms: Container[int] = (), *, forget: bool = False) -> None:
     Raises RuntimeError for what was written into the result of one of these layers if it is in use, and where the
     weight before normalisation has been written to as well. The write counts for nothing then.
     """
+    if forget and _latest:
+        _latest.clear()
     if not _watched or torch.compiler.is_compiling():
         return
     latest: dict[int, _Result] = {}  # the last one, of those that share memory
