@@ -1,10 +1,12 @@
 """torch.export, ONNX and torch.jit.trace: models in evaluation, in plain operations."""
 
+import copy
 import io
 
 import pytest
 import torch
 from support import Net, images, original, vectors_of
+from torch import nn
 
 import bssn_fast
 
@@ -88,6 +90,43 @@ def test_older_exporter_to_onnx(model):
     assert {node.domain for node in program.graph.node} == {""}
     (found,) = ReferenceEvaluator(program).run(None, {program.graph.input[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+class Functional(nn.Module):
+    """Its forward reads the weight of a layer that it does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 2)
+        self.traced = None
+
+    def forward(self, x):
+        return self.second(torch.tanh(nn.functional.linear(x, self.first.weight, self.first.bias)))
+
+
+@pytest.mark.parametrize("in_a_call", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_symbolic_trace(training, in_a_call):
+    """Weights are no constants of the graph: it follows the model, and trains it."""
+    model = bssn_fast.apply(Functional().double(), "sn").train(training)
+    x, traced = torch.randn(3, 5, dtype=torch.float64), []
+    model(x)
+    twin = copy.deepcopy(model)
+    if in_a_call:
+        handle = model.register_forward_pre_hook(lambda *_: traced.append(torch.fx.symbolic_trace(model)))
+        model(x), twin(x)
+        handle.remove()
+    else:
+        traced.append(torch.fx.symbolic_trace(model))
+    for _ in range(2):
+        for net, call in ((model, traced[0]), (twin, twin)):
+            net.zero_grad()
+            call(x).square().sum().backward()
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.sub_(p.grad, alpha=1e-3)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
 
 
 def test_torch_jit_trace(model):

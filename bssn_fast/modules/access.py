@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
+from torch.fx import _symbolic_trace as fx
 
 from bssn_fast.modules import writes
 from bssn_fast.modules.parametrization import original_of
@@ -30,6 +31,8 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
         if is_dynamo_compiling():
             ready = traced_result(norm)
             return layer() if ready is None else ready
+        if fx._is_fx_tracing_flag:  # a module's call is recorded, and a tensor would be a constant
+            return layer()
         thread = get_ident()
         for group, j in norm.slots:
             call = group.calls.get(thread)
