@@ -141,6 +141,39 @@ def test_procedures(pair, procedure):
     torch.testing.assert_close(ours.eval()(batch(30)), theirs.eval()(batch(30)))
 
 
+class Hyper(nn.Module):
+    """The first layer's weight comes from another layer, and has nothing to do with its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.hyper, self.layer = nn.Linear(3, 30), nn.Linear(5, 6)
+
+    def forward(self, x):
+        weight = self.hyper(torch.ones(3, dtype=x.dtype)).view(6, 5)
+        return functional_call(self.layer, {"parametrizations.weight.original": weight}, (x,))
+
+
+@pytest.mark.parametrize("update", ["forward", "access"])
+def test_a_forward_that_uses_another_weight(update):
+    ours, theirs = Hyper().double(), Hyper().double()
+    for layer in (theirs.hyper, theirs.layer):
+        parametrizations.spectral_norm(layer)
+    bssn_fast.apply(ours, "sn", update=update).load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 5, dtype=torch.float64)
+    if update == "forward":
+        with pytest.warns(UserWarning, match=r"'layer' is used with another weight.*update='access'"):
+            ours(x)
+        ours(x)
+        ours.eval()(x)
+        return
+    for training in (True, True, False):
+        for model in (ours, theirs):
+            model.train(training).zero_grad()
+            model(x).square().sum().backward()
+        torch.testing.assert_close(ours(x), theirs(x))
+        assert_same_gradients(ours, theirs, 1e-9)
+
+
 def test_distributed_checkpoints(pair, tmp_path):
     """Of ours into torch's and ours, which then go on alike."""
     checkpoints = pytest.importorskip("torch.distributed.checkpoint")

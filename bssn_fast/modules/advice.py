@@ -63,6 +63,21 @@ class Advice:
                 stacklevel=2,
             )
 
+    def stand_in(self, name: str) -> None:
+        """Warn where a call of the model computes with another weight than the layer's own, as a hypernetwork may.
+
+        The call has normalised the layer's own weight, which the vectors then belong to: in evaluation for certain.
+        """
+        if "stand_in" not in self.told:
+            self.told.add("stand_in")
+            warnings.warn(
+                f"bssn_fast: in a call of the model, layer {name!r} is used with another weight than its own, as in a "
+                "torch.func.functional_call. Both are normalised with the same vectors, which follow the layer's own "
+                "weight too: if the two are unlike, sigma of the other one is too small. With update='access' the "
+                "vectors follow the weight in use alone, as torch's do",
+                stacklevel=2,
+            )
+
     def unknown(self) -> None:
         """Warn where a backward pass asks for weights and it is not known which forward's are meant.
 

@@ -206,6 +206,11 @@ class Call:
             return not torch.equal(before, weight.detach())
         return contents_of([weight]) != before
 
+    def stands_in(self, j: int, weight: Tensor) -> bool:
+        """Whether another weight is in the place of the one that the call has normalised."""
+        entry = self.entries[j]
+        return entry is not None and entry[0] is not weight and self.running()
+
     def source(self, j: int) -> Source | None:
         """Return where the j-th layer's result comes from, if that is known."""
         for indices, results in self.sources:

@@ -297,7 +297,10 @@ class SpectralNormalization(nn.Module):
             iterate = iterate and not block.iterated(self, weight)
         known = recomputation.recall(self, in_call=False) if backward and self.training else None
         unknown = backward and known is None and self.training and torch.is_grad_enabled()
-        for group in self.groups:
+        for group, j in self.slots:
+            call = group.calls.get(get_ident())
+            if call is not None and call.stands_in(j, weight):
+                group.advice.stand_in(self.name)
             if iterate and inside:
                 group.advice.alone(len(group.members))
             elif unknown:
