@@ -222,7 +222,6 @@ LAYERS = {
     "lazy": (lambda: nn.LazyConv2d(4, 3), ValueError, "lazy"),
     "expanded": (lambda: bad_weight(torch.ones(1, 1).expand(4, 3)), ValueError, "clone()"),
     "sparse": (lambda: bad_weight(torch.ones(4, 3).to_sparse()), TypeError, "to_dense()"),
-    "sparse_embedding": (lambda: nn.Embedding(5, 3, sparse=True), ValueError, "sparse=False"),
     "renormalised_embedding": (lambda: nn.Embedding(5, 3, max_norm=1.0), ValueError, "max_norm=None"),
 }
 

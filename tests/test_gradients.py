@@ -19,7 +19,7 @@ from support import (
     vectors_of,
 )
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 import bssn_fast
 from bssn_fast.calls.normalizer import _Attach
@@ -307,6 +307,40 @@ def test_weights_changed_before_the_backward_pass_are_refused(hooks):
         original(model.body[1]).mul_(1.5)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+class Embeddings(nn.Module):
+    def __init__(self, sparse):
+        super().__init__()
+        self.first, self.second = nn.Embedding(7, 4, sparse=sparse), nn.EmbeddingBag(6, 4, mode="sum", sparse=sparse)
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, i):
+        return self.last(self.first(i).sum(1) * self.second(i))
+
+
+@pytest.mark.parametrize("kind", ["torch", "forward", "access", "groups"])
+def test_sparse_gradients_of_embeddings(kind):
+    """Of the normalised weights: those of the weights before are dense, as with torch's norm."""
+    models = [Embeddings(sparse).double() for sparse in (True, False)]
+    i = torch.tensor([[1, 1], [5, 3]])
+    for model in models:
+        if kind == "torch":
+            for layer in (model.first, model.second, model.last):
+                parametrizations.spectral_norm(layer)
+        else:
+            settings = {"gradient_groups": 2} if kind == "groups" else {"update": kind}
+            bssn_fast.apply(model, "sn", names=["first", "second.weight", "last"], **settings)
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        for _ in range(2):
+            model.zero_grad()
+            model(i).square().sum().backward()
+        if kind != "torch":
+            (grad,) = torch.autograd.grad(model(i).sum(), original(model.first), create_graph=True)
+            grad.square().sum().backward()
+    assert not original(models[0].first).grad.is_sparse
+    assert_same_gradients(*models, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -24,6 +24,16 @@ def have_memory(grads: Sequence[Tensor | None]) -> bool:
     return all(map(torch._C._has_storage, given)) and not has_tangents(given)
 
 
+def without_sparse(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Return the gradients without sparse ones, as `torch.nn.functional.embedding` gives them when it is told to.
+
+    The gradient of a weight that is divided by its norm is dense in any case.
+    """
+    if all([g is None or g.layout is torch.strided for g in grads]):
+        return grads
+    return [g if g is None else g.to_dense() for g in grads]
+
+
 def like(grad: Tensor | None, gain: Tensor) -> Tensor | None:
     """Return a gain's gradient in its dtype and on its device."""
     return None if grad is None else grad.to(gain.device, gain.dtype).reshape(gain.shape)

@@ -13,7 +13,7 @@ from torch import Tensor
 from bssn_fast import ops, reference
 from bssn_fast.backends.addresses import addresses
 from bssn_fast.calls.composite import in_mode
-from bssn_fast.calls.gradients import all_plain, have_memory, like, with_strides
+from bssn_fast.calls.gradients import all_plain, have_memory, like, with_strides, without_sparse
 from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.hooks import past_hooks
 from bssn_fast.calls.memory import Pool
@@ -201,6 +201,7 @@ class Normalizer:
     ) -> list[Tensor | None]:
         """Return dL/dW, and then dL/dgamma of the gains, where grads, dL/d(normalised weight), are given."""
         known = self._right_grads.holds(grads)
+        grads = grads if known else without_sparse(grads)
         if not known and not have_memory(grads):
             return self.differentiable_gradients(values, weights, gains, grads)
         batch, sigma = self.batch, values.sigma
@@ -307,6 +308,7 @@ class Normalizer:
     ) -> list[Tensor | None]:
         """The same in torch operations, for gradients of gradients: sigma = <S, W> is a function of W."""
         found: list[Tensor | None] = [None] * len(weights)
+        grads = without_sparse(grads)
         its_gains = dict(zip(self._gained, gains, strict=True))
         of_gains: dict[int, Tensor] = {}
         vectors = self.batch.rows.snapshot_views(values.snapshot)

@@ -193,15 +193,8 @@ def check(place: Place) -> Norm:
         raise ValueError(
             f"{place.shown()}: elements of the weight share memory; make it a `clone()` of itself, which has its own"
         )
-    if isinstance(place.module, nn.Embedding):
-        if place.module.sparse:
-            raise ValueError(
-                f"{place.shown()}: an embedding with sparse gradients cannot be normalised; set sparse=False"
-            )
-        if place.module.max_norm is not None:
-            raise ValueError(
-                f"{place.shown()}: an embedding with max_norm rescales its weight itself; set max_norm=None"
-            )
+    if isinstance(place.module, nn.Embedding) and place.module.max_norm is not None:
+        raise ValueError(f"{place.shown()}: an embedding with max_norm rescales its weight itself; set max_norm=None")
     return norm
 
 
