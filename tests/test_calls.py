@@ -76,7 +76,8 @@ def test_a_call_runs_as_long_as_its_frame():
     def frame_in_a_call():
         call = Call(sys._getframe(), 0)
         assert call.running()
-        assert not gc.get_referents(call.frame)  # the quick question has an answer in this Python
+        if sys.version_info >= (3, 11):
+            assert not gc.get_referents(call.frame)  # the quick question has an answer in these versions
         return call
 
     returned = frame_in_a_call()

@@ -123,7 +123,7 @@ class Call:
     def running(self) -> bool:
         """Whether the model's call has not ended yet."""
         if not get_referents(self.frame):
-            return True  # CPython shows nothing of a running frame; to ask is quicker than the exception below
+            return True  # CPython, from 3.11, shows nothing of a running frame; quicker than the exception below
         try:
             self.frame.clear()  # an ended call's: its inputs are not kept alive either
         except RuntimeError:  # what is running cannot be cleared
