@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch.fx import _symbolic_trace as fx
 from bssn_fast.modules import writes
 from bssn_fast.modules.parametrization import original_of
 from bssn_fast.tracing.recording import traced_result
+
+recorded_by_fx: Callable[[], bool] = getattr(fx, "is_fx_symbolic_tracing", fx.is_fx_tracing)
+"""Whether torch.fx records a model. torch 2.6 has only the second, which later versions warn of."""
 
 
 def quick_access(module: nn.Module, tensor_name: str) -> None:
@@ -31,7 +35,7 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
         if is_dynamo_compiling():
             ready = traced_result(norm)
             return layer() if ready is None else ready
-        if fx._is_fx_tracing_flag:  # a module's call is recorded, and a tensor would be a constant
+        if recorded_by_fx():  # a module's call is recorded, and a tensor would be a constant
             return layer()
         thread = get_ident()
         for group, j in norm.slots:
