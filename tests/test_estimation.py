@@ -250,6 +250,19 @@ def test_a_singular_value_that_outgrows_the_one_in_use(shape, dtype):
     assert layer.weight.isnan().all()  # as ever, and no error
 
 
+def test_autocast_does_not_reach_the_look_for_another_singular_value():
+    layer = nn.Linear(12, 4, bias=False)
+    with torch.no_grad():
+        layer.weight.zero_()[:3, :3] = torch.diag(torch.tensor([1300.0, 1000.0, 500.0]))
+    bssn_fast.apply(layer, "sn").eval()
+    layer(torch.eye(12))
+    with torch.no_grad():
+        original(layer)[1, 1] = 1500.0
+    with torch.autocast("cpu", torch.float16):  # whose largest number is less than the square
+        layer(torch.eye(12))
+    assert_sigma_right(layer)
+
+
 def test_a_functional_call_after_training_changes_no_vectors():
     model = bssn_fast.apply(Net())
     model(images()).mean().backward()

@@ -98,6 +98,7 @@ def belong(
     return bool(good(w, *vectors) if stack == ONE else torch.vmap(good)(stack.numbered(w), *vectors).all())
 
 
+@reference.without_autocast  # torch has no eigenvalues in 16 bits on GPUs
 def _exact_norm(matrix: Tensor) -> Tensor:
     """Return the spectral norm [] of a matrix with few rows or few columns; 0 if it is not finite."""
     rows, columns = matrix.shape
