@@ -267,6 +267,27 @@ def test_vectors_that_do_not_belong_are_found_in_evaluation():
     torch.testing.assert_close(found, model(x))
 
 
+@pytest.mark.parametrize("update", ["forward", "access"])
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_that_change_before_the_first_use(training, update):
+    """Vectors have been sent to other devices before the first look at them."""
+
+    def make():
+        torch.manual_seed(0)
+        model = bssn_fast.apply(Rows().double(), update=update).train(training)
+        with torch.no_grad():
+            for name in norms(model):
+                original(model.get_submodule(name)).normal_()
+        return model
+
+    model, twin, x = make(), make(), images(4, torch.float64)
+    torch.testing.assert_close(parallel(model, x), twin(x), rtol=1e-10, atol=1e-10)
+    assert same(vectors_of(model), vectors_of(twin))
+    before = vectors_of(model)
+    torch.testing.assert_close(parallel(model.eval(), x), twin.eval()(x), rtol=1e-10, atol=1e-10)
+    assert same(before, vectors_of(model)), "no other look"
+
+
 @pytest.mark.parametrize("block", [bssn_fast.cached, lambda _: nn.utils.parametrize.cached()])
 def test_blocks_are_refused_before_anything_changes(block):
     model = bssn_fast.apply(Rows())

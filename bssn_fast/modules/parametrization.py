@@ -159,14 +159,16 @@ class SpectralNormalization(nn.Module):
         broadcast a model, whose vectors need not be good ones. None if this is not the layer's own weight.
         """
         beginning = self._beginning
-        if beginning is None or beginning.weight is not weight:
+        if beginning is None or (beginning.weight is not weight and self.origin is None):
             return None
         self._beginning = None
+        if self.origin is not None:  # whose copies on other devices have been given theirs
+            self.origin._beginning = None
         found = self._stored()
         changed = len(found) != len(beginning.vectors) or any(
             not torch.equal(v, old.to(v)) for v, old in zip(found, beginning.vectors, strict=True)
         )
-        return changed and version(weight) == beginning.version
+        return changed and version(beginning.weight) == beginning.version
 
     def _compute(self, weight: Tensor, n_power_iterations: int) -> Tensor:
         if is_sharded(weight):
@@ -354,12 +356,12 @@ class SpectralNormalization(nn.Module):
                 f"bssn_fast: {self.name}: calls of torch.nn.DataParallel cannot share a normalisation. Use "
                 "torch.nn.parallel.DistributedDataParallel, or call the model outside of blocks of `cached`"
             )
-        if self._beginning is not None:  # before the first use: the vectors must belong to the weight
-            self.as_in_evaluation(self._beginning.weight)
         self.used, self.measured.sigma = True, None  # which is computed when somebody asks for it
         replica = cast(SpectralNormalization, super()._replicate_for_data_parallel())
         held = any(call.results[j] is not None for call, j in self._running())  # copies are made in a model's call
-        replica.__dict__.update(_nothing_at_hand(), measured=Measured(), origin=self, held=held)
+        # torch has sent the vectors already: before the first use each device looks whether they belong to the weight.
+        first = {**_nothing_at_hand(), "_beginning": self._beginning}
+        replica.__dict__.update(first, measured=Measured(), origin=self, held=held)
         return replica
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SpectralNormalization:
