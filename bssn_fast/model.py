@@ -305,10 +305,10 @@ def remove(model: Model) -> Model:
     """
     found = _normalized_layers(model, "remove")
     check_removable(model, found)
-    baked = {id(p): p.as_in_evaluation(original_of(place.parametrizations())) for place, p in found}
     parameters = {id(p): original_of(place.parametrizations()) for place, p in found}
     norms = [p for _, p in found]
     with all_or_nothing(model, parameters.values()):
+        baked = {key: p.as_in_evaluation(parameters[key]) for key, p in {id(p): p for p in norms}.items()}
         for group in {id(g): g for p in norms for g in p.groups}.values():
             group.discard(norms)
         for place, _ in found:

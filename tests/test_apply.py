@@ -323,3 +323,22 @@ def test_summary():
     value = bssn_fast.sigma(model)["body.3"]
     assert lines[3].split() == ["body.3", "ConvTranspose2d", "5x4x2x2", "ssn", "x", "1.25", f"{value:.4g}"]
     assert "(model)" in bssn_fast.summary(bssn_fast.apply(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("what", ["gain", "remove"])
+def test_a_failure_leaves_vectors_that_do_not_belong(what, monkeypatch):
+    model = bssn_fast.apply(Net(), "bsn")
+    model(images())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bssn_fast.model.take_off", fail)
+    monkeypatch.setattr("bssn_fast.model.Group.hook", fail)
+    with pytest.raises(KeyboardInterrupt):
+        bssn_fast.apply(model, "bsn", gain="learn") if what == "gain" else bssn_fast.remove(model)
+    assert same(dict(model.state_dict()), before)

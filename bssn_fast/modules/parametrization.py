@@ -41,10 +41,6 @@ class _Beginning(NamedTuple):
     version: int
     vectors: list[Tensor]
 
-    @staticmethod
-    def of(weight: Tensor, vectors: Sequence[Tensor]) -> _Beginning:
-        return _Beginning(weight, version(weight), [v.detach().clone() for v in vectors])
-
 
 class SpectralNormalization(nn.Module):
     """Parametrization that gives g(sigma(W)) W, sigma being a spectral norm or the mean of the two unfoldings'.
@@ -121,7 +117,7 @@ class SpectralNormalization(nn.Module):
         if settings.kind != GAIN:
             self.gain = None
         elif new_gain:
-            one = torch.ones(stack.n, dtype=_real(compute_dtype(weight.dtype)), device=weight.device)
+            one = torch.ones(stack.n, dtype=compute_dtype(weight.dtype).to_real(), device=weight.device)
             self.gain = nn.Parameter(one, requires_grad=weight.requires_grad)
         self.settings, self.two_sided, self.vector_names = settings, two_sided, names
         self.placements = placements_of(weight)
@@ -150,7 +146,7 @@ class SpectralNormalization(nn.Module):
 
     def begin_with(self, weight: Tensor) -> None:
         """Remember what the vectors were computed for, until the layer is first used."""
-        self._beginning = _Beginning.of(weight, self._stored())
+        self._beginning = _Beginning(weight, version(weight), [v.detach().clone() for v in self._stored()])
 
     def chosen_by_hand(self, weight: Tensor) -> bool | None:
         """Whether a user seems to have chosen the vectors for this weight; the first use asks, and nothing after.
@@ -162,7 +158,7 @@ class SpectralNormalization(nn.Module):
         if beginning is None or (beginning.weight is not weight and self.origin is None):
             return None
         self._beginning = None
-        if self.origin is not None:  # whose copies on other devices have been given theirs
+        if self.origin is not None:
             self.origin._beginning = None
         found = self._stored()
         changed = len(found) != len(beginning.vectors) or any(
@@ -190,6 +186,8 @@ class SpectralNormalization(nn.Module):
 
     def as_in_evaluation(self, weight: Tensor) -> Tensor:
         """Return the same after a look whether the vectors belong to the weight, as calls in evaluation have it."""
+        for name in self.vector_names:  # replaced and not written to, so that `changes` can put them back
+            self._buffers[name] = cast(Tensor, self._buffers[name]).clone()
         device = weight.device.type
         casts = not weight.is_meta and torch.is_autocast_enabled(device)  # what autocast asks for is a rounded copy
         with torch.no_grad(), torch.autocast(device, enabled=False) if casts else contextlib.nullcontext():
@@ -360,8 +358,8 @@ class SpectralNormalization(nn.Module):
         replica = cast(SpectralNormalization, super()._replicate_for_data_parallel())
         held = any(call.results[j] is not None for call, j in self._running())  # copies are made in a model's call
         # torch has sent the vectors already: before the first use each device looks whether they belong to the weight.
-        first = {**_nothing_at_hand(), "_beginning": self._beginning}
-        replica.__dict__.update(first, measured=Measured(), origin=self, held=held)
+        replica.__dict__.update(_nothing_at_hand(), measured=Measured(), origin=self, held=held)
+        replica._beginning = self._beginning
         return replica
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SpectralNormalization:
@@ -380,10 +378,6 @@ class SpectralNormalization(nn.Module):
 
 def _nothing_at_hand() -> dict[str, Any]:
     return {"slots": (), "_plan": None, "seen": None, "_beginning": None, "traced": Traced()}
-
-
-def _real(dtype: torch.dtype) -> torch.dtype:
-    return dtype.to_real() if dtype.is_complex else dtype
 
 
 def parametrizations_of(module: nn.Module, tensor_name: str) -> ParametrizationList:
