@@ -53,6 +53,30 @@ def test_each_block_has_an_iteration_of_its_own(model, of_torch, use):
             torch.testing.assert_close(tuple(norm.buffers()), norms(twin)[name].vectors)
 
 
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("outer", ["torch", "ours"])
+def test_the_outermost_block_counts(model, outer, before, launches):
+    def of_torch():
+        return nn.utils.parametrize.cached()
+
+    def ours():
+        return bssn_fast.cached(model)
+
+    first, second = (of_torch, ours) if outer == "torch" else (ours, of_torch)
+    for _ in range(2):
+        launches.clear()
+        with first():
+            if before:
+                model(images())
+            with second():
+                model(images()), model(images())
+            model(images())
+        assert total(launches) == len(LAYER_NAMES)
+    with second():
+        model(images()), model(images())
+    assert total(launches) == 2 * len(LAYER_NAMES)
+
+
 def test_results_from_before_are_not_used_inside(model):
     before = vectors_of(model)
     model(images())

@@ -59,6 +59,7 @@ class Block:
 
     def __init__(self, covers: frozenset[int] | None, running: Callable[[], bool]) -> None:
         self.covers, self.running = covers, running
+        self._around = parametrize._cache if parametrize._cache_enabled else None
         self._entries: dict[int, Entry] = {}
         self._iterated: set[int] = set()  # layers, whether or not their results could be kept
 
@@ -80,6 +81,10 @@ class Block:
         if entry is not None:
             return entry.holds(weight)
         return id(norm) in self._iterated or (norm.traced.in_block and norm.traced.iterated)
+
+    def inside_torchs(self) -> bool:
+        """Whether it began in a `parametrize.cached` that still runs: torch throws away its cache when that ends."""
+        return self._around is not None and self._around is parametrize._cache and parametrize._cache_enabled > 0
 
     def note_iteration(self, norm: Any) -> None:
         """Remember that a layer's vectors have had their iteration, for compiled code too."""
@@ -106,7 +111,7 @@ def block_of(norm: object) -> Block | None:
     """Return the outermost running block that covers a layer."""
     for block in _blocks:
         if (block.covers is None or id(norm) in block.covers) and block.running():
-            return block
+            return _block_of_torch() if block.inside_torchs() else block
     return _block_of_torch() if parametrize._cache_enabled else None
 
 
