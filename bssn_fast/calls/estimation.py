@@ -87,8 +87,9 @@ def belong(
         for j in range(0, len(own), 2):  # the input side is the output side of the other dimension
             side, pair = (dim if j == 0 else input_dimension(dim)), own[j : j + 2]
             now = reference.spectral_norm(w, pair, side).abs()
-            if at_least >= STILL_BELONGING and min(reference.unfold(w, side).shape) <= _SMALL:
-                then = _exact_norm(reference.unfold(w, side))
+            matrix = reference.unfold(w, side)
+            if at_least >= STILL_BELONGING and min(matrix.shape) <= _SMALL:
+                then = _exact_norm(matrix)
             else:
                 then = reference.spectral_norm(w, reference.power_iteration(w, pair, side, eps), side).abs()
             found.append(~(now < at_least * then))  # true where a weight is not finite

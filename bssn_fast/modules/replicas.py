@@ -37,7 +37,7 @@ def _made_for(model: nn.Module, group: Group) -> Group:
     for layer in layers:  # what torch has sent is a plain attribute where it has a graph
         layer._parameters["original"] = cast(nn.Parameter, layer.original)
     once = {id(layer[0]): layer for layer in layers}  # of those that share a weight
-    own = type(group)(once.values())  # type: ignore[call-arg]
+    own = type(group)(once.values())
     own.advice, own.shared = group.advice, own.shared or any(m.held for m in own.members)
     for other in {id(g): g for m in own.members for g in m.groups}.values():
         other.shared = other.shared or own.shared  # an outer model's, which was made before
