@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ from bssn_fast.layout import (
     needs_two_sides,
 )
 from bssn_fast.modules import convert
-from bssn_fast.modules.parametrization import SpectralNormalization
-from bssn_fast.modules.places import Norm, Place, choose, weight_of
+from bssn_fast.modules.convert import Norm
+from bssn_fast.modules.places import Place, choose, refuse_following, weight_of
 
 _FIRST_ROUND, _MOST_IN_A_ROUND = 8, 2048
 _STANDING_STILL = 1e-4
@@ -132,6 +132,7 @@ def spectral_norms(
 
 def _measured(place: Place, kept: dict[str, list[Tensor]]) -> _Measured:
     norm = convert.find(place.module, place.shown(), place.tensor_name)
+    refuse_following(place)
     weight, dim = weight_of(place, norm)
     refuse_sharded(weight, place.shown())
     check_weight(weight, dim, place.shown())
@@ -141,7 +142,8 @@ def _measured(place: Place, kept: dict[str, list[Tensor]]) -> _Measured:
             "weights of two dimensions or more, with output dimension 0 or 1, are measured. Leave the layer out"
         )
     weight = weight.detach()
-    stack = norm.settings.stack if isinstance(norm, SpectralNormalization) else ONE
+    ours = convert.own(norm)
+    stack = ONE if ours is None else ours.settings.stack
     two_sided = needs_two_sides(stack.shape(weight.shape), dim)
     shapes = stack.vector_shapes(weight.shape, dim, two_sided)
     known, dtype = kept.get(place.name, []), compute_dtype(weight.dtype)
@@ -173,9 +175,10 @@ def _converge(matrices: Matrices) -> None:
 def _multipliers(part: list[_Measured], backend: str) -> list[Tensor | float]:
     """Return what each weight is multiplied by where it is used: 1, or what its norm makes of it in evaluation."""
     factors: list[Tensor | float] = [1.0] * len(part)
-    ours = [j for j, m in enumerate(part) if isinstance(m.norm, SpectralNormalization)]
+    found = [convert.own(m.norm) for m in part]
+    ours = [j for j, norm in enumerate(found) if norm is not None]
     if ours:
-        norms = [cast(SpectralNormalization, part[j].norm) for j in ours]
+        norms = [norm for norm in found if norm is not None]
         used = [part[j]._replace(vectors=norm.vectors(part[j].weight)) for j, norm in zip(ours, norms, strict=True)]
         rows = [(m.dim, *row) for m in used for row in m.matrices()]
         dims, weights, vectors = zip(*rows, strict=True)

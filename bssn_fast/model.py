@@ -20,10 +20,11 @@ from bssn_fast.modules.assignment import Learned, Numbers, check_laws, laws_of
 from bssn_fast.modules.blocks import checked_blocks, stacks_of
 from bssn_fast.modules.call import Caller
 from bssn_fast.modules.changes import all_or_nothing
+from bssn_fast.modules.convert import Norm
 from bssn_fast.modules.group import Group, groups_of
-from bssn_fast.modules.parametrization import SpectralNormalization, original_of
+from bssn_fast.modules.lists import original_of
+from bssn_fast.modules.parametrization import SpectralNormalization
 from bssn_fast.modules.places import (
-    Norm,
     Place,
     check,
     check_removable,
@@ -68,10 +69,11 @@ def apply(
     """Divide the weights of a model's layers by their spectral norms, in place.
 
     Takes all convolution, transposed convolution, linear and embedding layers, or those that `names` or `filter_fn`
-    choose. Layers that carry one of torch's spectral norms are converted with their vectors, in place where other
-    parametrizations follow. Layers normalised by an earlier `apply`, and parameters that were named to it, get the new
-    settings. Parameters stay the same objects: an optimizer built before stays valid. A Parameter that several layers
-    share is normalised once, with the vectors of the first.
+    choose. Layers that carry one of torch's spectral norms are converted with their vectors; other parametrizations of
+    the same weight stay where they are. A weight that others compute, as a mask or LoRA does, is normalised after them,
+    by itself and at each read. Layers normalised by an earlier `apply`, and parameters that were named to it, get the
+    new settings. Parameters stay the same objects: an optimizer built before stays valid. A Parameter that several
+    layers share is normalised once, with the vectors of the first.
 
     Complex weights, weights of one dimension, and converted weights whose output dimension is neither 0 nor 1 are
     normalised one by one, in plain torch operations.
@@ -169,7 +171,7 @@ def spectral_norm(
     Args:
         module: the layer.
         name: the module's own parameter, of one dimension or more, real or complex. A parameter of one dimension is
-            divided by its length.
+            divided by its length. What other parametrizations make of it is normalised after them.
         n_power_iterations: at each read in training mode.
         eps: smallest length that a vector is divided by.
         dim: the output dimension, also negative; 0 by default, 1 for transposed convolutions.
@@ -186,7 +188,7 @@ def spectral_norm(
     check_module(module, "spectral_norm")
     settings = _settings("sn", n_power_iterations, eps, "access", "", 1, "auto")
     place = own_place(module, name, dim)
-    existing = {place: check(place)}
+    existing = {place: check(place, once=False)}
     stacks = stacks_of(module, existing, {})
     with all_or_nothing(module):
         _put_on(module, existing, {place: settings._replace(stack=stacks[place])})
@@ -200,7 +202,7 @@ def _put_on(model: nn.Module, existing: dict[Place, Norm], settings: dict[Place,
     for place, its_settings in settings.items():
         norm = put(place, existing[place], shared, norms, its_settings)
         norms[id(norm)] = norm
-    lists = {id(norm): layer for layer, norm in normalized(model) if id(norm) in norms}
+    lists = {id(norm): layer for layer, norm in normalized(model) if id(norm) in norms and not norm.preceded}
     for key, layer in lists.items():
         norms[key].begin_with(original_of(layer))  # parametrize has touched weights
     groups: list[Caller] = list(groups_of(model))
@@ -209,11 +211,11 @@ def _put_on(model: nn.Module, existing: dict[Place, Norm], settings: dict[Place,
         groups = list(dict.fromkeys([*groups, *(g for norm in norms.values() for g in norm.groups)]))
     for group in groups:
         group.discard(norms.values())
-    if update == "forward":
+    if update == "forward" and lists:
         Group(lists.values()).hook(model.module if isinstance(model, nn.DataParallel) else model)
-    else:
-        told: set[str] = set()
-        for norm in norms.values():
+    told: set[str] = set()
+    for norm in norms.values():
+        if not norm.groups:
             norm.advice = Advice(told)
 
 
@@ -276,8 +278,11 @@ def sigma(model: nn.Module) -> dict[str, Tensor]:
 
     Raises ValueError if no layer of the model is normalised.
     """
+    found = _normalized_layers(model, "sigma")
+    known = [p.measured.own() for _, p in found]
     return {
-        place.name: p.sigma_of(place.parametrizations().original) for place, p in _normalized_layers(model, "sigma")
+        place.name: p.sigma_of(place.weight_before(p)) if its is None else its
+        for (place, p), its in zip(found, known, strict=True)
     }
 
 
@@ -289,7 +294,7 @@ def summary(model: nn.Module) -> str:
     rows = [("layer", "type", "weight", "variant", "sigma")]
     for place, p in _normalized_layers(model, "summary"):
         kind = type(place.module).__name__.removeprefix("Parametrized")
-        weight, stack = place.parametrizations().original, p.settings.stack
+        weight, stack = place.weight_before(p), p.settings.stack
         shape = "x".join(map(str, stack.shape(weight.shape)))
         sigmas = p.sigma_of(weight).reshape(-1).tolist()
         for j, (shown, its_sigma) in enumerate(zip(p.settings.shown(), sigmas, strict=True)):

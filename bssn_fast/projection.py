@@ -144,6 +144,11 @@ def _of_module(model: nn.Module, numbers: Numbers) -> dict[str, tuple[Tensor, in
     seen: set[tuple[int, int]] = set()
     for place in choose(model, list(numbers) if isinstance(numbers, Mapping) else None, None):
         norm = convert.find(place.module, place.shown(), place.tensor_name)
+        if isinstance(norm, convert.Preceded):
+            raise ValueError(
+                f"{place.shown()}: the weight is computed by other parametrizations, and there is nothing to change in "
+                "place; give the other layers' names"
+            )
         if norm is not None:
             raise ValueError(
                 f"{place.shown()}: the weight is normalised already, which leaves nothing to project; give the other "

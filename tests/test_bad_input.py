@@ -193,12 +193,6 @@ LAYERS = {
     "weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(3, 4)), ValueError, "remove_parametrizations"),
     "weight_norm_hook": (lambda: hooked(nn.Linear(3, 4)), ValueError, "remove_weight_norm"),
     "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(4, 4)), ValueError, "remove_parametrizations"),
-    "other": (lambda: parametrized(nn.Linear(3, 4)), ValueError, "DoublingParametrization"),
-    "another_and_torch_sn": (
-        lambda: parametrizations.spectral_norm(parametrized(nn.Linear(3, 4))),
-        ValueError,
-        "remove_parametrizations",
-    ),
     "subclass_of_torchs_hook": (
         lambda: with_kind(nn.utils.spectral_norm(nn.Linear(3, 4)), HalvingHook),
         ValueError,

@@ -233,7 +233,7 @@ BAD = [
     (
         lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 4))),
         {"blocks": {"0": 2}},
-        "0: the weight is normalised as one block already; take torch's spectral norm off first",
+        "0: the weight is normalised as one block already; take its spectral norm off first",
     ),
     (
         lambda: bssn_fast.apply(nn.Sequential(nn.Linear(4, 4)), blocks={"0": 2}),

@@ -109,7 +109,8 @@ def test_dtypes_and_layouts(dtype):
 
 
 def test_what_cannot_be_measured_is_named():
-    model = nn.Sequential(nn.Linear(3, 3), parametrizations.weight_norm(nn.Linear(3, 3)))
+    with pytest.warns(FutureWarning):
+        model = nn.Sequential(nn.Linear(3, 3), nn.utils.weight_norm(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match=r"1: the weight already carries"):
         bssn_fast.spectral_norms(model)
     assert list(bssn_fast.spectral_norms(model, names=["0"])) == ["0"]

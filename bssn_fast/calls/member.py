@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
@@ -26,10 +26,14 @@ class Measured:
         """Return the index of a weight whose first matrix is the first one."""
         return first if stack == ONE else slice(first, first + stack.n)
 
+    def own(self) -> Tensor | None:
+        """Return a copy of the layer's sigma."""
+        return None if self.sigma is None else self.sigma[self.index].clone()
+
     def __reduce__(self) -> tuple[Any, ...]:  # a copy of a layer takes its own numbers along
         if self.sigma is None:
             return Measured, ()
-        own = self.sigma[self.index].clone()
+        own = cast(Tensor, self.own())
         # Kept, as what is sent to another process must not be gone before that opens its memory.
         self.sigma, self.index = (own, slice(0, len(own))) if own.ndim else (own[None], 0)
         return Measured, (self.sigma, self.index)
@@ -49,6 +53,8 @@ class Member(Protocol):
     dim: int
     two_sided: bool
     autocast: bool
+    training: bool
+    preceded: bool  # the weight is computed by other parametrizations
     measured: Measured
     seen: Any  # plan.Seen of the last evaluation, None before the first
     vector_names: tuple[str, ...]

@@ -81,16 +81,18 @@ class Seen(NamedTuple):
 
     @staticmethod
     def of(weight: Tensor, vectors: Sequence[Tensor]) -> Seen:
-        return Seen(weight, weight.data_ptr(), version(weight), list(map(version, vectors)))
+        kept = weight if weight.is_leaf else weight.detach()  # its graph need not stay
+        return Seen(kept, weight.data_ptr(), version(weight), list(map(version, vectors)))
 
     def stands_in_for(self, before: Seen | None) -> bool:
         """Whether it is not the layer's own weight; as it may be another one for good, the stack has to tell."""
         return (before is None or before.weight is not self.weight) and composite.in_functional_call()
 
-    def part_to_ask_for(self, before: Seen | None, by_contents: tuple[bool, bool] | None) -> float:
+    def part_to_ask_for(self, before: Seen | None, by_contents: tuple[bool, bool] | None, computed: bool) -> float:
         """Return what part of sigma the vectors must give for them to stay: none of it if the weight is as it was.
 
         by_contents: whether elements of any weight, and of any vector, have changed since then, if that is known.
+        computed: the weight is another tensor each time, which need not have changed.
         """
         if before is None:
             return BELONGING
@@ -101,6 +103,7 @@ class Seen(NamedTuple):
             changed = before.weight is not self.weight or before[1:3] != self[1:3]
             # Fused optimizers, as all that writes through `.data`, change weights without a version.
             changed = changed or (iterated and self.weight.device.type == "cpu")
+            iterated = iterated or computed
         return (BELONGING if iterated else STILL_BELONGING) if changed else 0.0
 
 
@@ -266,10 +269,11 @@ class Plan:
             # change its vectors.
             chosen = member.chosen_by_hand(weight) if first else None
             at_least, evaluated = BELONGING if chosen is False else 0.0, False
-            if not iterate and not new.stands_in_for(member.seen):
+            # In training, what follows an iteration, as in a `cached` block, uses the vectors that this has left.
+            if not iterate and (first or not member.training) and not new.stands_in_for(member.seen):
                 evaluated = True
                 if chosen is None:
-                    at_least = new.part_to_ask_for(member.seen, by_contents)
+                    at_least = new.part_to_ask_for(member.seen, by_contents, member.preceded)
             if good and at_least:
                 stack = member.settings.stack
                 good = belong(weight, own, member.dim, self.settings.eps, at_least=at_least, stack=stack)

@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.fx import _symbolic_trace as fx
 
 from bssn_fast.modules import writes
-from bssn_fast.modules.parametrization import original_of
+from bssn_fast.modules.lists import original_of
 from bssn_fast.tracing.recording import traced_result
 
 recorded_by_fx: Callable[[], bool] = getattr(fx, "is_fx_symbolic_tracing", fx.is_fx_tracing)

@@ -13,7 +13,8 @@ from bssn_fast.distributed.sharded import is_sharded, refuse_gain
 from bssn_fast.laws import AT_MOST, CONSTANT, GAIN
 from bssn_fast.layout import ONE, Stack
 from bssn_fast.modules.blocks import shown_blocks
-from bssn_fast.modules.places import Norm, Place, named, weight_of
+from bssn_fast.modules.convert import Norm
+from bssn_fast.modules.places import Place, named, weight_of
 from bssn_fast.modules.settings import VARIANTS
 
 DEFAULT_SCALE = 2**0.5

@@ -10,9 +10,8 @@ from torch.nn.modules.conv import _ConvNd
 from bssn_fast.calls.arguments import whole_number
 from bssn_fast.distributed.sharded import is_sharded, refuse_stack
 from bssn_fast.layout import ONE, Stack
-from bssn_fast.modules.convert import WEIGHT, TorchSpectralNorm
-from bssn_fast.modules.parametrization import SpectralNormalization
-from bssn_fast.modules.places import Norm, Place, named, norms_by_weight, weight_of
+from bssn_fast.modules.convert import WEIGHT, Norm, TorchSpectralNorm, is_preceded, own
+from bssn_fast.modules.places import Place, named, norms_by_weight, weight_of
 
 
 def checked_blocks(blocks: object) -> dict[str, int]:
@@ -34,7 +33,8 @@ def stacks_of(model: nn.Module, existing: Mapping[Place, Norm], blocks: Mapping[
     """
     shared = norms_by_weight(model)
     now: dict[Place, Norm] = {p: norm or shared.get(_key(p, norm)) for p, norm in existing.items()}
-    stacks = {p: norm.settings.stack if isinstance(norm, SpectralNormalization) else ONE for p, norm in now.items()}
+    ours = {p: own(norm) for p, norm in now.items()}
+    stacks = {p: ONE if norm is None else norm.settings.stack for p, norm in ours.items()}
     chosen = {(id(p.module), p.tensor_name): p for p in existing}
     modules, givers = dict(model.named_modules()), dict[Place, str]()
     for name, n in blocks.items():
@@ -45,10 +45,10 @@ def stacks_of(model: nn.Module, existing: Mapping[Place, Norm], blocks: Mapping[
         if givers.setdefault(place, name) != name:
             raise ValueError(f"blocks names {place.shown()} twice, as {givers[place]!r} and {name!r}; keep one of them")
         stack = _stack(place, *weight_of(place, existing[place]), n)
-        if stack != stacks[place] and now[place] is not None:
-            remedy = "take torch's spectral norm off first"
-            if not isinstance(now[place], TorchSpectralNorm):
-                remedy = "call bssn_fast.remove, and apply again"
+        if stack != stacks[place] and (ours[place] is not None or isinstance(now[place], TorchSpectralNorm)):
+            remedy = "call bssn_fast.remove, and apply again"
+            if ours[place] is None or is_preceded(now[place]):
+                remedy = "take its spectral norm off first"
             raise ValueError(
                 f"{place.shown()}: the weight is normalised as {shown_blocks(stacks[place])} already; {remedy}"
             )

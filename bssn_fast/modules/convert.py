@@ -1,4 +1,4 @@
-"""Layers that already carry a normalisation: torch's two spectral norms are taken over, others are refused."""
+"""Weights that something already computes: torch's two spectral norms are taken over, others stay or are refused."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 
 from bssn_fast import reference
 from bssn_fast.calls.estimation import are_units
 from bssn_fast.layout import compute_dtype, vector_sizes
-from bssn_fast.modules.parametrization import SpectralNormalization, original_of, parametrizations_of
+from bssn_fast.modules.lists import parametrizations_of, weight_before
+from bssn_fast.modules.parametrization import SpectralNormalization
 
 WEIGHT = "weight"
 
@@ -24,12 +26,12 @@ class TorchSpectralNorm:
     """What is known of a spectral norm of torch that a layer carries."""
 
     hook: SpectralNorm | None  # torch.nn.utils.spectral_norm, else the parametrization of the same name
-    weight: nn.Parameter
+    weight: Tensor
     vectors: list[Tensor]  # u and v; none for a weight of one dimension
     dim: int
     eps: float
     n_power_iterations: int
-    followed: bool = False  # by other parametrizations, which change what it gives
+    position: int | None = None  # among other parametrizations, which stay
 
     def multiplier(self) -> Tensor:
         """Return 1 / sigma, as in evaluation."""
@@ -39,26 +41,35 @@ class TorchSpectralNorm:
         return reference.multiplier(reference.spectral_norm(w, vectors, self.dim), 1.0)
 
 
-def find(module: nn.Module, name: str, tensor_name: str = WEIGHT) -> SpectralNormalization | TorchSpectralNorm | None:
-    """Return the spectral norm on a weight of the module; raise ValueError if something else sits there."""
+@dataclass
+class Preceded:
+    """A weight that other parametrizations compute, and the normalisation after them, if there is one."""
+
+    weight: Tensor  # as `weight_before` gives it
+    norm: SpectralNormalization | None
+    others: list[nn.Module]
+
+
+Norm = SpectralNormalization | TorchSpectralNorm | Preceded | None
+"""What is found on a weight; None for a plain parameter."""
+
+
+def own(norm: Norm) -> SpectralNormalization | None:
+    """Return the normalisation of this package, if that is what was found."""
+    if isinstance(norm, Preceded):
+        return norm.norm
+    return norm if isinstance(norm, SpectralNormalization) else None
+
+
+def is_preceded(norm: Norm) -> bool:
+    """Whether other parametrizations compute the weight that is normalised."""
+    return isinstance(norm, Preceded) or (isinstance(norm, TorchSpectralNorm) and bool(norm.position))
+
+
+def find(module: nn.Module, name: str, tensor_name: str = WEIGHT) -> Norm:
+    """Return what is found on a weight of the module; raise ValueError if something sits there that cannot stay."""
     if parametrize.is_parametrized(module, tensor_name):
-        parametrizations = parametrizations_of(module, tensor_name)
-        found = list(parametrizations)
-        old = found[0]
-        if isinstance(old, SpectralNormalization):
-            return old
-        if type(old) is _SpectralNorm:  # a subclass may compute something else
-            weight = cast(nn.Parameter, original_of(parametrizations))
-            vectors = [old._u, old._v] if weight.ndim > 1 else []
-            # Some versions of torch keep the dimension as a negative number where it was given as one.
-            n_power_iterations = getattr(old, "n_power_iterations", 1)  # not there for one dimension
-            settings = old.dim % weight.ndim, old.eps, n_power_iterations
-            return TorchSpectralNorm(None, weight, vectors, *settings, followed=len(found) > 1)
-        kinds = ", ".join(type(p).__name__.lstrip("_") for p in found)
-        raise ValueError(
-            f"{name}: the weight already carries {kinds}; call "
-            f"torch.nn.utils.parametrize.remove_parametrizations(layer, {tensor_name!r}) first, or leave the layer out"
-        )
+        return _among(parametrizations_of(module, tensor_name))
     for hook in module._forward_pre_hooks.values():
         if getattr(hook, "name", None) != tensor_name:
             continue
@@ -78,14 +89,52 @@ def find(module: nn.Module, name: str, tensor_name: str = WEIGHT) -> SpectralNor
     return None
 
 
+def _among(layer: ParametrizationList) -> Norm:
+    found = list(layer)
+    of_torch = [j for j, p in enumerate(found) if type(p) is _SpectralNorm]  # a subclass may compute something else
+    ours = [j for j, p in enumerate(found) if isinstance(p, SpectralNormalization)]
+    position = [*ours, *of_torch, len(found)][0]
+    norm: Any = found[position] if position < len(found) else None
+    if isinstance(norm, SpectralNormalization) and position == 0:
+        return norm
+    weight = weight_before(layer, position)
+    if norm is None or isinstance(norm, SpectralNormalization):
+        return Preceded(weight, norm, found[:position])
+    vectors = [norm._u, norm._v] if weight.ndim > 1 else []
+    # Some versions of torch keep the dimension as a negative number where it was given as one.
+    settings = norm.dim % weight.ndim, norm.eps, getattr(norm, "n_power_iterations", 1)  # not there for one dimension
+    return TorchSpectralNorm(None, weight, vectors, *settings, position=position if len(found) > 1 else None)
+
+
+def refuse_second_normalization(norm: Norm, name: str, tensor_name: str) -> None:
+    """Raise ValueError for a weight that carries another normalisation, and no spectral norm that says it is meant."""
+    if not isinstance(norm, Preceded) or norm.norm is not None:
+        return
+    kinds = [type(p).__name__.lstrip("_") for p in norm.others if isinstance(p, _NORMALIZATIONS)]
+    if kinds:
+        raise ValueError(
+            f"{name}: the weight already carries {', '.join(kinds)}; call "
+            f"torch.nn.utils.parametrize.remove_parametrizations(layer, {tensor_name!r}) first, or leave the layer "
+            "out. If both are meant, bssn_fast.spectral_norm(layer) normalises what it gives"
+        )
+
+
+_NORMALIZATIONS = (_WeightNorm, _Orthogonal, _SpectralNorm)
+
+
+def is_spectral_norm(kind: type) -> bool:
+    """Whether parametrizations of this type are this package's, or torch's spectral norm."""
+    return kind in (SpectralNormalization, _SpectralNorm)
+
+
 def carried(module: nn.Module) -> dict[str, bool]:
-    """Return the names of a module's tensors that carry a spectral norm first of all, and whether it is torch's."""
+    """Return the names of a module's tensors that carry a spectral norm, and whether it is torch's."""
     found = {h.name: True for h in module._forward_pre_hooks.values() if type(h) is SpectralNorm}
     if parametrize.is_parametrized(module):
         for name in cast(Any, module).parametrizations:
-            first = parametrizations_of(module, name)[0]
-            if isinstance(first, SpectralNormalization) or type(first) is _SpectralNorm:
-                found[name] = type(first) is _SpectralNorm
+            kinds = {type(p) for p in parametrizations_of(module, name)}
+            if any(map(is_spectral_norm, kinds)):
+                found[name] = SpectralNormalization not in kinds
     return found
 
 
@@ -159,4 +208,4 @@ def strip(module: nn.Module, norm: TorchSpectralNorm, tensor_name: str) -> None:
         module._buffers[f"{tensor_name}_u"],
         module._buffers[f"{tensor_name}_v"],
     )
-    module.register_parameter(tensor_name, norm.weight)
+    module.register_parameter(tensor_name, cast(nn.Parameter, norm.weight))

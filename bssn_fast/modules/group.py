@@ -19,17 +19,13 @@ from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.plan import Plans, parted_by_autocast, partition, signature
 from bssn_fast.calls.selective import uncounted
 from bssn_fast.calls.sharded import plan_for, refuse_gains
-from bssn_fast.distributed.sharded import (
-    ShardedWeightError,
-    gathering_modules,
-    is_sharded,
-    refuse_flattened,
-)
+from bssn_fast.distributed.sharded import ShardedWeightError, gathering_modules, is_sharded, refuse_flattened
 from bssn_fast.layout import picked, result_dtype
 from bssn_fast.modules import recomputation, sharing, writes
 from bssn_fast.modules.advice import Advice
 from bssn_fast.modules.call import Call, Caller, Chosen, frame_of_call, interrupted
-from bssn_fast.modules.parametrization import SpectralNormalization, original_of
+from bssn_fast.modules.lists import original_of
+from bssn_fast.modules.parametrization import SpectralNormalization
 from bssn_fast.modules.replicas import own_group
 from bssn_fast.modules.shards import Shards, found_for
 from bssn_fast.tracing.recording import called_eagerly, is_exporting

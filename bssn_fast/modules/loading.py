@@ -15,7 +15,8 @@ from bssn_fast.calls.sharded import estimate_sharded
 from bssn_fast.distributed.sharded import is_sharded
 from bssn_fast.laws import first_gain
 from bssn_fast.layout import compute_dtype
-from bssn_fast.modules.parametrization import SpectralNormalization, original_of, parametrizations_of
+from bssn_fast.modules.lists import original_of, parametrizations_of
+from bssn_fast.modules.parametrization import SpectralNormalization
 
 _WRAPPERS = {"module", "_orig_mod"}
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
-from torch.nn.utils.parametrize import ParametrizationList
 
 from bssn_fast import reference
 from bssn_fast.calls import composite
@@ -58,6 +57,7 @@ class SpectralNormalization(nn.Module):
     gain: nn.Parameter | None
     origin: SpectralNormalization | None = None  # what this one stands in for on a device of DataParallel
     held = False  # that one has had the iteration of this call
+    preceded = False  # by other parametrizations: the weight is another tensor at each read, and no model's call has it
 
     def __init__(
         self,
@@ -198,10 +198,10 @@ class SpectralNormalization(nn.Module):
         """Return sigma of the last normalisation; where that was part of compiled code, compute it."""
         if self.measured.sigma is None:
             self.evaluate(weight)
-        measured = self.measured
-        if measured.sigma is None:
+        found = self.measured.own()
+        if found is None:
             raise RuntimeError(f"bssn_fast: the weight of {self.name} has no values yet; materialise the model first")
-        return measured.sigma[measured.index].clone()
+        return found
 
     def _stored(self) -> list[Tensor]:
         return [cast(Tensor, self._buffers[name]) for name in self.vector_names]
@@ -281,7 +281,7 @@ class SpectralNormalization(nn.Module):
         (normalized,) = results.normalized
         if block is not None and not backward:
             block.note_iteration(self)
-            if not composite.is_temporary():
+            if not composite.is_temporary() and not self.preceded:
                 block.keep(self, weight, normalized, Source(results, 0))
         elif not backward:
             if inside:
@@ -378,22 +378,3 @@ class SpectralNormalization(nn.Module):
 
 def _nothing_at_hand() -> dict[str, Any]:
     return {"slots": (), "_plan": None, "seen": None, "_beginning": None, "traced": Traced()}
-
-
-def parametrizations_of(module: nn.Module, tensor_name: str) -> ParametrizationList:
-    """Return what torch's parametrize keeps for a parametrized tensor of a module."""
-    return cast(ParametrizationList, cast(Any, module).parametrizations[tensor_name])
-
-
-def original_of(layer: ParametrizationList) -> Tensor:
-    """Return the weight before normalisation; quicker than the attribute `original`.
-
-    Raises ValueError for a weight that is no parameter of the list.
-    """
-    weight = layer._parameters.get("original")
-    if weight is None:
-        raise ValueError(
-            f"{cast(Any, layer[0]).name}: the weight before normalisation is no parameter any more; call "
-            "torch.nn.utils.prune.remove(layer.parametrizations.weight, 'original') if the layer was pruned"
-        )
-    return weight

@@ -16,13 +16,10 @@ from bssn_fast.distributed.sharded import is_sharded, refuse_managed, refuse_unf
 from bssn_fast.laws import GAIN
 from bssn_fast.modules import convert, recurrent
 from bssn_fast.modules.access import quick_access
-from bssn_fast.modules.convert import WEIGHT, TorchSpectralNorm
+from bssn_fast.modules.convert import WEIGHT, Norm, Preceded, TorchSpectralNorm
+from bssn_fast.modules.lists import original_of, parametrizations_of, weight_before
 from bssn_fast.modules.loading import stop_watching, watch_loading
-from bssn_fast.modules.parametrization import (
-    SpectralNormalization,
-    original_of,
-    parametrizations_of,
-)
+from bssn_fast.modules.parametrization import SpectralNormalization
 from bssn_fast.modules.pickling import allow_pickling
 from bssn_fast.modules.settings import Settings
 
@@ -30,8 +27,6 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _COMPUTING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
 LAYER_TYPES = (*_COMPUTING, nn.Embedding)
 """The layers whose `weight` is normalised without being named."""
-
-Norm = SpectralNormalization | TorchSpectralNorm | None
 
 
 class Place(NamedTuple):
@@ -52,6 +47,11 @@ class Place(NamedTuple):
     def parametrizations(self) -> ParametrizationList:
         """Return what torch's parametrize keeps for the weight."""
         return parametrizations_of(self.module, self.tensor_name)
+
+    def weight_before(self, norm: SpectralNormalization) -> Tensor:
+        """Return the weight that a normalisation gets."""
+        layer = self.parametrizations()
+        return weight_before(layer, list(layer).index(norm)) if norm.preceded else layer.original
 
 
 def choose(
@@ -127,6 +127,9 @@ def own_place(module: nn.Module, tensor_name: str, dim: int | None) -> Place:
     weight = _tensors(module).get(tensor_name)
     if weight is None:
         raise ValueError(f"{type(module).__name__} has no parameter named {tensor_name!r} of its own")
+    if parametrize.is_parametrized(module, tensor_name):  # whose parameters may have other shapes
+        place = Place("", module, tensor_name)
+        weight, _ = weight_of(place, convert.find(module, place.shown(), tensor_name))
     n = weight.ndim
     if dim is not None and not -n <= dim < n:
         raise IndexError(f"{type(module).__name__}: dim must be from {-n} to {n - 1}, not {dim}")
@@ -168,14 +171,18 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
                 del found[name]
     layers = cast(Any, module).parametrizations if parametrize.is_parametrized(module) else {}
     for name, layer in layers.items():
-        if "original" in layer._parameters:
-            found[name] = original_of(layer)
+        found.update((name, p) for p in list(layer._parameters.values())[:1] if p is not None)
     return found
 
 
-def check(place: Place) -> Norm:
-    """Return what normalises the weight now; raise ValueError or TypeError if it cannot be normalised."""
+def check(place: Place, *, once: bool = True) -> Norm:
+    """Return what normalises the weight now; raise ValueError or TypeError if it cannot be normalised.
+
+    once: a weight that torch normalises in another way is not taken.
+    """
     norm = convert.find(place.module, place.shown(), place.tensor_name)
+    if once:
+        convert.refuse_second_normalization(norm, place.shown(), place.tensor_name)
     weight, dim = weight_of(place, norm)
     check_weight(weight, dim, place.shown())
     refuse_managed(place.module, place.shown())
@@ -189,7 +196,8 @@ def check(place: Place) -> Norm:
     convert.refuse_own_normalization(place.module, weight, place.shown())
     if isinstance(norm, TorchSpectralNorm):
         convert.check_vectors(norm, place.shown())
-    if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+    repeated = any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True))
+    if repeated and not convert.is_preceded(norm):
         raise ValueError(
             f"{place.shown()}: elements of the weight share memory; make it a `clone()` of itself, which has its own"
         )
@@ -204,7 +212,9 @@ def weight_of(place: Place, norm: Norm) -> tuple[Tensor, int]:
         return norm.weight, norm.dim
     if isinstance(norm, SpectralNormalization):
         return original_of(place.parametrizations()), norm.dim
-    weight = cast(Tensor, place.module._parameters[place.tensor_name])
+    if isinstance(norm, Preceded) and norm.norm is not None:
+        return norm.weight, norm.norm.dim
+    weight = cast(Tensor, place.module._parameters[place.tensor_name]) if norm is None else norm.weight
     if place.dim is not None:
         return weight, place.dim
     return weight, int(isinstance(place.module, _TRANSPOSED) and place.tensor_name == WEIGHT)
@@ -225,25 +235,26 @@ def put(
     """
     module, tensor_name = place.module, place.tensor_name
     weight, dim = weight_of(place, norm)
-    old = norm.settings if isinstance(norm, SpectralNormalization) else norm
+    own, of_torch = convert.own(norm), norm if isinstance(norm, TorchSpectralNorm) else None
+    old = of_torch if own is None else own.settings
     settings = settings._replace(
         eps=settings.eps or (old.eps if old else 1e-12),
         n_power_iterations=settings.n_power_iterations or (old.n_power_iterations if old else 1),
     )
-    if isinstance(norm, SpectralNormalization):
-        if id(norm) not in done:
-            norm.configure(weight, settings)
-        return norm
+    if own is not None:
+        if id(own) not in done:
+            own.configure(weight, settings)
+        return own
     names = [n for n in module._parameters if n not in (tensor_name, f"{tensor_name}_orig")]
-    order = [tensor_name, *names] if norm is not None else list(module._parameters)
+    order = [tensor_name, *names] if of_torch is not None else list(module._parameters)
     if parametrize.is_parametrized(module):
         order = next((vars(p)["_order"] for p in _lists(module) if "_order" in vars(p)), order)
     known: list[Tensor] = []
     in_use = None
-    if norm is not None:
-        known, in_use = norm.vectors, norm.multiplier() if settings.kind == GAIN else None
-        if not norm.followed:
-            convert.strip(module, norm, tensor_name)
+    if of_torch is not None:
+        known, in_use = of_torch.vectors, of_torch.multiplier() if settings.kind == GAIN else None
+        if of_torch.position is None:
+            convert.strip(module, of_torch, tensor_name)
     autocast = isinstance(module, _COMPUTING) and tensor_name == WEIGHT
     found = shared.get((id(weight), dim))
     if found is None:
@@ -251,19 +262,23 @@ def put(
             weight, settings, name=place.shown(), dim=dim, autocast=autocast, known=known, in_use=in_use
         )
         found.train(module.training)
+        found.preceded = convert.is_preceded(norm)
         shared[id(weight), dim] = found
     else:
         found.layers += 1
         found.autocast = found.autocast and autocast
         if id(found) not in done:
             found.configure(weight, settings)
-    if norm is not None and norm.followed:
-        place.parametrizations()[0] = found
+    if of_torch is not None and of_torch.position is not None:
+        place.parametrizations()[of_torch.position] = found
+    elif found.preceded:
+        place.parametrizations().append(found)
     else:  # registering reads the weight; `unsafe` leaves that out, and with it an iteration
         parametrize.register_parametrization(module, tensor_name, found, unsafe=True)
     vars(place.parametrizations())["_order"] = order
-    quick_access(module, tensor_name)
-    watch_loading(module)
+    if not found.preceded:
+        quick_access(module, tensor_name)
+        watch_loading(module)
     recurrent.follow_weights(module)
     allow_pickling(module)
     return found
@@ -292,17 +307,30 @@ def normalized(model: nn.Module) -> list[tuple[ParametrizationList, SpectralNorm
 
 def norms_by_weight(model: nn.Module) -> dict[tuple[int, int], SpectralNormalization]:
     """Return what normalises the weights of a model, by the weight's id and the output dimension."""
-    return {(id(original_of(layer)), norm.dim): norm for layer, norm in normalized(model)}
+    return {(id(original_of(layer)), norm.dim): norm for layer, norm in normalized(model) if not norm.preceded}
+
+
+def refuse_following(place: Place) -> None:
+    """Raise ValueError if another parametrization changes what a spectral norm, this package's or torch's, gives."""
+    if not parametrize.is_parametrized(place.module, place.tensor_name):
+        return
+    kinds = [type(p) for p in place.parametrizations()]
+    first = next((j for j, kind in enumerate(kinds) if convert.is_spectral_norm(kind)), len(kinds) - 1) + 1
+    if kinds[first:]:
+        raise ValueError(
+            f"{place.shown()}: {', '.join(k.__name__ for k in kinds[first:])} changes the normalised weight; take it "
+            f"off first (`del layer.parametrizations.{place.tensor_name}[{first}:]`)"
+        )
 
 
 def refuse_others(place: Place) -> None:
-    """Raise ValueError if another parametrization changes what the normalisation gives."""
-    others = list(place.parametrizations())[1:]
-    if others:
-        kinds = ", ".join(type(p).__name__ for p in others)
+    """Raise ValueError if another parametrization changes what the normalisation gets or gives."""
+    refuse_following(place)
+    kinds = [type(p).__name__ for p in place.parametrizations() if not isinstance(p, SpectralNormalization)]
+    if kinds:
         raise ValueError(
-            f"{place.shown()}: {kinds} changes the normalised weight; take it off first "
-            f"(`del layer.parametrizations.{place.tensor_name}[1:]`)"
+            f"{place.shown()}: {', '.join(kinds)} computes the weight that is normalised. To make what all of them "
+            f"give the plain weight: torch.nn.utils.parametrize.remove_parametrizations(layer, {place.tensor_name!r})"
         )
 
 

@@ -16,7 +16,8 @@ from bssn_fast.calls.plan import partition, signature
 from bssn_fast.calls.sharded import Found, ShardedPlan
 from bssn_fast.distributed.sharded import is_sharded
 from bssn_fast.layout import ONE
-from bssn_fast.modules.parametrization import SpectralNormalization, original_of
+from bssn_fast.modules.lists import original_of
+from bssn_fast.modules.parametrization import SpectralNormalization
 
 
 class Known(NamedTuple):
