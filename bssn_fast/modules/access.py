@@ -32,8 +32,10 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
         if len(modules) > 1:
             return slow.fget(self)
         norm, weight = modules["0"], layer._parameters.get("original")
+        if layer._forward_hooks or layer._forward_pre_hooks or norm._forward_hooks or norm._forward_pre_hooks:
+            return slow.fget(self)  # they may change the weight
         if is_dynamo_compiling():
-            ready = traced_result(norm)
+            ready = traced_result(norm, weight)
             return layer() if ready is None else ready
         if recorded_by_fx():  # a module's call is recorded, and a tensor would be a constant
             return layer()
@@ -59,6 +61,8 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
                 f"{tuple(value.shape)}, which its vectors do not fit; call bssn_fast.remove before a weight changes "
                 "shape, and apply again"
             )
+        if isinstance(value, Tensor) and writes.shares_a_result(value):
+            value = value.detach().clone()  # torch lets the weight take the value's memory, to which it then writes
         slow.fset(self, value)
         if len(layer) == 1:
             layer[0].estimate(original_of(layer))

@@ -18,7 +18,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from bssn_fast.calls.composite import wants_plain_operations
 from bssn_fast.calls.contents import contents_of, version
 from bssn_fast.calls.plan import Plans, Results
-from bssn_fast.layout import has_its_memory, result_dtype
+from bssn_fast.calls.serving import Entry, is_same, leads_to, serves, unless_frozen
+from bssn_fast.layout import has_its_memory
 from bssn_fast.modules import recomputation
 from bssn_fast.modules.advice import Advice
 from bssn_fast.tracing.recording import WRAPPER, called_eagerly
@@ -100,7 +101,6 @@ class Call:
         "measured",
         "others",
         "reads",
-        "results",
         "sources",
     )
 
@@ -108,9 +108,7 @@ class Call:
         self.frame = frame
         self.aside = aside  # calls, of groups, that this one has interrupted and that go on afterwards
         self.grad_enabled = torch.is_grad_enabled()
-        self.results: list[Tensor | None] = [None] * layers
-        # Weights and results, each with its version.
-        self.entries: list[tuple[Tensor, int, Tensor, int] | None] = [None] * layers
+        self.entries: list[Entry | None] = [None] * layers
         self.sources: list[tuple[list[int], Results]] = []  # of the layers with these indices
         self.gains: dict[int, tuple[Tensor, int]] = {}  # of the layers that have one, with its version
         self.others: dict[int, Source | None] = {}  # of single layers
@@ -134,12 +132,11 @@ class Call:
         """After this call: let the calls that it has interrupted go on."""
         for group, call in self.aside:
             group.calls[thread] = call
-            group.published, group.recorded = call.results, False
+            group.published, group.recorded = call.entries, False
 
     def put(self, indices: Iterable[int], weights: Iterable[Tensor], results: Iterable[Tensor]) -> None:
         """Make results those of the layers with these indices."""
         for j, weight, result in zip(indices, weights, results, strict=True):
-            self.results[j] = result
             try:
                 self.entries[j] = weight, weight._version, result, result._version
             except RuntimeError:  # one of them keeps no version
@@ -168,7 +165,7 @@ class Call:
         if not same or (get_referents(self.frame) and not self.running()):
             return None
         if self.doubted and self._written(j, weight):
-            self.results[j] = self.entries[j] = None
+            self.entries[j] = None
             return None
         if self.gains and j in self.gains:
             gain, before = self.gains[j]
@@ -180,7 +177,7 @@ class Call:
             source = self.source(j)
             if source is not None and (self.grad_enabled or torch.is_grad_enabled()):  # else no graph will repeat it
                 recomputation.note(reader, source.vectors, in_call=False)
-        return ready
+        return unless_frozen(ready, weight, self.gains[j][0] if j in self.gains else None)
 
     def doubt(self, j: int) -> None:
         """Let the next `find` look at all elements: somebody has got at the weight, and torch may count no version.
@@ -193,7 +190,7 @@ class Call:
             if has_its_memory(weight):
                 self.doubted[j] = contents_of([weight]) or weight.detach().clone()  # on a GPU there is no hash
             else:  # whoever reads it is told so
-                self.results[j] = self.entries[j] = None
+                self.entries[j] = None
 
     def _written(self, j: int, weight: Tensor) -> bool:
         """Whether a weight has changed since somebody looked at its layer; asked once."""
@@ -209,7 +206,7 @@ class Call:
     def stands_in(self, j: int, weight: Tensor) -> bool:
         """Whether another weight is in the place of the one that the call has normalised."""
         entry = self.entries[j]
-        return entry is not None and entry[0] is not weight and self.running()
+        return entry is not None and not is_same(weight, entry[0]) and self.running()
 
     def source(self, j: int) -> Source | None:
         """Return where the j-th layer's result comes from, if that is known."""
@@ -221,20 +218,7 @@ class Call:
     def iterated(self, j: int, weight: Tensor) -> bool:
         """Whether the layer's vectors have had their iteration for this weight in this call."""
         entry = self.entries[j]
-        return entry is not None and entry[0] is weight and entry[1] == version(weight)
-
-
-def leads_to(ready: Tensor, source: Tensor) -> bool:
-    """Whether a result has a graph if one is wanted now."""
-    return ready.requires_grad or not source.requires_grad or not torch.is_grad_enabled()
-
-
-def serves(ready: Tensor, weight: Tensor) -> bool:
-    """Whether a result has a graph if one is wanted now, and the dtype that is."""
-    return (ready.requires_grad or not weight.requires_grad or not torch.is_grad_enabled()) and (
-        # What was made for autocast is of no use where a model switches autocast off.
-        ready.dtype is weight.dtype or ready.dtype == result_dtype(weight, True)
-    )
+        return entry is not None and is_same(weight, entry[0]) and entry[1] == version(weight)
 
 
 @dataclass
@@ -254,13 +238,13 @@ class Caller(Protocol):
     """Who normalises layers in calls of a model, as its layers see it; `group.Group` is the one there is.
 
     calls: the running call of each thread, by the thread's number.
-    published: the latest call's results, for compiled code.
+    published: what the latest call has of its layers, for compiled code.
     recorded: they are those of a call whose beginning was compiled.
     shared: whether another group has some of the layers too.
     """
 
     calls: dict[int, Call]
-    published: list[Tensor | None] | None
+    published: list[Entry | None] | None
     recorded: bool
     members: list[Any]
     shared: bool

@@ -18,6 +18,7 @@ from bssn_fast.calls import composite
 from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.plan import Plans, parted_by_autocast, partition, signature
 from bssn_fast.calls.selective import uncounted
+from bssn_fast.calls.serving import Entry
 from bssn_fast.calls.sharded import plan_for, refuse_gains
 from bssn_fast.distributed.sharded import ShardedWeightError, gathering_modules, is_sharded, refuse_flattened
 from bssn_fast.layout import picked, result_dtype
@@ -35,7 +36,7 @@ class Group:
     """Hooks of a model that normalise its layers before a call and end their use after it.
 
     calls: the running call of each thread, by the thread's number; `begin` and `end` change it.
-    published: the latest call's results, for compiled code.
+    published: what the latest call has of its layers, for compiled code.
     recorded: they are those of a call whose beginning was compiled.
     member_ids: of the layers' parametrizations.
     shared: whether another group has some of the layers too.
@@ -61,7 +62,7 @@ class Group:
 
     def _start(self) -> None:
         self.calls: dict[int, Call] = {}
-        self.published: list[Tensor | None] | None = None
+        self.published: list[Entry | None] | None = None
         self.recorded = False
 
     def _set_layers(self, layers: Iterable[ParametrizationList]) -> None:
@@ -153,7 +154,7 @@ class Group:
             for thread, other in list(self.calls.items()):
                 if not other.running():
                     self.calls.pop(thread, None)
-        self.published, self.recorded = call.results, False
+        self.published, self.recorded = call.entries, False
         for group, _ in aside:
             if group is not self:
                 group.calls.pop(get_ident(), None)

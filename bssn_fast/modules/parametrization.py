@@ -25,9 +25,9 @@ from bssn_fast.laws import AT_MOST, GAIN, first_gain
 from bssn_fast.layout import compute_dtype, fits_kernels, needs_two_sides
 from bssn_fast.modules import recomputation, sharing, writes
 from bssn_fast.modules.advice import Advice
-from bssn_fast.modules.call import Call, Caller, Source, in_module_call, leads_to, serves
+from bssn_fast.modules.call import Call, Caller, Source, in_module_call
 from bssn_fast.modules.settings import VARIANTS, Settings
-from bssn_fast.tracing.recording import Traced, called_eagerly, is_exporting
+from bssn_fast.tracing.recording import Traced, called_eagerly, is_exporting, recorded_result
 
 FIRST_ITERATIONS = 15
 """Power iterations on random first vectors: as many as torch's parametrization does."""
@@ -233,15 +233,6 @@ class SpectralNormalization(nn.Module):
         for call, j in self._running():
             call.doubt(j)
 
-    def find_recorded(self, weight: Tensor) -> Tensor | None:
-        """Return what a compiled beginning of a call has left, for a layer of the model that is not compiled."""
-        for group, j in self.slots:
-            if group.recorded and group.published is not None and get_ident() not in group.calls:
-                ready = group.published[j]
-                if ready is not None and serves(ready, weight) and (self.gain is None or leads_to(ready, self.gain)):
-                    return ready
-        return None
-
     def iterated_in_call(self, weight: Tensor) -> bool:
         """Whether a running call of a model has had an iteration for this weight."""
         return self.held or any(call.iterated(j, weight) for call, j in self._running())
@@ -266,7 +257,7 @@ class SpectralNormalization(nn.Module):
         writes.settle((id(self),))
         ready = self.find(weight)
         if ready is None:
-            ready = self.find_recorded(weight)
+            ready = recorded_result(self, weight)
         if ready is not None:
             return ready
         block = sharing.block_of(self) if sharing.any_block() else None
@@ -356,7 +347,7 @@ class SpectralNormalization(nn.Module):
             )
         self.used, self.measured.sigma = True, None  # which is computed when somebody asks for it
         replica = cast(SpectralNormalization, super()._replicate_for_data_parallel())
-        held = any(call.results[j] is not None for call, j in self._running())  # copies are made in a model's call
+        held = any(call.entries[j] is not None for call, j in self._running())  # copies are made in a model's call
         # torch has sent the vectors already: before the first use each device looks whether they belong to the weight.
         replica.__dict__.update(_nothing_at_hand(), measured=Measured(), origin=self, held=held)
         replica._beginning = self._beginning

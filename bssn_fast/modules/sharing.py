@@ -16,8 +16,9 @@ from torch.nn.utils import parametrize
 
 from bssn_fast.calls.composite import in_fake_mode
 from bssn_fast.calls.contents import contents_of, version
+from bssn_fast.calls.serving import is_same, leads_to, serves, unless_frozen
 from bssn_fast.distributed.sharded import is_sharded
-from bssn_fast.modules.call import Source, leads_to, serves
+from bssn_fast.modules.call import Source
 from bssn_fast.modules.recomputation import in_backward
 
 
@@ -34,7 +35,7 @@ class Entry(NamedTuple):
 
     def holds(self, weight: Tensor) -> bool:
         """Whether it was made of this weight as it is now: no other power iteration is due."""
-        if self.weight is not weight or self.weight_version != version(weight):
+        if not is_same(weight, self.weight) or self.weight_version != version(weight):
             return False
         return self.contents is None or contents_of([weight]) == self.contents[:8]
 
@@ -73,6 +74,7 @@ class Block:
             return None
         if entry.gain is not norm.gain or (entry.gain is not None and not leads_to(entry.result, entry.gain)):
             return None
+        entry = entry._replace(result=unless_frozen(entry.result, weight, entry.gain))
         return None if entry.result.requires_grad and in_backward() else entry
 
     def iterated(self, norm: Any, weight: Tensor) -> bool:

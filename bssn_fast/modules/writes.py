@@ -111,6 +111,14 @@ def watch(member: _Member, layer: object, weight: Tensor, result: Tensor) -> Non
     )
 
 
+def shares_a_result(tensor: Tensor) -> bool:
+    """Whether a tensor lies in the memory of a result that is looked after."""
+    if not _watched or not torch._C._has_storage(tensor):
+        return False
+    storage = tensor.untyped_storage()._cdata
+    return any(r.result.untyped_storage()._cdata == storage for r in list(_watched.values()))
+
+
 def _resetting() -> bool:
     """Whether a module's `reset_parameters` is running, which can only mean to set its weights."""
     frame: FrameType | None = sys._getframe(1)

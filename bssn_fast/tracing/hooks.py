@@ -18,10 +18,11 @@ from bssn_fast.calls import composite
 from bssn_fast.calls.arguments import check_weight
 from bssn_fast.calls.member import Member, gains_of
 from bssn_fast.calls.plan import checked_vectors, partition
+from bssn_fast.calls.serving import Entry
 from bssn_fast.distributed.sharded import refuse_traced
 from bssn_fast.layout import fits_kernels, result_dtype
 from bssn_fast.tracing.node import normalize
-from bssn_fast.tracing.recording import Traced, is_exporting
+from bssn_fast.tracing.recording import Traced, has_iterated, is_exporting, traced_result
 
 
 class Layer(Member, Protocol):
@@ -34,18 +35,18 @@ class Layer(Member, Protocol):
 class Published(Protocol):
     """Where a call's results lie for its layers to find."""
 
-    published: list[Tensor | None] | None
+    published: list[Entry | None] | None
     recorded: bool
 
 
 def begin(group: Published, members: Sequence[Any], weights: Sequence[Tensor]) -> None:
     """Normalise the layers of a model that is being called, and publish the results until `end`."""
-    iterating = [_iterates(m) for m in members]
-    found: list[Tensor | None] = [None] * len(members)
+    iterating = list(map(_iterates, members, weights))
+    found: list[Entry | None] = [None] * len(members)
     for part in partition(members, weights, iterating):
         results = _normalize([members[j] for j in part], [weights[j] for j in part], iterate=iterating[part[0]])
         for j, normalized in zip(part, results, strict=True):
-            found[j] = normalized
+            found[j] = weights[j], -1, normalized, -1
     group.published, group.recorded = found, True
 
 
@@ -57,17 +58,22 @@ def end(group: Published, members: Sequence[Any]) -> None:
 
 
 def normalize_alone(member: Any, weight: Tensor) -> Tensor:
-    """Return the normalised weight of a layer that is used outside a call of its model."""
+    """Return the normalised weight of a layer, of a call of its model or of this read alone."""
     if is_exporting():
         return _exported(member, weight)
-    (normalized,) = _normalize([member], [weight], iterate=_iterates(member))
+    ready = traced_result(member, weight)
+    if ready is not None:
+        return ready
+    (normalized,) = _normalize([member], [weight], iterate=_iterates(member, weight))
     _finish(member)
     return normalized
 
 
-def _iterates(member: Layer) -> bool:
-    """Whether a normalisation begins with power iterations: in training, the first one of a `cached` block."""
-    return member.training and not (member.traced.in_block and member.traced.iterated)
+def _iterates(member: Layer, weight: Tensor) -> bool:
+    """Whether a normalisation begins with power iterations: in training, the first of a call or a `cached` block."""
+    if not member.training or (member.traced.in_block and member.traced.iterated):
+        return False
+    return not has_iterated(member, weight)
 
 
 def _finish(member: Layer) -> None:

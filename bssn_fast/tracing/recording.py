@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from types import CodeType
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+
+from bssn_fast.calls.serving import Entry, leads_to, serves, unless_frozen
 
 
 def _is_exporting() -> bool:
@@ -41,15 +44,40 @@ class Traced:
         self.in_block = self.iterated = False
 
 
-def traced_result(norm: Any) -> Tensor | None:
+def traced_result(norm: Any, weight: Tensor) -> Tensor | None:
     """Return what the model's call, eager or compiled, has normalised a layer's weight to."""
     for group, j in norm.slots:
-        published = group.published
-        if published is not None:
-            ready: Tensor | None = published[j]
+        ready = _published(group, j, weight, norm.gain)
+        if ready is not None:
+            return ready
+    return None
+
+
+def recorded_result(norm: Any, weight: Tensor) -> Tensor | None:
+    """Return what a compiled beginning of a call has left, for a layer of the model that is not compiled."""
+    for group, j in norm.slots:
+        if group.recorded and get_ident() not in group.calls:
+            ready = _published(group, j, weight, norm.gain)
             if ready is not None:
                 return ready
     return None
+
+
+def _published(group: Any, j: int, weight: Tensor, gain: Tensor | None) -> Tensor | None:
+    """Return what a group's call has of its j-th layer, if that is what is wanted of this weight now."""
+    entry: Entry | None = None if group.published is None else group.published[j]
+    if entry is None or entry[0] is not weight:
+        return None
+    ready = entry[2]
+    if not serves(ready, weight) or (gain is not None and not leads_to(ready, gain)):
+        return None
+    return unless_frozen(ready, weight, gain)
+
+
+def has_iterated(norm: Any, weight: Tensor) -> bool:
+    """Whether the model's call has had an iteration for a layer's weight."""
+    published = [(group.published, j) for group, j in norm.slots]
+    return any([p is not None and p[j] is not None and p[j][0] is weight for p, j in published])
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
