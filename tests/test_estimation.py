@@ -273,3 +273,39 @@ def test_a_functional_call_after_training_changes_no_vectors():
     model(images())
     torch.func.functional_call(model, {n: nn.Parameter(p) for n, p in others.items()}, (images(),))
     assert same(before, vectors_of(model))
+
+
+@pytest.mark.parametrize("way", ["read alone", "another plan in between"])
+def test_weights_written_through_data_where_another_plan_evaluates(way):
+    """What one plan knows of the weights' contents the next one does too."""
+    model, other = bssn_fast.apply(Net()).eval(), Net()
+    with torch.no_grad():
+        model(images())
+    if way == "another plan in between":
+        parameters = {name: 1.0 * p.detach() for name, p in model.named_parameters()}
+        torch.func.functional_call(model, parameters, (images(),))
+    for name in norms(model):
+        original(model.get_submodule(name)).data.copy_(other.get_submodule(name).weight.detach())
+    if way == "read alone":
+        for name in norms(model):
+            _ = model.get_submodule(name).weight
+    else:
+        model(images())
+    assert_sigma_right(model, rel=0.05)
+
+
+def test_another_plan_in_between_changes_no_vectors():
+    """Vectors that a step of training has left behind a little stay where no weight changes."""
+    model = bssn_fast.apply(Net())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        model(images()).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        model.eval()(images())
+        before = vectors_of(model)
+        torch.func.functional_call(model, {n: 1.0 * p for n, p in model.named_parameters()}, (images(),))
+        model(images())
+        for name in norms(model):
+            _ = model.get_submodule(name).weight
+    assert same(before, vectors_of(model))

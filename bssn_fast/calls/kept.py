@@ -65,6 +65,11 @@ class Kept:
         self.latest = contents_of([*weights, *vectors, *gains, *self.values.normalized], readable=True)
         return self.latest == self.contents and self.dtype == dtype
 
+    def of_weights(self) -> list[bytes]:
+        """Return the contents of each weight."""
+        assert self.contents is not None, "made by `of`"
+        return [self.contents[8 * j : 8 * j + 8] for j in range(len(self.weights))]
+
     def changes(self, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> tuple[bool, bool]:
         """Whether weights, and whether vectors, have changed, after `current` has looked."""
         n, m = 8 * len(weights), 8 * len(vectors)

@@ -14,7 +14,7 @@ from torch.compiler import is_dynamo_compiling
 from bssn_fast.backends.addresses import addresses
 from bssn_fast.calls import composite
 from bssn_fast.calls.arguments import check_weight
-from bssn_fast.calls.contents import version
+from bssn_fast.calls.contents import contents_of, version
 from bssn_fast.calls.estimation import BELONGING, STILL_BELONGING, are_units, belong, estimate_vectors, write
 from bssn_fast.calls.guard import Guard
 from bssn_fast.calls.kept import Kept
@@ -78,6 +78,7 @@ class Seen(NamedTuple):
     address: int
     version: int
     versions: list[int]  # of the vectors
+    contents: bytes | None = None  # of the weight, if they are known
 
     @staticmethod
     def of(weight: Tensor, vectors: Sequence[Tensor]) -> Seen:
@@ -103,6 +104,8 @@ class Seen(NamedTuple):
             changed = before.weight is not self.weight or before[1:3] != self[1:3]
             # Fused optimizers, as all that writes through `.data`, change weights without a version.
             changed = changed or (iterated and self.weight.device.type == "cpu")
+            if not changed and before.contents is not None:  # another plan's values are not at hand
+                changed = contents_of([self.weight]) != before.contents
             iterated = iterated or computed
         return (BELONGING if iterated else STILL_BELONGING) if changed else 0.0
 
@@ -206,7 +209,15 @@ class Plan:
         self._publish(values)
         if keep:
             self._kept = Kept.of(weights, own, gains, dtype, values)
+            if self._kept is not None:
+                self._know_again(weights, self._kept)
         return _attached(normalizer, values, weights, gains, protect, readable)
+
+    def _know_again(self, weights: Sequence[Tensor], kept: Kept) -> None:
+        """Let members know the contents of their weights, for other plans, as of a layer that is read alone."""
+        for member, weight, contents in zip(self.members, weights, kept.of_weights(), strict=True):
+            if member.seen is not None and member.seen.weight is weight:
+                member.seen = member.seen._replace(contents=contents)
 
     def _publish(self, values: Values) -> None:
         """Let members know the sigma that their weights are divided by."""
