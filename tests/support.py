@@ -113,7 +113,13 @@ class Plain(nn.Module):
         n, (blocks, indexed) = s.n_power_iterations if self.training else 0, s.stack
         if blocks == 1 and not indexed:
             result, self.vectors, self.sigma = reference.normalize(
-                weight, self.vectors, self.dim, scale=s.scale, eps=s.eps, n_power_iterations=n
+                weight,
+                self.vectors,
+                self.dim,
+                scale=s.scale,
+                at_most=s.kind == AT_MOST,
+                eps=s.eps,
+                n_power_iterations=n,
             )
             return result
         rows = weight.shape[0] // blocks

@@ -268,3 +268,27 @@ def test_a_layer_that_is_given_another_ones_weight_has_memory_of_its_own(used):
     torch.testing.assert_close(*weights)
     ours(torch.ones(2, 5, dtype=torch.float64))
     torch.testing.assert_close(*weights)
+
+
+class WithLosses(Whole):
+    """Each layer has a loss and a backward pass of its own, inside the model's forward."""
+
+    def forward(self, x):
+        for layer in (self.generator, self.part.conv):
+            x = torch.tanh(layer(x.detach()))
+            x.square().sum().backward()
+        return self.part.linear(x.detach().flatten(1))
+
+
+@pytest.mark.parametrize("settings", [{"update": "access"}, {"gradient_groups": 3}])
+def test_backward_passes_inside_a_forward(settings):
+    ours, theirs = torchs(WithLosses().double())
+    bssn_fast.apply(ours, "sn", **settings)
+    ours.load_state_dict(theirs.state_dict())
+    train((ours, theirs))
+
+
+def test_backward_passes_inside_a_forward_that_need_one_graph_are_told_what_to_do():
+    ours, _ = torchs(WithLosses().double())
+    with pytest.raises(RuntimeError, match=r"go backward a second time.*update='access'"):
+        ours(batch())

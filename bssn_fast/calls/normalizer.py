@@ -373,8 +373,22 @@ class _Attach(torch.autograd.Function):
         needed = normalizer.needed(ctx.needs_input_grad[2:])
         wanted = grads if all(needed) else [g if n else None for g, n in zip(grads, needed, strict=True)]
         differentiate = normalizer.differentiable_gradients if torch.is_grad_enabled() else normalizer.gradients
-        saved, n = ctx.saved_tensors, len(grads)
+        saved, n = _saved(ctx), len(grads)
         return None, None, *differentiate(ctx.values, saved[:n], saved[n:], wanted)
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    try:
+        return cast("tuple[Tensor, ...]", ctx.saved_tensors)
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "bssn_fast: the weights of a model's layers are normalised together, once in a call of the model and once "
+            "in a `cached` block, and an earlier backward pass has freed what belongs to it: you try to go backward a "
+            "second time. Run one backward pass over the sum of the losses, or use retain_graph=True. Where a model's "
+            "own forward runs backward passes, as for losses of single layers, choose update='access'"
+        ) from error
 
 
 _apply_directly = super(torch.autograd.Function, _Attach).apply

@@ -324,14 +324,14 @@ WRITES = [write_elements, cut_channel, mask, clip, polyak, counted, given_other_
 OTHERS = [reloaded, copied, again, off_and_on]
 
 
-def attempt(seed: int, length: int = 12, pair: Pair | None = None, runs=RUNS, others=OTHERS) -> None:
+def attempt(seed: int, length: int = 12, pair: Pair | None = None, runs=RUNS, others=OTHERS, writes=WRITES) -> None:
     pair = pair or Pair(seed)
     try:
         for _ in range(length):
-            kind = random.choices([runs, WRITES, others], [6, 5, 1 if others else 0])[0]
+            kind = random.choices([runs, writes, others], [6, 5, 1 if others else 0])[0]
             action = random.choice(kind)
             pair.done.append(action.__name__)
-            pair.change(action) if kind is WRITES else action(pair)
+            pair.change(action) if kind is writes else action(pair)
     except Exception as fault:
         raise AssertionError(f"seed {seed}: after {' '.join(pair.done)}") from fault
 
