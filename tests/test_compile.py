@@ -333,3 +333,18 @@ def test_recurrent(kind, ways):
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
     assert all(map(torch.equal, model.buffers(), twin.buffers()))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_backward_passes_that_are_compiled():
+    """Compiled autograd, of forwards that are not compiled."""
+    from torch._dynamo import compiled_autograd
+
+    enable = getattr(compiled_autograd, "_enable", None) or compiled_autograd.enable
+    model, twin = twins(nn.Sequential(nn.Linear(5, 40), nn.Linear(40, 3), nn.Linear(3, 200)), update="access")
+    x = torch.randn(2, 5)
+    with enable(torch.compile(backend="eager")):
+        model(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    for p, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, expected.grad)

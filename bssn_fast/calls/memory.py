@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 _COUNTS = hasattr(torch._C, "_storage_Use_Count")
 
@@ -127,7 +128,8 @@ class Pool:
 
     def take(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """Return the `parts` of a buffer of arbitrary contents that no one else uses."""
-        if device.type != "cpu" or not _COUNTS or torch._C._len_torch_dispatch_stack() > 0:  # who follows keeps memory
+        followed = torch._C._len_torch_dispatch_stack() > 0 or is_dynamo_compiling()  # who follows keeps memory
+        if device.type != "cpu" or not _COUNTS or followed:
             return self._parts(torch.empty(self._size, dtype=dtype, device=device))
         shelf = self._shelves.get(dtype) or self._shelves.setdefault(dtype, _Shelf())
         found = shelf.find()
