@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bssn_fast import reference
 from bssn_fast.backends import Backend
+from bssn_fast.calls import composite
 from bssn_fast.calls.arguments import WEIGHT_DTYPES, check_settings, check_weight, positive, refuse_trained
 from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.distributed.sharded import is_sharded, refuse_sharded
-from bssn_fast.laws import AT_MOST, CONSTANT, GAIN, Law
-from bssn_fast.layout import compute_dtype, fits_kernels, vector_sizes
+from bssn_fast.laws import AT_MOST, CONSTANT, GAIN, Law, Laws
+from bssn_fast.layout import compute_dtype, fits_kernels, has_plain_memory, is_plain, vector_sizes
 
 
 def normalize(
@@ -52,6 +54,8 @@ def normalize(
         The normalised weights and sigma [n]. The weights are differentiable any number of times; u and v count as
         constants. Sigma carries no gradient.
 
+    In transforms of torch.func, and where forward-mode derivatives are wanted, plain operations compute the same.
+
     A zero weight gives zeros and sigma 0. A weight with infinities or NaN gives NaN. Neither changes its vectors.
 
     Raises ValueError or TypeError for arguments that do not fit, before any vector has changed.
@@ -88,9 +92,39 @@ def normalize(
             weights, flat, dims, two_sided, [1] * n, [False] * n, kinds, numbers, tensors, *settings
         )
         return list(results[:-1]), results[-1]
+    if composite.in_transform() or composite.has_tangents([*weights, *tensors]):
+        return _in_plain_operations(weights, groups, dims, laws, tensors, eps, n_power_iterations, dtype)
+    check_memory(weights, groups, tensors, n_power_iterations)
     normalizer = Normalizer(weights, dims, two_sided, laws=laws, eps=eps, backend=backend)
     values = normalizer.compute(weights, flat, n_power_iterations, dtype, tensors)
     return normalizer.attach(values, weights, tensors), values.sigma.clone()
+
+
+def _in_plain_operations(
+    weights: Sequence[Tensor],
+    groups: Sequence[tuple[Tensor, ...]],
+    dims: Sequence[int],
+    laws: Sequence[Law],
+    gains: Sequence[Tensor],
+    eps: float,
+    n_power_iterations: int,
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], Tensor]:
+    """Do the same for transforms of torch.func and forward-mode derivatives, which do not see what kernels do."""
+    normalized, sigmas = [], []
+    numbers = [gain.to(weights[0].device, compute_dtype(weights[0].dtype)) for gain in gains]
+    each = Laws.of(laws).with_gains(numbers).each()
+    for weight, group, dim, (scale, at_most) in zip(weights, groups, dims, each, strict=True):
+        w = weight.to(compute_dtype(weight.dtype))
+        result, new, sigma = reference.normalize(
+            w, group, dim, scale=scale, at_most=at_most, eps=eps, n_power_iterations=n_power_iterations
+        )
+        if n_power_iterations:
+            for old, vector in zip(group, new, strict=True):
+                composite.write(old, vector)
+        normalized.append(result.to(dtype))
+        sigmas.append(sigma.detach())
+    return normalized, torch.stack(sigmas)
 
 
 def _laws(n: int, scale: object, at_most: object, gains: object) -> tuple[list[Law], list[Tensor]]:
@@ -139,6 +173,8 @@ def check_vectors(first: Tensor, weight: Tensor, group: tuple[Tensor, ...], dim:
         raise ValueError(f"vectors[{j}] has {len(group)} vectors; give (u_out, v_out) or (u_out, v_out, u_in, v_in)")
     sizes = vector_sizes(weight.shape, dim, len(group) == 4)
     for vector, size in zip(group, sizes, strict=True):
+        if not isinstance(vector, Tensor):
+            raise TypeError(f"vectors[{j}] must be tensors, not {type(vector).__name__}")
         if tuple(vector.shape) != (size,):
             raise ValueError(
                 f"vectors[{j}] has a vector of shape {tuple(vector.shape)} where ({size},) belongs to "
@@ -151,3 +187,23 @@ def check_vectors(first: Tensor, weight: Tensor, group: tuple[Tensor, ...], dim:
             )
         if not vector.is_contiguous() or vector.requires_grad:
             raise ValueError(f"vectors[{j}] must be contiguous tensors that require no gradient")
+
+
+def check_memory(
+    weights: Sequence[Tensor], groups: Sequence[tuple[Tensor, ...]], gains: Sequence[Tensor], n_power_iterations: int
+) -> None:
+    """Raise ValueError for tensors whose memory kernels cannot read, or vectors that two weights would write into."""
+    for name, tensors in ("weights", weights), ("gains", gains):
+        for j, tensor in enumerate(tensors):
+            if is_plain(tensor) and not has_plain_memory(tensor):
+                raise ValueError(f"the memory of {name}[{j}] was freed or made smaller; bring it back first")
+    taken: set[int] = set()
+    for j, group in enumerate(groups):
+        for vector in group:
+            if vector.is_neg() or (is_plain(vector) and not has_plain_memory(vector)):
+                raise ValueError(f"vectors[{j}] must be tensors with memory of their own; give clones")
+            if not n_power_iterations or not is_plain(vector):
+                continue
+            if vector.data_ptr() in taken:
+                raise ValueError(f"vectors[{j}] has a vector that is given twice; each is changed, so give clones")
+            taken.add(vector.data_ptr())

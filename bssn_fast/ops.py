@@ -19,6 +19,9 @@ from bssn_fast.distributed.sharded import refuse_sharded
 from bssn_fast.laws import Law, Laws
 from bssn_fast.layout import PLAIN_CLASSES, Batch, Stack
 
+SMALLEST_EPS = {torch.float32: 1e-19, torch.float64: 1e-154}
+"""Raw vectors are divided by as much as the square of eps, in one multiplication: its inverse must be a number."""
+
 _library = torch.library.Library("bssn_fast", "DEF")
 
 _library.define(
@@ -93,6 +96,7 @@ def _forward(
     """Run the backend on the matrices that the weights hold."""
     if batch.stacks:
         weights, vectors, normalized = batch.split(weights), batch.split_vectors(vectors), batch.split(normalized)
+    eps = max(eps, SMALLEST_EPS[sigma.dtype])
     args = (batch.rows, weights, vectors, laws, eps, n_power_iterations, normalized, snapshot, sigma)
     backends.run("forward", backend, sigma.device, *args)
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrix import MEMORY, place
 from torch import nn
+from torch.autograd import forward_ad
 
 import bssn_fast
 from bssn_fast import reference
@@ -124,6 +125,12 @@ def test_the_same_weight_twice():
     torch.testing.assert_close(found, weights[0].grad)
 
 
+def freed(tensor):
+    copy = tensor.clone()
+    copy.untyped_storage().resize_(0)
+    return copy
+
+
 W, V = torch.randn(4, 3), (torch.randn(4), torch.randn(3))
 BAD_CALLS = {
     "no weights": (([], []), {}, ValueError, "no weights"),
@@ -146,6 +153,14 @@ BAD_CALLS = {
     "eps": (([W], [V]), {"eps": 0}, ValueError, "eps"),
     "iterations": (([W], [V]), {"n_power_iterations": -1}, ValueError, "n_power_iterations"),
     "result": (([W], [V]), {"dtype": torch.int8}, TypeError, "int8"),
+    "no tensor": (([W.numpy()], [V]), {}, TypeError, r"weights\[0\].*ndarray"),
+    "no vector": (([W], [(None, V[1])]), {}, TypeError, r"vectors\[0\].*NoneType"),
+    "no dim": (([W], [V]), {"dims": ["0"]}, ValueError, "'0'"),
+    "freed weight": (([freed(W)], [V]), {}, ValueError, r"memory of weights\[0\]"),
+    "freed vector": (([W], [(freed(V[0]), V[1])]), {}, ValueError, r"vectors\[0\].*memory"),
+    "freed gain": (([W], [V]), {"gains": [freed(V[0][:1])]}, ValueError, r"memory of gains\[0\]"),
+    "negative bit": (([W], [(torch._neg_view(V[0]), V[1])]), {}, ValueError, r"vectors\[0\].*memory"),
+    "vectors of two weights": (([W, W], [V, V]), {}, ValueError, r"vectors\[1\].*twice"),
     "backend": (([W], [V]), {"backend": "none"}, bssn_fast.BackendUnavailableError, "none"),
 }
 
@@ -188,3 +203,60 @@ def test_autocast_does_not_reach_the_arithmetic(backend):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = run()
     assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * len(found)
+
+
+TRANSFORMS = {
+    "grad": lambda f, w, c: torch.func.grad(lambda *x: f(*x).pow(3).sum(), (0, 1))(w, c),
+    "jvp": lambda f, w, c: torch.func.jvp(f, (w, c), (w.cos(), c.cos()))[1],
+    "vmap": lambda f, w, c: torch.func.vmap(f, (0, None))(torch.stack([w, w.sin()]), c),
+    "hessian": lambda f, w, c: torch.func.hessian(lambda *x: f(*x).pow(3).sum())(w, c),
+}
+
+
+def with_gain(shape, vectors, n):
+    def ours(weight, gain):
+        (found,), _ = bssn_fast.normalize([weight], clones(vectors), gains=[gain], n_power_iterations=n)
+        return found
+
+    def plain(weight, gain):
+        return reference.normalize(weight, vectors[0], 0, scale=gain, eps=1e-12, n_power_iterations=n)[0]
+
+    weight = torch.randn(shape, dtype=torch.float64)
+    return ours, plain, weight, torch.tensor([1.7], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("n", [0, 1])
+def test_transforms(transform, n):
+    _, vectors = arguments(((4, 3, 2),), (0,))
+    ours, plain, *at = with_gain((4, 3, 2), vectors, n)
+    if (transform, n) == ("vmap", 1):
+        with pytest.raises(RuntimeError, match="n_power_iterations=0"):
+            TRANSFORMS[transform](ours, *at)
+        return
+    found, expected = (TRANSFORMS[transform](f, *at) for f in (ours, plain))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_forward_mode_derivatives(which):
+    _, vectors = arguments(((4, 3, 2),), (0,))
+    *both, weight, gain = with_gain((4, 3, 2), vectors, 1)
+    tangents = []
+    for f in both:
+        with forward_ad.dual_level():
+            at = [weight, gain]
+            at[which] = forward_ad.make_dual(at[which], at[which].cos())
+            tangents.append(forward_ad.unpack_dual(f(*at)).tangent)
+    torch.testing.assert_close(*tangents)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_vectors_stay_finite_with_any_eps(dtype):
+    smallest = torch.finfo(dtype).tiny
+    weight = torch.randn(6, 5, dtype=dtype) * smallest**0.52
+    vectors = [tuple(reference.unit(torch.randn(n, dtype=dtype), 1e-12) for n in (6, 5))]
+    bssn_fast.normalize([weight], vectors, eps=smallest**0.9)
+    assert all(v.isfinite().all() for v in vectors[0])
+    _, sigma = bssn_fast.normalize([torch.eye(6, 5, dtype=dtype)], vectors)
+    torch.testing.assert_close(sigma, torch.ones(1, dtype=dtype))

@@ -24,6 +24,8 @@ def check_weight(weight: Tensor, dim: int, name: str) -> None:
 
     Of the others, kernels can only take those of which `layout.fits_kernels` says so.
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: a weight must be a tensor, not {type(weight).__name__}")
     if isinstance(weight, torch.nn.UninitializedParameter):
         raise ValueError(f"{name}: the weight is not initialised yet; run one forward of the lazy module first")
     if weight.dtype not in WEIGHT_DTYPES + _COMPLEX:
@@ -37,8 +39,8 @@ def check_weight(weight: Tensor, dim: int, name: str) -> None:
         raise ValueError(f"{name}: a weight of no dimensions has no spectral norm; leave the layer out")
     if weight.numel() == 0:
         raise ValueError(f"{name}: the weight of shape {tuple(weight.shape)} is empty; leave the layer out")
-    if not 0 <= dim < weight.ndim:
-        raise ValueError(f"{name}: the output dimension must be from 0 to {weight.ndim - 1}, not {dim}")
+    if not 0 <= whole_number(dim) < weight.ndim:
+        raise ValueError(f"{name}: the output dimension must be from 0 to {weight.ndim - 1}, not {dim!r}")
 
 
 def refuse_trained(value: object, name: str) -> None:

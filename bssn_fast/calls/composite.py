@@ -91,7 +91,7 @@ def normalize(
             pairs = stack.each(constant, used)
             used = stack.join_vectors([reference.power_iteration(w, own, member.dim, s.eps) for w, own in pairs])
         for old, new in zip(stored, used, strict=True):
-            _write(old, new)
+            write(old, new)
     numbers: Sequence[float | Tensor] = [law.number for law in s.laws()]
     if member.gain is not None:
         numbers = member.gain.to(used[0].real.dtype if used else member.gain.dtype).split(1)
@@ -108,8 +108,8 @@ def normalize(
     return normalized, tuple(used)
 
 
-def _write(old: Tensor, new: Tensor) -> None:
-    """Write new vectors into those of a layer."""
+def write(old: Tensor, new: Tensor) -> None:
+    """Write a new vector into the stored one, also in transforms of torch.func."""
     if not in_transform():
         with torch.no_grad():
             old.copy_(new)
@@ -122,5 +122,6 @@ def _write(old: Tensor, new: Tensor) -> None:
     except RuntimeError as error:
         raise RuntimeError(
             "bssn_fast: torch.func.vmap over weights, in training, needs vectors for each of them: pass the buffers "
-            "too, as torch.func.stack_module_state gives them, or call `model.eval()` first"
+            "too, as torch.func.stack_module_state gives them, or do without power iterations: call `model.eval()` "
+            "first, or give `bssn_fast.normalize` n_power_iterations=0"
         ) from error
