@@ -186,10 +186,11 @@ def _multipliers(part: list[_Measured], backend: str) -> list[Tensor | float]:
         own.run(0, change=False)
         sigma = iter(own.sigma)
         for j, norm, m in zip(ours, norms, used, strict=True):
-            factors[j] = norm.multiplier_of(m.stack.join_numbers([next(sigma) for _ in range(m.stack.n)]))
+            its_sigma = m.stack.join_numbers([next(sigma) for _ in range(m.stack.n)])
+            factors[j] = norm.multiplier_of(its_sigma).abs()  # a gain may be negative
     for j, m in enumerate(part):
         if isinstance(m.norm, convert.TorchSpectralNorm):
-            factors[j] = m.norm.multiplier()
+            factors[j] = m.norm.multiplier().abs()
     return factors
 
 

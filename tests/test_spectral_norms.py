@@ -118,3 +118,13 @@ def test_what_cannot_be_measured_is_named():
         bssn_fast.spectral_norms(nn.LayerNorm(4), names=["weight"])
     with pytest.raises(ValueError, match="nothing to normalise"):
         bssn_fast.spectral_norms(nn.ReLU())
+
+
+def test_a_negative_gain_has_a_positive_norm():
+    model = bssn_fast.apply(nn.Sequential(nn.Conv2d(3, 8, 3)), "sn", gain="learn").eval()
+    with torch.no_grad():
+        model[0].parametrizations.weight[0].gain.fill_(-2)
+    norms, (s_out, s_in) = bssn_fast.spectral_norms(model)["0"], exact(model[0].weight)
+    assert norms.s_out.item() == pytest.approx(s_out, rel=2e-3)
+    assert norms.s_in.item() == pytest.approx(s_in, rel=2e-3)
+    assert norms.bound.item() == pytest.approx(3 * min(s_out, s_in), rel=2e-3)
