@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from bssn_fast.calls.arguments import check_settings, check_weight, positive
 from bssn_fast.calls.estimation import estimate_vectors
 from bssn_fast.calls.matrices import Matrices, check_apart, check_in_place
-from bssn_fast.functional import check_vectors
+from bssn_fast.functional import check_memory, check_vectors
 from bssn_fast.laws import AT_MOST, CONSTANT, Law
 from bssn_fast.layout import fits_kernels
 from bssn_fast.modules import convert
@@ -59,6 +59,7 @@ def project_(
     for j, (weight, group, dim, name) in enumerate(zip(weights, groups, dims, shown, strict=True)):
         _check(weight, dim, name)
         check_vectors(weights[0], weight, group, dim, j)
+    check_memory(weights, groups, [], n)
     check_apart(weights, shown)
     matrices = Matrices(weights, dims, groups, _laws(shown, at_most, radius), eps=eps, backend=backend)
     matrices.run(n, change=True)
@@ -107,6 +108,7 @@ class Projection:
             _check(weight, dim, name)
         laws = dict(zip(chosen, _laws(list(chosen), at_most, radius), strict=True))
         check_apart([weight for weight, _ in chosen.values()], list(chosen))
+        self._holders = _holders(weights, chosen) if isinstance(weights, nn.Module) else []
         self.vectors: dict[str, list[Tensor]] = {
             name: estimate_vectors(weight, dim, False, hints=[None, None], eps=eps, backend=backend)
             for name, (weight, dim) in chosen.items()
@@ -130,7 +132,19 @@ class Projection:
         ]
 
     def __call__(self) -> None:
-        """Project the weights as they are now."""
+        """Project the weights as they are now.
+
+        Raises RuntimeError, before any has changed, for weights that are no longer those of the module, or that were
+        converted, moved or given another shape.
+        """
+        for name, module, key, weight in self._holders:
+            if module._parameters.get(key) is not weight:
+                raise RuntimeError(
+                    f"{name}: the layer has another parameter than when this Projection was made, as after "
+                    "load_state_dict(assign=True) or fully_shard; make a new one"
+                )
+        for _, matrices in self._parts:
+            matrices.check()  # all of them, before any of them changes
         for _, matrices in self._parts:
             matrices.run(self._n, change=True)
 
@@ -162,6 +176,17 @@ def _of_module(model: nn.Module, numbers: Numbers) -> dict[str, tuple[Tensor, in
         modules = dict(model.named_modules())
         return {name: found[named(name, modules).name] for name in numbers}
     return found
+
+
+def _holders(model: nn.Module, chosen: Mapping[str, tuple[Tensor, int]]) -> list[tuple[str, nn.Module, str, Tensor]]:
+    """Return which modules have the chosen weights, under which name, beside the names that users know."""
+    names = {id(weight): name or type(model).__name__ for name, (weight, _) in chosen.items()}
+    return [
+        (names[id(weight)], module, key, weight)
+        for module in model.modules()
+        for key, weight in module._parameters.items()
+        if weight is not None and id(weight) in names
+    ]
 
 
 def _of_parameters(weights: Optimizer | Iterable[Tensor]) -> dict[str, tuple[Tensor, int]]:

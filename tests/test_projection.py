@@ -124,6 +124,34 @@ def test_weights_that_cannot_be_projected():
     layer.weight.data = torch.randn(4, 3)
     with pytest.raises(RuntimeError, match="begin anew"):
         projection()
+    pair = torch.randn(4), torch.randn(4)
+    for groups in ([pair * 2], [pair, pair]):
+        with pytest.raises(ValueError, match="given twice"):
+            bssn_fast.project_([torch.randn(4, 4) for _ in groups], groups, radius=1.0)
+
+
+@pytest.mark.parametrize("change", [lambda m: m[1].double(), lambda m: m[2].half()])
+def test_no_weight_changes_after_one_was_converted(change):
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.float64), nn.Linear(8, 8), nn.Linear(8, 8))
+    projection = bssn_fast.Projection(model, radius=1.0)
+    change(model)
+    before = [layer.weight.detach().clone() for layer in model]
+    with pytest.raises(RuntimeError, match=r"another shape, precision, device.*begin anew"):
+        projection()
+    assert all(map(torch.equal, before, [layer.weight for layer in model]))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_weight_changes_after_one_was_replaced(tied):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    if tied:
+        model[2].weight = model[1].weight
+    projection = bssn_fast.Projection(model, radius=1.0)
+    model[2].load_state_dict(model[2].state_dict(), assign=True)
+    before = [layer.weight.detach().clone() for layer in model]
+    with pytest.raises(RuntimeError, match=f"{1 if tied else 2}: the layer has another parameter.*make a new one"):
+        projection()
+    assert all(map(torch.equal, before, [layer.weight for layer in model]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -33,15 +33,26 @@ class Matrices:
     ) -> None:
         self.weights, self._vectors = list(weights), [v for group in vectors for v in group]
         self._batch = Batch.of(self.weights, list(dims), [len(group) == 4 for group in vectors])
+        self._kind = self.weights[0].dtype, self.weights[0].device
         self._laws, self._eps, self._backend = Laws.of(laws), eps, backend
         like = self._vectors[0]
         self._snapshot, self.sigma = like.new_empty(self._batch.snapshot_size), like.new_empty(len(self.weights))
 
+    def check(self) -> None:
+        """Raise RuntimeError for weights that are no longer what they were, but for their values."""
+        if (
+            not all(map(has_plain_memory, self.weights))
+            or not self._batch.fits(self.weights)
+            or any((w.dtype, w.device) != self._kind for w in self.weights)
+        ):
+            raise RuntimeError(
+                "bssn_fast: a weight was given another shape, precision, device, memory format or memory; begin anew"
+            )
+
     @torch.no_grad()
     def run(self, n_power_iterations: int, *, change: bool) -> None:
         """Iterate, set `sigma` and, if wanted, multiply the weights as their laws have it."""
-        if not all(map(has_plain_memory, self.weights)) or not self._batch.fits(self.weights):
-            raise RuntimeError("bssn_fast: a weight was given another shape, memory format or memory; begin anew")
+        self.check()
         outputs = self.weights if change else []
         ops.normalize(
             self._batch,
