@@ -226,3 +226,18 @@ def test_functional_arguments(arguments, words):
     with pytest.raises((ValueError, TypeError), match=words):
         bssn_fast.normalize([torch.randn(2, 3), torch.randn(2, 3)], vectors, **arguments)
     assert all(map(torch.equal, itertools.chain(*vectors), itertools.chain(*before)))
+
+
+@pytest.mark.parametrize("apply", [True, False])
+def test_a_gain_that_is_freed_before_the_backward_pass(apply):
+    layer = nn.Linear(4, 6)
+    if apply:
+        bssn_fast.apply(layer, "sn", gain="learn")
+        gain, out = norm_of(layer).gain, layer(torch.randn(2, 4))
+    else:
+        gain = torch.ones(1, requires_grad=True)
+        vectors = [(torch.randn(6), torch.randn(4))]
+        (out,), _ = bssn_fast.normalize([layer.weight], vectors, gains=[gain])
+    gain.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"memory of a gain of shape \(1,\) was freed"):
+        out.sum().backward()

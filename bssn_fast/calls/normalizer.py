@@ -24,6 +24,7 @@ from bssn_fast.layout import (
     Stack,
     compute_dtype,
     has_dense_parts,
+    has_its_memory,
     has_plain_memory,
     is_plain,
     made_dense,
@@ -70,7 +71,7 @@ class Normalizer:
         self.laws, self.eps, self.backend = Laws.of(laws), eps, backend
         # The weights that have a gain.
         self._gained = [j for j, first in enumerate(self.batch.first_rows[:-1]) if self.laws.kinds[first] == GAIN]
-        self._checked = b""  # where weights lay whose memory has been looked at
+        self._checked = b""  # where weights and gains lay whose memory has been looked at
         self._right_weights = self._right_grads = Guard()  # like those of a backward pass that found nothing wrong
         self._outputs = Pool(self.batch.size, self.batch.parts)
         self._grads = Pool(self.batch.size, self.batch.parts)
@@ -208,7 +209,7 @@ class Normalizer:
         weights = self._as_in_forward(weights, sigma)
         recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0  # nothing is read then
         if not recorded:
-            self._check_memory(weights)
+            self._check_memory(weights, gains)
         given = cast("Sequence[Tensor]", grads) if known else self._readable(grads, weights, recorded)
         layers = list(range(len(grads))) if known else [j for j, g in enumerate(grads) if g is not None]
         if not layers:
@@ -290,17 +291,18 @@ class Normalizer:
             self._right_grads = Guard(found)
         return found
 
-    def _check_memory(self, weights: Sequence[Tensor]) -> None:
-        """Raise RuntimeError for weights whose memory is gone; quick where they lie where they lay the last time."""
-        found = addresses(weights)
+    def _check_memory(self, weights: Sequence[Tensor], gains: Sequence[Tensor]) -> None:
+        """Raise RuntimeError for tensors whose memory is gone; quick where they lie where they lay the last time."""
+        found = addresses(weights, gains)
         if found == self._checked:
             return
-        for w in weights:
-            if not has_plain_memory(w):
-                raise RuntimeError(
-                    f"bssn_fast: between the forward and the backward pass the memory of a weight of shape "
-                    f"{tuple(w.shape)} was freed or made smaller. Bring it back before the backward pass"
-                )
+        for kind, tensors, is_there in ("weight", weights, has_plain_memory), ("gain", gains, has_its_memory):
+            for x in tensors:
+                if not is_there(x):
+                    raise RuntimeError(
+                        f"bssn_fast: between the forward and the backward pass the memory of a {kind} of shape "
+                        f"{tuple(x.shape)} was freed or made smaller. Bring it back before the backward pass"
+                    )
         self._checked = found
 
     def differentiable_gradients(
