@@ -48,6 +48,8 @@ if IS_X86:
         *ISA_FLAGS["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
     ]
+# Behind the user's flags: the kernels ask whether numbers are finite, which -Ofast lets compilers take for granted.
+EXACT = ["-fno-fast-math", "-fno-unsafe-math-optimizations", "-fno-finite-math-only"]
 CUDA_ARCHS = ("75", "80", "86", "89", "90", "100", "110", "120")
 
 
@@ -201,7 +203,7 @@ def write_ninja(path: Path, build_dir: Path, module: Path, cxx: str, cuda: Cuda 
     from ninja.ninja_syntax import Writer
 
     flags = common_flags()
-    user_flags = split(os.environ.get("CXXFLAGS", ""))
+    user_flags = [*split(os.environ.get("CXXFLAGS", "")), *EXACT]
     # Only the bindings see Python's headers: for another Python nothing else is compiled again.
     binding_flags = [f"-I{sysconfig.get_path('include')}", *["-DPy_LIMITED_API=0x030A0000"] * ABI3]
     cuda_flags = ["-DBSSN_WITH_CUDA=1", *cuda.include_flags] if cuda else []

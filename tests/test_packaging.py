@@ -180,6 +180,13 @@ def test_code_that_does_not_compile_is_left_out_unless_strict(project: Project) 
     assert "the build failed" in strict.stderr
 
 
+@pytest.mark.parametrize("flags", ["-Ofast", "-ffast-math", "-O2 -ffinite-math-only"])
+def test_numbers_that_are_not_finite_stay_known_whatever_the_flags(project: Project, flags: str) -> None:
+    project.write("csrc/cpu/asks.cpp", "static_assert(__FINITE_MATH_ONLY__ == 0);\n")
+    project.build(CXXFLAGS=flags)
+    assert len(project.modules()) == 1
+
+
 def test_warnings_are_errors_only_when_strict(project: Project) -> None:
     project.write("csrc/cpu/warns.cpp", "static int unused;\n")
     project.build()
