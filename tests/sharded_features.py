@@ -149,6 +149,19 @@ def cached(how: str) -> Result:
     return steps(model, batches(STEPS), optimizer_of(model), twice=True)
 
 
+def inference_mode(how: str) -> Result:
+    model = build(how)
+    data, optimizer = batches(STEPS), optimizer_of(model)
+    steps(model, data[:3], optimizer)
+    with torch.inference_mode():
+        training, evaluated = model(data[0]), model.eval()(data[0])
+    return {
+        "training": full(training).clone(),
+        "evaluated": full(evaluated).clone(),
+        **steps(model.train(), data[3:], optimizer),
+    }
+
+
 def recompute(how: str) -> Result:
     model = build(how)
     for block in model.blocks:

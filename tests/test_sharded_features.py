@@ -24,7 +24,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", features.HOWS)
-@pytest.mark.parametrize("feature", ["cached", "recompute", "ema", "compiled"])
+@pytest.mark.parametrize("feature", ["cached", "recompute", "ema", "compiled", "inference_mode"])
 def test_features_are_one_process(ranks, feature, how):
     run = getattr(features, feature)
     assert_one_process(ranks.run(run, how), run(""))

@@ -158,7 +158,7 @@ class ShardedPlan:
         found = Found(list(vectors), list(sigma))
         call = _Call(self._all, [layer.part for layer in self._layers], self.members, found)
         if not torch.is_grad_enabled() or not any(w.requires_grad for w in weights):
-            return Results([call.scaled(j, w.detach()) for j, w in enumerate(weights)], None, None, found.vectors)
+            return Results([call.scaled(j, w) for j, w in enumerate(weights)], None, None, found.vectors)
         with past_hooks():
             return Results(list(_Scale.apply(call, *weights)), None, None, found.vectors)
 
@@ -193,7 +193,7 @@ class ShardedPlan:
         return self._estimated(0, weight, self._locals([weight])[0], hints)
 
     def _locals(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        return [local_of(w.detach()).to(dtype) for w, dtype in zip(weights, self._dtypes, strict=True)]
+        return [local_of(w).to(dtype) for w, dtype in zip(weights, self._dtypes, strict=True)]
 
     def _means(self, sides: Sequence[Tensor]) -> list[Tensor]:
         return [sigma.mean() for sigma in sides]
@@ -202,7 +202,7 @@ class ShardedPlan:
         """Return the members' vectors, or what is wrong with one of them: other ranks must hear of it first."""
         try:
             for m, w in zip(self.members, weights, strict=True):
-                check_memory(local_of(w.detach()), f"bssn_fast: the weight of {m.name}")
+                check_memory(local_of(w), f"bssn_fast: the weight of {m.name}")
             return [tuple(m.vectors(w)) for m, w in zip(self.members, weights, strict=True)], None
         except Exception as error:
             return [], error
@@ -324,7 +324,7 @@ class _Call(NamedTuple):
     def gradients(self, weights: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return dL/dW, sharded as the weights are, where grads, dL/d(normalised weight), are given."""
         dtypes = [sigma.dtype for sigma in self.found.sigma]
-        locals_ = [local_of(w.detach()).to(dtype) for w, dtype in zip(weights, dtypes, strict=True)]
+        locals_ = [local_of(w).to(dtype) for w, dtype in zip(weights, dtypes, strict=True)]
         given = [
             None if g is None else local_of(_as_sharded(g, w)).to(dtype)
             for g, w, dtype in zip(grads, weights, dtypes, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 
@@ -19,8 +20,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """Return the elements of a DTensor that this rank holds."""
-    return cast(Any, tensor).to_local()
+    """Return the elements of a DTensor that this rank holds, without a graph.
+
+    In inference mode, too, where a DTensor's `detach` fails.
+    """
+    with torch.no_grad():
+        return cast(Tensor, cast(Any, tensor).to_local()).detach()
 
 
 def whole_of(tensor: Tensor) -> Tensor:
