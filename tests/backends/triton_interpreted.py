@@ -169,9 +169,8 @@ class Problem:
             assert buffer[:start].isnan().all()
             assert buffer[start + size :].isnan().all()
 
-    def copy(self, dtype):
-        """The same problem, not yet run, in another dtype."""
-        out_dtype = self.out_dtype if dtype == self.dtype else None
+    def copy(self, dtype, out_dtype=None):
+        """The same problem, not yet run, in other dtypes."""
         other = Problem(self.layers, dtype, out_dtype, self.n_power_iterations, mixed_laws=self.mixed_laws)
         for mine, others in ((self.weights, other.weights), (self.vectors, other.vectors), (self.grads, other.grads)):
             for x, y in zip(mine, others, strict=True):
@@ -187,7 +186,7 @@ def error(x, exact):
 def check(problem):
     """Run forward and backward: errors against fp64 are at most four times those of the reference in the same dtype."""
     exact = problem.copy(torch.float64).forward(reference).backward(reference).results()
-    same = problem.copy(problem.dtype).forward(reference).backward(reference).results()
+    same = problem.copy(problem.dtype, problem.out_dtype).forward(reference).backward(reference).results()
     problem.forward().backward()
     problem.check_margins()
     for name, values in problem.results().items():
@@ -222,6 +221,7 @@ def test_fp32(monkeypatch, mode, n_power_iterations):
         (torch.float16, None),
         (torch.float32, torch.bfloat16),
         (torch.bfloat16, torch.float32),
+        (torch.float64, torch.bfloat16),
     ],
 )
 def test_dtypes(dtype, out_dtype):

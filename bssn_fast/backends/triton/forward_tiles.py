@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from bssn_fast.backends.triton import fields as f
-from bssn_fast.backends.triton.tiles import field, flat_blocks, multiplier_of, pointer, sum_of
+from bssn_fast.backends.triton.tiles import field, flat_blocks, multiplier_of, pointer, rounded, sum_of
 
 
 @triton.jit
@@ -185,9 +185,9 @@ def scaling_tile(
     for block in tl.range(first, last, loop_unroll_factor=2):  # twice: else the copy below waits for the load
         following = (block + 1) * f.FLAT_BLOCK + o
         w_following = tl.load(weight + following, mask=block + 1 < last, eviction_policy="evict_first")
-        tl.store(out + (block * f.FLAT_BLOCK + o), (w.to(ACC) * multiplier).to(OUT_TYPE), cache_modifier=".cs")
+        tl.store(out + (block * f.FLAT_BLOCK + o), rounded(w.to(ACC) * multiplier, OUT_TYPE), cache_modifier=".cs")
         w = w_following
     if has_rest:
         o += last * f.FLAT_BLOCK
         w = tl.load(weight + o, mask=o < numel, other=0)
-        tl.store(out + o, (w.to(ACC) * multiplier).to(OUT_TYPE), mask=o < numel)
+        tl.store(out + o, rounded(w.to(ACC) * multiplier, OUT_TYPE), mask=o < numel)

@@ -12,7 +12,7 @@ import triton.language as tl
 from bssn_fast.backends.triton import fields as f
 from bssn_fast.backends.triton.flat_tiles import add_folded, position
 from bssn_fast.backends.triton.forward_tiles import both_sides
-from bssn_fast.backends.triton.tiles import field, multiplier_of, pointer
+from bssn_fast.backends.triton.tiles import field, multiplier_of, pointer, rounded
 
 
 @triton.jit
@@ -200,7 +200,7 @@ def write_kept(
             e, m_e = columns_of(row, n, V, COLUMNS)
             w = tl.reshape(flat[block * STEPS + n], [BO, COLUMNS])
             p_out = out + (o_offset[:, None] + e[None, :])
-            x = (w * multiplier).to(OUT_TYPE)
+            x = rounded(w * multiplier, OUT_TYPE)
             tl.store(p_out, x, mask=m_o[:, None] & m_e[None, :], cache_modifier=".cs")
 
 
@@ -225,4 +225,4 @@ def write_dropped(
     for start in range(tile * size, end, f.DROPPED_BLOCK):
         o = start + tl.arange(0, f.DROPPED_BLOCK)
         w = tl.load(weight + o, mask=o < end, other=0)
-        tl.store(out + o, (w.to(ACC) * multiplier).to(OUT_TYPE), mask=o < end)
+        tl.store(out + o, rounded(w.to(ACC) * multiplier, OUT_TYPE), mask=o < end)

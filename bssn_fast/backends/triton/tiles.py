@@ -203,6 +203,13 @@ def ratio_and_multiplier(row, tile, stats, sigma, grad_gains, TWO: tl.constexpr,
 
 
 @triton.jit
+def rounded(x, OUT_TYPE: tl.constexpr):
+    """The numbers in the type of the results. From fp64 to bf16 Triton's interpreter knows no way but by fp32."""
+    narrow: tl.constexpr = OUT_TYPE.primitive_bitwidth == 16
+    return (x.to(tl.float32) if narrow else x).to(OUT_TYPE)
+
+
+@triton.jit
 def add_to_slot(p_slot, part, mask, is_later):
     """Write the first rows' part to the slot and add that of later ones; the caller puts a barrier between them."""
     tl.store(p_slot, part + tl.load(p_slot, mask=mask & is_later, other=0), mask=mask)
