@@ -69,8 +69,8 @@ def project_(
 class Projection:
     """Projects weights again and again: one call for each dtype and device, nothing allocated, nothing waited for.
 
-    Its vectors are computed when it is made, until sigma stands still, and follow the weights from then on. Make it after
-    the model has been moved and converted; a call of one that was made before raises RuntimeError.
+    Its vectors are computed when it is made, until sigma stands still, and follow the weights from then on. Make it
+    after the model has been moved and converted; a call of one that was made before raises RuntimeError.
 
     Args:
         weights: a module, of which all convolution, linear and embedding weights are projected; or an optimizer, or
