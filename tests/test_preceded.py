@@ -66,6 +66,9 @@ class Half(nn.Module):
         self.calls += self.training
         return weight / 2
 
+    def right_inverse(self, weight):
+        return 2 * weight
+
 
 def with_first(layer, *others, name="weight"):
     for other in others:
@@ -381,3 +384,17 @@ def test_what_follows_is_not_measured_past():
     model = nn.Sequential(with_first(bssn_fast.apply(nn.Linear(7, 5).double()), Half()))
     with pytest.raises(ValueError, match=r"0: Half changes the normalised weight; .*weight\[1:\]"):
         bssn_fast.spectral_norms(model)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_ours_is_taken_off_and_the_other_stays(ours_first):
+    layer = nn.Linear(7, 5).double()
+    for first in (ours_first, not ours_first):
+        bssn_fast.spectral_norm(layer) if first else with_first(layer, Half())
+    del layer.parametrizations.weight[0 if ours_first else 1]
+    x = an_input("low_rank")
+    expected = nn.functional.linear(x, layer.parametrizations.weight.original / 2, layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(compiled(layer)(x), expected)
+    layer.weight = torch.ones(5, 7, dtype=torch.float64)
+    torch.testing.assert_close(layer.weight.detach(), torch.ones(5, 7, dtype=torch.float64))

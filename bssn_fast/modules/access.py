@@ -12,6 +12,7 @@ from torch.fx import _symbolic_trace as fx
 
 from bssn_fast.modules import writes
 from bssn_fast.modules.lists import original_of
+from bssn_fast.modules.parametrization import SpectralNormalization
 from bssn_fast.tracing.recording import traced_result
 
 recorded_by_fx: Callable[[], bool] = getattr(fx, "is_fx_symbolic_tracing", fx.is_fx_tracing)
@@ -27,20 +28,26 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
     slow = kind.__dict__[tensor_name]
 
     def get(self: Any) -> Any:
-        layer = self._modules["parametrizations"]._modules[tensor_name]
-        modules = layer._modules
-        if len(modules) > 1:
-            return slow.fget(self)
-        norm, weight = modules["0"], layer._parameters.get("original")
-        if layer._forward_hooks or layer._forward_pre_hooks or norm._forward_hooks or norm._forward_pre_hooks:
-            return slow.fget(self)  # they may change the weight
         if is_dynamo_compiling():
-            ready = traced_result(norm, weight)
-            return layer() if ready is None else ready
+            return get_traced(self)
+        # Attributes of a module take five times as long as what lies in its dictionary.
+        layer = self.__dict__["_modules"]["parametrizations"].__dict__["_modules"][tensor_name]
+        state = layer.__dict__
+        norm, weight = state["_modules"]["0"], state["_parameters"].get("original")
+        its = norm.__dict__
+        if (
+            len(state["_modules"]) > 1
+            or "slots" not in its  # ours has been taken off, and another one is left
+            or state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or its["_forward_hooks"]
+            or its["_forward_pre_hooks"]
+        ):
+            return slow.fget(self)  # others may change the weight
         if recorded_by_fx():  # a module's call is recorded, and a tensor would be a constant
             return layer()
         thread = get_ident()
-        for group, j in norm.slots:
+        for group, j in its["slots"]:
             call = group.calls.get(thread)
             if call is not None:
                 ready = call.find(j, weight, norm)
@@ -51,6 +58,15 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
         if weight is None or weight.is_meta or not weight.numel():
             return layer()  # whose hooks may bring it in, as those of offloading and of pruning do
         return norm.normalized(weight, layer)
+
+    def get_traced(self: Any) -> Any:
+        layer = self._modules["parametrizations"]._modules[tensor_name]
+        norm = layer._modules["0"]
+        hooks = layer._forward_hooks or layer._forward_pre_hooks or norm._forward_hooks or norm._forward_pre_hooks
+        if len(layer._modules) > 1 or hooks or not isinstance(norm, SpectralNormalization):
+            return slow.fget(self)
+        ready = traced_result(norm, layer._parameters.get("original"))
+        return layer() if ready is None else ready
 
     def put(self: Any, value: Tensor) -> None:
         layer = self.parametrizations[tensor_name]
@@ -64,7 +80,7 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
         if isinstance(value, Tensor) and writes.shares_a_result(value):
             value = value.detach().clone()  # torch lets the weight take the value's memory, to which it then writes
         slow.fset(self, value)
-        if len(layer) == 1:
+        if len(layer) == 1 and isinstance(layer[0], SpectralNormalization):
             layer[0].estimate(original_of(layer))
 
     setattr(kind, tensor_name, property(get, put))

@@ -177,6 +177,8 @@ class Call:
             source = self.source(j)
             if source is not None and (self.grad_enabled or torch.is_grad_enabled()):  # else no graph will repeat it
                 recomputation.note(reader, source.vectors, in_call=False)
+        if weight.requires_grad:  # quicker than to ask
+            return ready
         return unless_frozen(ready, weight, self.gains[j][0] if j in self.gains else None)
 
     def doubt(self, j: int) -> None:
