@@ -97,6 +97,13 @@ def test_checkpoints_of_other_variants():
     both.eval()(images())
     assert_sigma_right(both, rel=0.02)
 
+    one = bssn_fast.apply(Net(), "sn")
+    found = one.load_state_dict(both.state_dict(), strict=True)
+    assert found == ([], [])
+    assert all(torch.equal(v, vectors_of(both)[k]) for k, v in vectors_of(one).items())
+    one.eval()(images())
+    assert_sigma_right(one, rel=0.02)
+
 
 def test_saved_in_torchs_layout():
     ours, theirs = bssn_fast.apply(Net(), "sn"), Net()

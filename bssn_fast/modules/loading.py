@@ -40,7 +40,7 @@ def load_state_dict(
     Normalised layers load weights from three layouts, with this function and without it: torch's parametrization
     (`parametrizations.weight.original`, `.0._u`, `.0._v`), in which they are saved, torch's hook (`weight_orig`,
     `weight_u`, `weight_v`) and plain weights (`weight`). Missing vectors, and vectors that are no unit vectors because
-    they were averaged, are computed from the weights.
+    they were averaged, are computed from the weights; those of a direction that the layer does not have are left out.
 
     Raises RuntimeError, as torch does, where keys or shapes do not match, and, with `strict=False` too, if the
     checkpoint is of a normalised model and `apply` has not been called on this one.
@@ -147,9 +147,9 @@ def _translate(
             target = f"{prefix}parametrizations.{tensor_name}."
             own = f"{tensor_name}_orig" in [*module._parameters, *cast(Any, module).parametrizations]
             plain = _rename(state_dict, f"{prefix}{tensor_name}", target, hooks=not own)
-            for key in [k for k in (f"{target}0._u", f"{target}0._v") if k in state_dict]:
-                if not norm.vector_names:  # torch's hook has vectors for a weight of one dimension too
-                    del state_dict[key]
+            # Of two directions where the layer has one; torch's hook has vectors for a weight of one dimension too.
+            for name in {"_u", "_v", "_u_in", "_v_in"}.difference(norm.vector_names):
+                state_dict.pop(f"{target}0.{name}", None)
             _refuse_other_blocks(state_dict, target, norm, weight)
             _complete(state_dict, target, norm, weight)
             _complete_gain(state_dict, target, norm, weight, plain)
