@@ -204,6 +204,11 @@ LAYERS = {
         "HalvingParametrization; call",
     ),
     "pruned": (lambda: prune.l1_unstructured(nn.Linear(3, 4), "weight", 0.5), ValueError, "prune.remove"),
+    "pruned_before_torch_sn": (
+        lambda: prune.l1_unstructured(nn.utils.spectral_norm(nn.Linear(3, 4)), "weight_orig", 0.5),
+        ValueError,
+        "prune.remove",
+    ),
     "torch_sn_with_vectors_of_another_size": (
         lambda: with_vector(nn.utils.spectral_norm(nn.Linear(3, 4)), "weight_u", torch.ones(5)),
         ValueError,

@@ -78,7 +78,12 @@ def find(module: nn.Module, name: str, tensor_name: str = WEIGHT) -> Norm:
                 f"{name}: the weight already carries {type(hook).__name__}; remove it first "
                 "(torch.nn.utils.remove_weight_norm for weight_norm), or leave the layer out"
             )
-        weight = cast(nn.Parameter, module._parameters[f"{tensor_name}_orig"])
+        weight = module._parameters.get(f"{tensor_name}_orig")
+        if weight is None:
+            raise ValueError(
+                f"{name}: the weight that torch's spectral norm divides, {tensor_name}_orig, is not a parameter of the "
+                "layer; undo what computes it first (torch.nn.utils.prune.remove for a pruned one), or leave it out"
+            )
         vectors = [cast(Tensor, module._buffers[f"{tensor_name}_{name}"]) for name in "uv"] if weight.ndim > 1 else []
         return TorchSpectralNorm(hook, weight, vectors, hook.dim % weight.ndim, hook.eps, hook.n_power_iterations)
     if module._parameters.get(tensor_name) is None:
