@@ -196,7 +196,7 @@ LAYERS = {
     "subclass_of_torchs_hook": (
         lambda: with_kind(nn.utils.spectral_norm(nn.Linear(3, 4)), HalvingHook),
         ValueError,
-        "HalvingHook; remove it",
+        "HalvingHook; remove it first (torch.nn.utils.remove_spectral_norm",
     ),
     "subclass_of_torchs_parametrization": (
         lambda: with_kind(parametrizations.spectral_norm(nn.Linear(3, 4)), HalvingParametrization),

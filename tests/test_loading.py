@@ -225,6 +225,14 @@ def test_no_hook_is_left():
     layer.load_state_dict(nn.Linear(3, 3).state_dict(), strict=True)
 
 
+def test_loads_what_torchs_removal_would_keep_from_loading():
+    layer = nn.utils.remove_spectral_norm(nn.utils.spectral_norm(nn.Linear(3, 3)))
+    bssn_fast.apply(layer)
+    layer.load_state_dict(layer.state_dict(), strict=True)
+    layer.load_state_dict(nn.Linear(3, 3).state_dict(), strict=True)
+    layer.load_state_dict(nn.utils.spectral_norm(nn.Linear(3, 3)).state_dict(), strict=True)
+
+
 def test_copies_load_for_themselves():
     model = bssn_fast.apply(Net())
     twin = copy.deepcopy(model)

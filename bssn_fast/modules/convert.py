@@ -74,9 +74,11 @@ def find(module: nn.Module, name: str, tensor_name: str = WEIGHT) -> Norm:
         if getattr(hook, "name", None) != tensor_name:
             continue
         if type(hook) is not SpectralNorm:  # a subclass may compute something else
+            of_torch = isinstance(hook, SpectralNorm)
+            undo = "spectral_norm, which keeps the normalised weight" if of_torch else "weight_norm for weight_norm"
             raise ValueError(
                 f"{name}: the weight already carries {type(hook).__name__}; remove it first "
-                "(torch.nn.utils.remove_weight_norm for weight_norm), or leave the layer out"
+                f"(torch.nn.utils.remove_{undo}), or leave the layer out"
             )
         weight = module._parameters.get(f"{tensor_name}_orig")
         if weight is None:
@@ -193,11 +195,8 @@ def unparametrize(module: nn.Module, tensor_name: str) -> None:
     parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
 
 
-def strip(module: nn.Module, norm: TorchSpectralNorm, tensor_name: str) -> None:
-    """Take torch's spectral norm off a layer: the weight before normalisation becomes its plain parameter."""
-    if norm.hook is None:
-        unparametrize(module, tensor_name)
-        return
+def drop_hooks(module: nn.Module, tensor_name: str) -> None:
+    """Remove the hooks of torch's spectral norm, and the one of loading that `remove_spectral_norm` leaves behind."""
     for hooks, kind in (
         (module._forward_pre_hooks, SpectralNorm),
         (module._state_dict_hooks, SpectralNormStateDictHook),
@@ -207,6 +206,14 @@ def strip(module: nn.Module, norm: TorchSpectralNorm, tensor_name: str) -> None:
             inner = getattr(hook, "hook", hook)  # torch wraps pre-hooks of state dicts
             if isinstance(inner, kind) and getattr(getattr(inner, "fn", inner), "name", None) == tensor_name:
                 del hooks[key]
+
+
+def strip(module: nn.Module, norm: TorchSpectralNorm, tensor_name: str) -> None:
+    """Take torch's spectral norm off a layer: the weight before normalisation becomes its plain parameter."""
+    if norm.hook is None:
+        unparametrize(module, tensor_name)
+        return
+    drop_hooks(module, tensor_name)
     delattr(module, tensor_name)
     del (
         module._parameters[f"{tensor_name}_orig"],

@@ -255,6 +255,8 @@ def put(
         known, in_use = of_torch.vectors, of_torch.multiplier() if settings.kind == GAIN else None
         if of_torch.position is None:
             convert.strip(module, of_torch, tensor_name)
+    elif norm is None:
+        convert.drop_hooks(module, tensor_name)
     autocast = isinstance(module, _COMPUTING) and tensor_name == WEIGHT
     found = shared.get((id(weight), dim))
     if found is None:
