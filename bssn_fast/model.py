@@ -314,7 +314,7 @@ def remove(model: Model) -> Model:
     norms = [p for _, p in found]
     with all_or_nothing(model, parameters.values()):
         baked = {key: p.as_in_evaluation(parameters[key]) for key, p in {id(p): p for p in norms}.items()}
-        for group in {id(g): g for p in norms for g in p.groups}.values():
+        for group in dict.fromkeys([*groups_of(model), *(g for p in norms for g in p.groups)]):  # a copy's may be new
             group.discard(norms)
         for place, _ in found:
             take_off(place)

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from support import Net, images, norms, original, same, vectors_of
+from support import Net, images, norm_of, norms, original, same, vectors_of
 from torch import nn
 from workers import train_and_send
 
@@ -103,3 +103,30 @@ def test_a_write_into_a_weight_in_use_is_refused_at_a_copys_first_call():
         weight.data += 1
         with pytest.raises(RuntimeError, match="in use"):
             m(x)
+
+
+class Twice(nn.Sequential):
+    def forward(self, x):
+        return self[0](self[0](x))
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_changes_of_a_copy(called):
+    twin = copy.deepcopy(bssn_fast.apply(Net()))
+    if called:
+        twin(images())
+    bssn_fast.remove(twin)
+    assert not twin._forward_pre_hooks
+    assert not twin._forward_hooks
+
+    twin = copy.deepcopy(bssn_fast.apply(Twice(nn.Linear(3, 3, dtype=torch.float64))))
+    if called:
+        twin(torch.ones(1, 3, dtype=torch.float64))
+    bssn_fast.apply(twin[0], "sn", update="access")
+    norm = norm_of(twin[0])
+    norm._v.copy_(torch.ones(3) / 3**0.5)
+    expected = norm._v.clone()
+    twin(torch.ones(1, 3, dtype=torch.float64))
+    for _ in range(2):  # one iteration for each use
+        expected = nn.functional.normalize(original(twin[0]).T @ (original(twin[0]) @ expected), dim=0)
+    torch.testing.assert_close(norm._v, expected)

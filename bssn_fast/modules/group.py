@@ -67,7 +67,10 @@ class Group:
 
     def _set_layers(self, layers: Iterable[ParametrizationList]) -> None:
         # Until all is done, so that the next call does again what an interrupt has kept from ending.
-        self._pending: list[ParametrizationList] | None = list(layers)
+        # Of a copy that has not been called, layers may have been told to normalise themselves.
+        self._pending: list[ParametrizationList] | None = [
+            layer for layer in layers if cast(SpectralNormalization, layer[0]).settings.update == "forward"
+        ]
         members = [cast(SpectralNormalization, layer[0]) for layer in self._pending]
         kept = set(map(id, members))
         for m in self.members:
