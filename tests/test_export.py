@@ -139,3 +139,10 @@ def test_torch_jit_trace(model):
     torch.testing.assert_close(traced(x), expected)
     with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
         torch.jit.trace(model.train(), (x,))
+
+
+def test_torch_jit_script(model):
+    with pytest.raises(RuntimeError, match=r"first: torch\.jit\.script.*bssn_fast\.remove"):
+        torch.jit.script(model)
+    plain, x = bssn_fast.remove(copy.deepcopy(model)), images()
+    torch.testing.assert_close(torch.jit.script(plain)(x), model(x))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from threading import get_ident
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -337,6 +337,12 @@ class SpectralNormalization(nn.Module):
 
     def extra_repr(self) -> str:
         return self.settings.arguments(self.dim)
+
+    def __prepare_scriptable__(self) -> NoReturn:  # what torch.jit.script asks a module for
+        raise RuntimeError(
+            f"bssn_fast: {self.name}: torch.jit.script cannot compile the normalisation. Call bssn_fast.remove on a "
+            "copy of the model and script that, or use torch.jit.trace or torch.export in evaluation"
+        )
 
     def _replicate_for_data_parallel(self) -> SpectralNormalization:
         """Return what takes its place on one of torch.nn.DataParallel's devices, for one call: see `replicas`."""
