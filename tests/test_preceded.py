@@ -398,3 +398,17 @@ def test_ours_is_taken_off_and_the_other_stays(ours_first):
     torch.testing.assert_close(compiled(layer)(x), expected)
     layer.weight = torch.ones(5, 7, dtype=torch.float64)
     torch.testing.assert_close(layer.weight.detach(), torch.ones(5, 7, dtype=torch.float64))
+
+
+def test_the_others_of_a_model_go_on_when_ours_is_taken_off_by_hand():
+    model = bssn_fast.apply(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double(), "sn")
+    with_first(model[0], Half())
+    del model[0].parametrizations.weight[0]
+    x = torch.randn(2, 4, dtype=torch.float64)
+    assert bssn_fast.sigma(model).keys() == {"1"}
+    for other in (model, copy.deepcopy(model)):
+        hidden = nn.functional.linear(x, other[0].parametrizations.weight.original / 2, other[0].bias)
+        torch.testing.assert_close(other(x), other[1](hidden), rtol=1e-2, atol=1e-2)
+    bssn_fast.apply(model, "bssn", names=["1"])(x)
+    bssn_fast.remove(model)
+    assert not model._forward_pre_hooks

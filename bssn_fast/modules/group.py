@@ -45,6 +45,7 @@ class Group:
     _layers: list[weakref.ref[ParametrizationList]]
     _parameters: list[dict[str, Any]]  # of the layers
     _states: list[dict[str, Any]]  # the attributes of the members
+    _pending: list[ParametrizationList] | None
     member_ids: frozenset[int]
     shared: bool
     _planned: Plans
@@ -67,10 +68,9 @@ class Group:
 
     def _set_layers(self, layers: Iterable[ParametrizationList]) -> None:
         # Until all is done, so that the next call does again what an interrupt has kept from ending.
-        # Of a copy that has not been called, layers may have been told to normalise themselves.
-        self._pending: list[ParametrizationList] | None = [
-            layer for layer in layers if cast(SpectralNormalization, layer[0]).settings.update == "forward"
-        ]
+        # Some may have been taken off by hand or, of a copy that has not been called, told to normalise themselves.
+        ours = (layer for layer in layers if isinstance(layer[0], SpectralNormalization))
+        self._pending = [layer for layer in ours if cast(Any, layer[0]).settings.update == "forward"]
         members = [cast(SpectralNormalization, layer[0]) for layer in self._pending]
         kept = set(map(id, members))
         for m in self.members:
