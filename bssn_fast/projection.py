@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -102,14 +103,20 @@ class Projection:
         backend: str = "",
     ) -> None:
         eps, self._n = check_settings(eps, n_power_iterations)
-        chosen = _of_module(weights, at_most or radius) if isinstance(weights, nn.Module) else _of_parameters(weights)
+        if isinstance(weights, nn.Module):
+            chosen = _of_module(weights, at_most or radius)
+        else:
+            weights = weights if isinstance(weights, Optimizer) else list(weights)
+            chosen = {name: (p, 0) for name, p in _parameters_of(weights).items()}
         if not chosen:
             raise ValueError("there are no weights of two dimensions or more to project")
         for name, (weight, dim) in chosen.items():
             _check(weight, dim, name)
         laws = dict(zip(chosen, _laws(list(chosen), at_most, radius), strict=True))
         check_apart([weight for weight, _ in chosen.values()], list(chosen))
-        self._holders = _holders(weights, chosen) if isinstance(weights, nn.Module) else []
+        self._modules, self._holders = _holders(weights, chosen) if isinstance(weights, nn.Module) else ([], [])
+        self._optimizer = weights if isinstance(weights, Optimizer) else None
+        self._weights = [weight for weight, _ in chosen.values()]
         self.vectors: dict[str, list[Tensor]] = {
             name: estimate_vectors(weight, dim, False, hints=[None, None], eps=eps, backend=backend)
             for name, (weight, dim) in chosen.items()
@@ -135,9 +142,19 @@ class Projection:
     def __call__(self) -> None:
         """Project the weights as they are now.
 
-        Raises RuntimeError, before any has changed, for weights that are no longer those of the module, or that were
-        converted, moved or given another shape.
+        Raises RuntimeError, before any has changed, for weights that are no longer those of the module or optimizer, or
+        that were converted, moved or given another shape.
         """
+        if self._optimizer is not None:
+            now = _parameters_of(self._optimizer).values()
+            if len(now) != len(self._weights) or not all(map(is_, now, self._weights)):
+                raise RuntimeError(
+                    "the optimizer has other parameters than when this Projection was made, as after add_param_group; "
+                    "make a new one"
+                )
+        for name, parent, key, module in self._modules:
+            if parent._modules.get(key) is not module:
+                raise RuntimeError(f"{name}: another module has taken this one's place; make a new Projection")
         for name, module, key, weight in self._holders:
             if module._parameters.get(key) is not weight:
                 raise RuntimeError(
@@ -179,21 +196,35 @@ def _of_module(model: nn.Module, numbers: Numbers) -> dict[str, tuple[Tensor, in
     return found
 
 
-def _holders(model: nn.Module, chosen: Mapping[str, tuple[Tensor, int]]) -> list[tuple[str, nn.Module, str, Tensor]]:
-    """Return which modules have the chosen weights, under which name, beside the names that users know."""
+def _holders(
+    model: nn.Module, chosen: Mapping[str, tuple[Tensor, int]]
+) -> tuple[list[tuple[str, nn.Module, str, nn.Module]], list[tuple[str, nn.Module, str, Tensor]]]:
+    """Return where the chosen weights are found: modules that lead to them, and weights, beside names for messages.
+
+    Of each the module that has it, and under which name.
+    """
     names = {id(weight): name or type(model).__name__ for name, (weight, _) in chosen.items()}
-    return [
-        (names[id(weight)], module, key, weight)
-        for module in model.modules()
-        for key, weight in module._parameters.items()
-        if weight is not None and id(weight) in names
-    ]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    weights: list[tuple[str, nn.Module, str, Tensor]] = []
+    paths: set[str] = set()
+    for path, module in modules.items():
+        for key, weight in module._parameters.items():
+            if weight is not None and id(weight) in names:
+                weights.append((names[id(weight)], module, key, weight))
+                parts = path.split(".") if path else []
+                paths.update(".".join(parts[: n + 1]) for n in range(len(parts)))
+    on_the_way = []
+    for path in sorted(paths):
+        parent, _, key = path.rpartition(".")
+        on_the_way.append((path, modules[parent], key, modules[path]))
+    return on_the_way, weights
 
 
-def _of_parameters(weights: Optimizer | Iterable[Tensor]) -> dict[str, tuple[Tensor, int]]:
+def _parameters_of(weights: Optimizer | Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return the parameters of two dimensions or more, by names that count all parameters."""
     groups = weights.param_groups if isinstance(weights, Optimizer) else [{"params": list(weights)}]
     parameters = [p for group in groups for p in group["params"]]
-    return {f"parameters[{j}]": (p, 0) for j, p in enumerate(parameters) if p.ndim > 1}
+    return {f"parameters[{j}]": p for j, p in enumerate(parameters) if p.ndim > 1}
 
 
 def _check(weight: Tensor, dim: int, name: str) -> None:

@@ -154,6 +154,36 @@ def test_no_weight_changes_after_one_was_replaced(tied):
     assert all(map(torch.equal, before, [layer.weight for layer in model]))
 
 
+def test_an_optimizer_that_gets_more_parameters():
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(first.parameters(), lr=0.1)
+    projection = bssn_fast.Projection(optimizer, radius=1.0)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.add_param_group({"params": [second.bias]})  # nothing to project
+    projection()
+    optimizer.add_param_group({"params": [second.weight]})
+    before = first.weight.detach().mul_(2).clone()
+    with pytest.raises(RuntimeError, match=r"other parameters.*add_param_group; make a new one"):
+        projection()
+    assert torch.equal(first.weight, before)
+    bssn_fast.Projection(optimizer, radius=1.0)()
+    for layer in (first, second):
+        assert sigma(layer.weight) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["0", "1.0", "1"])
+def test_no_weight_changes_after_a_layer_was_replaced(name):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)), nn.Tanh())
+    projection = bssn_fast.Projection(model, radius=1.0)
+    model[2] = nn.ReLU()
+    projection()
+    model.set_submodule(name, nn.Linear(8, 8))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=f"^{name}: another module.*make a new Projection"):
+        projection()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_shared_weight_is_projected_once(dtype):
     torch.manual_seed(0)
