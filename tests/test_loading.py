@@ -7,7 +7,7 @@ import torch
 from support import LAYERS, VARIANTS, Net, images, layer_and_input, norm_of, norms, original, same, vectors_of
 from test_convert import KINDS
 from torch import nn
-from torch.nn.utils import parametrizations, spectral_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm
 
 import bssn_fast
 from bssn_fast import reference
@@ -341,6 +341,13 @@ def test_a_normalised_checkpoint_in_a_plain_model(kind, strict):
     assert torch.equal(
         original(plain["a"]), state.get("a.parametrizations.weight.original", state.get("a.weight_orig"))
     )
+
+
+def test_a_pruned_checkpoint_is_not_taken_for_a_normalised_one():
+    pruned = nn.Sequential(nn.Linear(3, 3))
+    prune.l1_unstructured(pruned[0], "weight", 0.3)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        bssn_fast.load_state_dict(nn.Sequential(nn.Linear(3, 3)), pruned.state_dict())
 
 
 def test_no_state_dict():

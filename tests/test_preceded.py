@@ -299,6 +299,23 @@ def test_copies_and_files():
         the_same(expected, other, lambda net: step(net, x))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("parametrized", [True, False])
+@pytest.mark.parametrize("spectral_norm", [bssn_fast.spectral_norm, parametrizations.spectral_norm])
+def test_a_normalised_checkpoint_and_a_model_that_is_not(strict, parametrized, spectral_norm):
+    """Of torch's own message, with `strict=False`, nothing is left: the model would not be normalised."""
+    state = nn.ModuleDict({"a": spectral_norm(KINDS["low_rank"]())}).state_dict()
+    model = nn.ModuleDict({"a": KINDS["low_rank"]() if parametrized else nn.Linear(7, 5).double()})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"^a\.weight is normalised in the checkpoint.*bssn_fast\.apply"):
+        bssn_fast.load_state_dict(model, state, strict=strict)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    for normalise in (bssn_fast.spectral_norm, parametrizations.spectral_norm):
+        other = nn.ModuleDict({"a": normalise(KINDS["low_rank"]())})
+        bssn_fast.load_state_dict(other, state)
+        torch.testing.assert_close(other.state_dict(), state, rtol=0, atol=0)
+
+
 class Marked(torch.autograd.Function):
     """Keeps an object in the graph, which lives as long as that."""
 

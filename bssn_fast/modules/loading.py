@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from bssn_fast import reference
 from bssn_fast.calls.arguments import check_module
@@ -15,6 +17,7 @@ from bssn_fast.calls.sharded import estimate_sharded
 from bssn_fast.distributed.sharded import is_sharded
 from bssn_fast.laws import first_gain
 from bssn_fast.layout import compute_dtype
+from bssn_fast.modules.convert import carried
 from bssn_fast.modules.lists import original_of, parametrizations_of
 from bssn_fast.modules.parametrization import SpectralNormalization
 
@@ -58,16 +61,25 @@ def load_state_dict(
 
 
 def _refuse_normalized(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Raise RuntimeError if the checkpoint has a spectral norm's vectors where the model has a plain weight."""
-    for path, module in model.named_modules():
-        for name in module._parameters:
-            prefix = f"{path}." if path else ""
-            of_hook = f"{name}_orig" not in module._parameters and f"{prefix}{name}_orig" in state_dict
-            if f"{prefix}parametrizations.{name}.0._u" in state_dict or of_hook:
-                raise RuntimeError(
-                    f"{prefix}{name} is normalised in the checkpoint and not in the model: call bssn_fast.apply(model, "
-                    "...) first, with the variant and settings of the model that was saved"
-                )
+    """Raise RuntimeError if the checkpoint has a spectral norm's vectors where the model has no spectral norm."""
+    modules = dict(model.named_modules())
+    for key in state_dict:
+        of_hook = _OF_HOOK.fullmatch(key)
+        found = of_hook or _OF_PARAMETRIZATION.fullmatch(key)
+        path, name = found.groups() if found is not None else ("", "")
+        module = modules.get(path.removesuffix("."))
+        if not name or module is None or name in carried(module) or f"{path}{name}_mask" in state_dict:
+            continue  # pruning calls the weight `weight_orig` too
+        plain = name in module._parameters and not (of_hook and f"{name}_orig" in module._parameters)
+        if plain or (not of_hook and parametrize.is_parametrized(module, name)):
+            raise RuntimeError(
+                f"{path}{name} is normalised in the checkpoint and not in the model: call bssn_fast.apply(model, "
+                "...) first, with the variant and settings of the model that was saved"
+            )
+
+
+_OF_PARAMETRIZATION = re.compile(r"((?:.+\.)?)parametrizations\.([^.]+)\.\d+\._u")
+_OF_HOOK = re.compile(r"((?:.+\.)?)([^.]+)_orig")
 
 
 def _wrapped(model: nn.Module) -> nn.Module | None:
