@@ -318,12 +318,12 @@ def fsdp_evaluation(how: str) -> tuple[list[Tensor], list[Tensor]]:
     return found, expected
 
 
-def fsdp_diagnostics(sharded: bool) -> Result:
-    """What is measured after a backward pass, of a layer with two blocks, one with none, and three experts."""
+def fsdp_diagnostics(sharded: bool, gain: bool) -> Result:
+    """What is measured of a layer with two blocks, one with none, and three experts; with gains, sharded as a whole."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4), Experts()).double()
-    bssn_fast.apply(model, blocks={"0": 2, "2.weight": 3})
-    [fully_shard(module) for module in ((*model, model) if sharded else ())]
+    bssn_fast.apply(model, "bsn", blocks={"0": 2, "2.weight": 3}, gain="learn" if gain else None)
+    [fully_shard(module) for module in ((*(() if gain else model), model) if sharded else ())]
     model(torch.ones(2, 5, dtype=torch.float64)).square().mean().backward()
     measured = bssn_fast.diagnostics.measure(model)
     return {f"{name}.{key}": torch.tensor(v) for name, m in measured.items() for key, v in m._asdict().items()}

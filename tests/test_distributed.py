@@ -132,10 +132,11 @@ def test_fsdp_evaluation_sees_every_change(ranks, how):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_fsdp_diagnostics_are_those_of_one_process(ranks):
-    expected = runs.fsdp_diagnostics(False)
+@pytest.mark.parametrize("gain", [False, True])
+def test_fsdp_diagnostics_are_those_of_one_process(ranks, gain):
+    expected = runs.fsdp_diagnostics(False, gain)
     assert {"0[0].sigma", "0[1].gradient", "1.variance", "2[2].gradient"} < expected.keys()
-    for found in ranks.run(runs.fsdp_diagnostics, True):
+    for found in ranks.run(runs.fsdp_diagnostics, True, gain):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, msg=lambda m, name=name: f"{name}: {m}")

@@ -7,6 +7,7 @@ import torch
 from support import LAYERS, VARIANTS, Net, images, layer_and_input, norm_of, norms, original, same, vectors_of
 from test_convert import KINDS
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
 import bssn_fast
@@ -341,6 +342,29 @@ def test_a_normalised_checkpoint_in_a_plain_model(kind, strict):
     assert torch.equal(
         original(plain["a"]), state.get("a.parametrizations.weight.original", state.get("a.weight_orig"))
     )
+
+
+@pytest.mark.parametrize("kind", ["plain", "hook"])
+def test_a_weight_in_two_layouts_is_not_lost(kind):
+    """torch's set_model_state_dict adds what the model has; with `strict=False` the checkpoint's would be left out."""
+    model, other = bssn_fast.apply(nn.Sequential(nn.Linear(3, 3))), nn.Sequential(nn.Linear(3, 3))
+    state = (nn.Sequential(spectral_norm(other[0])) if kind == "hook" else other).state_dict()
+    before = copy.deepcopy(model.state_dict())
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    with pytest.raises(RuntimeError, match=r"original and 0\.weight\S* are both.*before fully_shard"):
+        set_model_state_dict(model, dict(state), options=options)
+    assert same(model.state_dict(), before)
+    model.load_state_dict(state)
+    assert not torch.equal(original(model[0]), before["0.parametrizations.weight.original"])
+
+
+@pytest.mark.parametrize("kind", ["plain", "normalised"])
+def test_a_checkpoint_without_values(kind):
+    with torch.device("meta"):
+        other, model = nn.Linear(3, 3), bssn_fast.apply(nn.Linear(3, 3), "bssn")
+    state = (bssn_fast.apply(other, "sn") if kind == "normalised" else other).state_dict()
+    model.load_state_dict(state, assign=True)
+    assert all(x.is_meta for x in model.state_dict().values())
 
 
 def test_a_pruned_checkpoint_is_not_taken_for_a_normalised_one():

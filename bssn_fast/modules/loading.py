@@ -182,8 +182,17 @@ def _rename(state_dict: MutableMapping[str, Any], plain: str, target: str, *, ho
     """Bring a weight, and u and v, under the names of torch's parametrization; return whether it was a plain one.
 
     hooks: look for the names of torch's hook; `weight_orig` is no other parameter of the layer.
+
+    Raises RuntimeError for a weight in two of the layouts: the one that is not taken would be lost without a word.
     """
     if f"{target}original" in state_dict:
+        for other in (plain, f"{plain}_orig")[: 1 + hooks]:
+            if other in state_dict:
+                raise RuntimeError(
+                    f"{target}original and {other} are both in the checkpoint, and only one can be the weight: delete "
+                    "the other. set_model_state_dict(full_state_dict=True) adds the first: load the checkpoint of a "
+                    "plain model by model.load_state_dict, before fully_shard"
+                )
         return False
     if hooks and f"{plain}_orig" in state_dict:
         # The first versions of the hook saved the normalised weight too.
@@ -241,6 +250,11 @@ def _complete(state_dict: MutableMapping[str, Any], target: str, norm: SpectralN
         state_dict.update(_of_the_weight_that_stays(fitting, keys, norm, weight))
         return  # torch says what is wrong
     if any(v is not None and tuple(v.shape) != shape for v, shape in zip(given, shapes, strict=True)):
+        return
+    if loaded.is_meta:
+        state_dict.update(
+            (key, loaded.new_empty(s)) for key, v, s in zip(keys, given, shapes, strict=True) if v is None
+        )
         return
     for j, vector in enumerate(given):
         if vector is not None and compute_dtype(vector.dtype) != vector.dtype and are_units([vector])[0]:

@@ -20,7 +20,7 @@ from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.calls.plan import Plan, Results, Seen, checked_vectors
 from bssn_fast.calls.selective import uncounted
 from bssn_fast.calls.sharded import ShardedPlan, plan_for
-from bssn_fast.distributed.sharded import is_sharded, placements_of
+from bssn_fast.distributed.sharded import is_sharded, placements_of, whole_of
 from bssn_fast.laws import AT_MOST, GAIN, first_gain
 from bssn_fast.layout import compute_dtype, fits_kernels, needs_two_sides
 from bssn_fast.modules import recomputation, sharing, writes
@@ -137,11 +137,11 @@ class SpectralNormalization(nn.Module):
                 cast(Tensor, self.gain).copy_(first_gain(self.sigma_of(weight), in_use))
 
     def multiplier_of(self, sigma: Tensor) -> Tensor:
-        """Return g(sigma)."""
+        """Return g(sigma). Where the gain is sharded, all ranks must ask."""
         scale, gain = self.settings.scale, self.gain
         number = sigma.new_tensor(scale) if isinstance(scale, tuple) else scale
         if gain is not None:
-            number = gain.detach().to(sigma.device, sigma.dtype)
+            number = whole_of(gain.detach()).to(sigma.device, sigma.dtype)
         return reference.multiplier(sigma, number, self.settings.kind == AT_MOST)
 
     def begin_with(self, weight: Tensor) -> None:
