@@ -344,6 +344,16 @@ def test_a_normalised_checkpoint_in_a_plain_model(kind, strict):
     )
 
 
+@pytest.mark.parametrize("variant", ["sn", "bsn"])
+def test_a_first_gain_of_vectors_that_are_far_off(variant):
+    """Those of torch's hook are random before its first call; the weight stays the one in use there."""
+    theirs = spectral_norm(nn.Conv2d(6, 8, 3).double()).eval()
+    ours = bssn_fast.apply(nn.Conv2d(6, 8, 3).double(), variant, gain="learn").eval()
+    ours.load_state_dict(theirs.state_dict())
+    theirs(torch.zeros(1, 6, 3, 3, dtype=torch.float64))
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
 @pytest.mark.parametrize("kind", ["plain", "hook"])
 def test_a_weight_in_two_layouts_is_not_lost(kind):
     """torch's set_model_state_dict adds what the model has; with `strict=False` the checkpoint's would be left out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -265,21 +265,14 @@ def _complete(state_dict: MutableMapping[str, Any], target: str, norm: SpectralN
         return
     device = loaded.device if weight.is_meta else weight.device
     loaded = loaded.to(device, weight.dtype)
-    found = (
-        estimate_sharded(norm, loaded, given)
-        if is_sharded(loaded)
-        else estimate_vectors(
-            loaded,
-            norm.dim,
-            norm.two_sided,
-            hints=given,
-            eps=norm.settings.eps,
-            backend=norm.settings.backend,
-            stack=norm.settings.stack,
-        )
-    )
+    found = estimate_sharded(norm, loaded, given) if is_sharded(loaded) else _estimated(norm, loaded, given)
     for direction in missing:
         state_dict.update(zip(keys[direction], found[direction], strict=True))
+
+
+def _estimated(norm: SpectralNormalization, weight: Tensor, hints: Sequence[Tensor | None]) -> list[Tensor]:
+    s, sides = norm.settings, (norm.dim, norm.two_sided)
+    return estimate_vectors(weight, *sides, hints=hints, eps=s.eps, backend=s.backend, stack=s.stack)
 
 
 def _complete_gain(
@@ -301,6 +294,9 @@ def _complete_gain(
     w = loaded.detach().to(device, compute_dtype(weight.dtype))
     vectors = [cast(Tensor, v).detach().to(device, w.dtype) for v in found]
     in_use = None if plain else reference.multiplier(_sigma(norm, w, vectors[:2]), 1.0)
+    if not belong(w, vectors, norm.dim, norm.settings.eps, stack=stack):  # evaluation would find others
+        vectors = _estimated(norm, w, vectors)
+        state_dict.update((f"{target}0.{name}", v) for name, v in zip(norm.vector_names, vectors, strict=True))
     gain = first_gain(_sigma(norm, w, vectors), in_use)
     state_dict[key] = gain.reshape(norm.gain.shape).to(norm.gain.dtype)
 
