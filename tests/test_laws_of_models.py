@@ -181,11 +181,11 @@ def test_compiled_models():
                 for p in m.parameters():
                     p -= 0.01 * p.grad
 
-    def by_hand(w, u, v, gain):
-        return bssn_fast.normalize([w, w], [(u, v), (u, v)], at_most=[None, 0.5], gains=[gain, None])[0]
+    def by_hand(w, u, v, s, t, gain):
+        return bssn_fast.normalize([w, w], [(u, v), (s, t)], at_most=[None, 0.5], gains=[gain, None])[0]
 
     w, gain = torch.randn(4, 3), torch.tensor([2.0])
-    vectors = [torch.ones(n) / n**0.5 for n in (4, 3)]
+    vectors = [torch.ones(n) / n**0.5 for n in (4, 3, 4, 3)]
     expected = by_hand(w, *[v.clone() for v in vectors], gain)
     found = torch.compile(by_hand, backend="aot_eager", fullgraph=True)(w, *vectors, gain)
     for a, b in zip(found, expected, strict=True):
