@@ -16,6 +16,7 @@ from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.distributed.sharded import is_sharded, refuse_sharded
 from bssn_fast.laws import AT_MOST, CONSTANT, GAIN, Law, Laws
 from bssn_fast.layout import compute_dtype, fits_kernels, has_plain_memory, is_plain, vector_sizes
+from bssn_fast.tracing.recording import is_exporting
 
 
 def normalize(
@@ -54,7 +55,8 @@ def normalize(
         The normalised weights and sigma [n]. The weights are differentiable any number of times; u and v count as
         constants. Sigma carries no gradient.
 
-    In transforms of torch.func, and where forward-mode derivatives are wanted, plain operations compute the same.
+    In transforms of torch.func, where forward-mode derivatives are wanted, and under torch.export or torch.jit.trace,
+    plain operations compute the same.
 
     A zero weight gives zeros and sigma 0. A weight with infinities or NaN gives NaN. Neither changes its vectors.
 
@@ -92,7 +94,7 @@ def normalize(
             weights, flat, dims, two_sided, [1] * n, [False] * n, kinds, numbers, tensors, *settings
         )
         return list(results[:-1]), results[-1]
-    if composite.in_transform() or composite.has_tangents([*weights, *tensors]):
+    if is_exporting() or composite.in_transform() or composite.has_tangents([*weights, *tensors]):
         return _in_plain_operations(weights, groups, dims, laws, tensors, eps, n_power_iterations, dtype)
     check_memory(weights, groups, tensors, n_power_iterations)
     normalizer = Normalizer(weights, dims, two_sided, laws=laws, eps=eps, backend=backend)

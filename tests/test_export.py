@@ -146,3 +146,36 @@ def test_torch_jit_script(model):
         torch.jit.script(model)
     plain, x = bssn_fast.remove(copy.deepcopy(model)), images()
     torch.testing.assert_close(torch.jit.script(plain)(x), model(x))
+
+
+class Times(nn.Module):
+    """Multiplies by a normalised weight that is an input, as of a hypernetwork."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("u", nn.functional.normalize(torch.randn(4), dim=0))
+        self.register_buffer("v", nn.functional.normalize(torch.randn(6), dim=0))
+
+    def forward(self, weight):
+        n = int(self.training)
+        (normalized,), _ = bssn_fast.normalize([weight], [(self.u, self.v)], n_power_iterations=n, scale=2.0)
+        return normalized * 3
+
+
+RECORDERS = {
+    "torch.jit.trace": lambda model, x: torch.jit.trace(model, (x,), check_trace=False),
+    "export": lambda model, x: torch.export.export(model, (x,)).module(),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("recorder", RECORDERS)
+@pytest.mark.parametrize("training", [True, False])
+def test_normalize(recorder, training):
+    """Another weight than the one that was recorded, and u and v change as they should."""
+    model = Times().train(training)
+    recorded, weight = RECORDERS[recorder](model, torch.randn(4, 6)), torch.randn(4, 6)
+    twin = Times().train(training)
+    twin.load_state_dict(recorded.state_dict())
+    torch.testing.assert_close(recorded(weight), twin(weight))
+    torch.testing.assert_close(dict(recorded.named_buffers()), dict(twin.named_buffers()))
