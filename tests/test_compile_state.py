@@ -6,6 +6,7 @@ import pytest
 import torch
 from compiling import as_model, as_part, assert_twins, change_weights, compiled, fresh_compiler, twins
 from support import Net, assert_same_gradients, images, in_use, norms, original, same, vectors_of
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import bssn_fast
@@ -54,6 +55,51 @@ def test_cached_in_a_compiled_function():
         change_weights(model, twin)
     assert_same_gradients(model, twin, 1e-4)
     assert same(vectors_of(model), vectors_of(twin))
+
+
+@pytest.mark.parametrize(("inside", "order"), [(True, "ee"), (False, "cc"), (False, "ec"), (False, "cec")])
+def test_torchs_own_cached_block(inside, order):
+    """One iteration for all calls, compiled (c) or not (e), as in the twin that is never compiled."""
+    model, twin = twins()
+
+    def call_all(net, calls, *inputs):
+        with parametrize.cached():
+            return sum(call(x).square().sum() for call, x in zip(calls, inputs, strict=True))
+
+    compiled_call = as_part(model)
+    calls = [model if inside or kind == "e" else compiled_call for kind in order]
+    f = compiled(call_all) if inside else call_all
+    for step in range(4):
+        if step == 2:
+            torch.compiler.set_stance("fail_on_recompile")
+        inputs = [images() for _ in order]
+        f(model, calls, *inputs).backward()
+        call_all(twin, [twin] * len(order), *inputs).backward()
+        change_weights(model, twin)
+    assert_same_gradients(model, twin, 1e-4)
+    assert same(vectors_of(model), vectors_of(twin))
+
+
+class Again(Net):
+    """Calls itself, and computes with its layers before and after."""
+
+    def forward(self, x, again=True):
+        y = self(x.flip(0), again=False) if again else 0
+        return super().forward(x) + y
+
+
+@pytest.mark.filterwarnings("ignore:bssn_fast. layer .* is read more than once")
+def test_a_call_inside_a_call_does_not_end_it():
+    model, twin = twins(Again())
+    call = as_part(model)
+    for _ in range(3):
+        x = images()
+        for f in (call, twin):
+            f(x).square().sum().backward()
+        change_weights(model, twin)
+    assert_same_gradients(model, twin, 1e-4)
+    assert same(vectors_of(model), vectors_of(twin))
+    assert in_use(model) == []
 
 
 def test_weights_that_change_in_a_cached_block():

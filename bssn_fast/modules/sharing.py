@@ -20,6 +20,7 @@ from bssn_fast.calls.serving import is_same, leads_to, serves, unless_frozen
 from bssn_fast.distributed.sharded import is_sharded
 from bssn_fast.modules.call import Source
 from bssn_fast.modules.recomputation import in_backward
+from bssn_fast.tracing.recording import iterated_in_torchs_block, note_in_torchs_block
 
 
 class Entry(NamedTuple):
@@ -82,7 +83,9 @@ class Block:
         entry = self._entries.get(id(norm))
         if entry is not None:
             return entry.holds(weight)
-        return id(norm) in self._iterated or (norm.traced.in_block and norm.traced.iterated)
+        if id(norm) in self._iterated or (norm.traced.in_block and norm.traced.iterated):
+            return True
+        return iterated_in_torchs_block(norm)
 
     def inside_torchs(self) -> bool:
         """Whether it began in a `parametrize.cached` that still runs: torch throws away its cache when that ends."""
@@ -93,6 +96,7 @@ class Block:
         if not in_fake_mode():
             self._iterated.add(id(norm))
             norm.traced.iterated = norm.traced.in_block
+            note_in_torchs_block(norm)
 
     def keep(self, norm: Any, weight: Tensor, result: Tensor, source: Source | None) -> None:
         """Keep a layer's result for later calls."""

@@ -22,7 +22,14 @@ from bssn_fast.calls.serving import Entry
 from bssn_fast.distributed.sharded import refuse_traced
 from bssn_fast.layout import fits_kernels, result_dtype
 from bssn_fast.tracing.node import normalize
-from bssn_fast.tracing.recording import Traced, has_iterated, is_exporting, traced_result
+from bssn_fast.tracing.recording import (
+    Traced,
+    has_iterated,
+    is_exporting,
+    iterated_in_torchs_block,
+    note_in_torchs_block,
+    traced_result,
+)
 
 
 class Layer(Member, Protocol):
@@ -37,6 +44,7 @@ class Published(Protocol):
 
     published: list[Entry | None] | None
     recorded: bool
+    outer: tuple[list[Entry | None], ...]
 
 
 def begin(group: Published, members: Sequence[Any], weights: Sequence[Tensor]) -> None:
@@ -47,11 +55,16 @@ def begin(group: Published, members: Sequence[Any], weights: Sequence[Tensor]) -
         results = _normalize([members[j] for j in part], [weights[j] for j in part], iterate=iterating[part[0]])
         for j, normalized in zip(part, results, strict=True):
             found[j] = weights[j], -1, normalized, -1
+    if group.recorded and group.published is not None:  # a call inside a call, as of a model that calls itself
+        group.outer = (*group.outer, group.published)
     group.published, group.recorded = found, True
 
 
 def end(group: Published, members: Sequence[Any]) -> None:
-    """Withdraw what `begin` has published."""
+    """Withdraw what `begin` has published; what a call around this one has published is valid again."""
+    if group.outer:
+        group.published, group.outer = group.outer[-1], group.outer[:-1]
+        return
     group.published, group.recorded = None, False
     for member in members:
         _finish(member)
@@ -71,12 +84,13 @@ def normalize_alone(member: Any, weight: Tensor) -> Tensor:
 
 def _iterates(member: Layer, weight: Tensor) -> bool:
     """Whether a normalisation begins with power iterations: in training, the first of a call or a `cached` block."""
-    if not member.training or (member.traced.in_block and member.traced.iterated):
+    if not member.training or (member.traced.in_block and member.traced.iterated) or iterated_in_torchs_block(member):
         return False
     return not has_iterated(member, weight)
 
 
 def _finish(member: Layer) -> None:
+    note_in_torchs_block(member)
     if member.traced.in_block:
         member.traced.iterated = True
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.nn.utils import parametrize
 
 from bssn_fast.calls.serving import Entry, leads_to, serves, unless_frozen
 
@@ -79,6 +80,19 @@ def has_iterated(norm: Any, weight: Tensor) -> bool:
     published = [(group.published, j) for group, j in norm.slots]
     return any([p is not None and p[j] is not None and p[j][0] is weight for p, j in published])
 
+
+def iterated_in_torchs_block(norm: object) -> bool:
+    """Whether a layer has had its iteration in the `parametrize.cached` that is running."""
+    return parametrize._cache_enabled > 0 and (id(norm), _ITERATED) in parametrize._cache
+
+
+def note_in_torchs_block(norm: object) -> None:
+    """Remember that a layer has had its iteration, in what torch throws away when `parametrize.cached` ends."""
+    if parametrize._cache_enabled:
+        parametrize._cache[id(norm), _ITERATED] = None
+
+
+_ITERATED = "bssn_fast: iterated"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
