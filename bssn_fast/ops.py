@@ -8,8 +8,8 @@ matrices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,22 @@ from bssn_fast.layout import PLAIN_CLASSES, Batch, Stack
 
 SMALLEST_EPS = {torch.float32: 1e-19, torch.float64: 1e-154}
 """Raw vectors are divided by as much as the square of eps, in one multiplication: its inverse must be a number."""
+
+
+class Checkpoints(NamedTuple):
+    """How compiled code, which runs the op and knows no layers, learns of torch.utils.checkpoint around it.
+
+    recall: the vectors that the op, told by a key, had in the forward that is being repeated; () if that is not known,
+        None if none is.
+    note: remember the vectors that it has, if this forward may be repeated.
+    """
+
+    recall: Callable[[object], tuple[Tensor, ...] | None]
+    note: Callable[[object, Callable[[], tuple[Tensor, ...]]], None]
+
+
+checkpoints: list[Checkpoints] = []
+"""At most one; the rooms above, which know torch's checkpoints, put it here."""
 
 _library = torch.library.Library("bssn_fast", "DEF")
 
@@ -53,9 +69,19 @@ def _normalize(
     sigma: Tensor,
     backend: str,
 ) -> None:
-    """Normalise n weights. `backends` documents the arguments."""
+    """Normalise n weights. `backends` documents the arguments.
+
+    A forward that a checkpoint repeats uses the vectors that it had, without iterations, and leaves those of now alone.
+    """
     batch, laws = Batch.of(weights, dims, two_sided, list(map(Stack, counts, indexed))), _laws(kinds, numbers, gains)
+    key = tuple([tuple(w.shape) for w in weights])
+    told = checkpoints[0] if checkpoints and n_power_iterations else None
+    known = told.recall(key) if told else None
+    if known is not None:
+        vectors, n_power_iterations = list(known) or vectors, 0
     _forward(batch, weights, vectors, laws, eps, n_power_iterations, normalized, snapshot, sigma, backend)
+    if told and known is None:
+        told.note(key, lambda: tuple([v for own in batch.snapshot_views(snapshot.clone()) for v in own]))
 
 
 def _normalize_backward(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from compiling import as_model, as_part, assert_twins, change_weights, compiled, fresh_compiler, twins
 from support import Net, assert_same_gradients, images, in_use, norms, original, same, vectors_of
+from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -186,6 +187,42 @@ def test_checkpoint_around_the_model_that_dynamo_accepts(fullgraph):
             compiled(f, fullgraph=fullgraph)(x)
         model.eval()  # does not iterate
         torch.testing.assert_close(compiled(f, fullgraph=fullgraph)(x), f(x))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("update", ["forward", "access"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_checkpoint_around_compiled_code(reentrant, update, backend):
+    """Each repetition has the vectors of its own forward, of several before one backward pass."""
+    net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    model, twin = twins(net, update=update)
+    call = as_part(model, backend=backend)
+    for _ in range(3):
+        inputs = [torch.randn(4, 5, requires_grad=True) for _ in range(3)]
+        for f in (lambda x: checkpoint(call, x, use_reentrant=reentrant), twin):
+            sum(f(x).square().sum() for x in inputs).backward()
+        change_weights(model, twin)
+    assert_same_gradients(model, twin, 1e-4)
+    for name, vector in vectors_of(twin).items():
+        torch.testing.assert_close(vectors_of(model)[name], vector)
+
+
+class PartRepeated(Net):
+    def forward(self, x):
+        x = checkpoint(self.part[0], self.first(x), use_reentrant=True).tanh().flatten(1)
+        return self.head(x)
+
+
+def test_checkpoint_around_a_compiled_part_of_a_model():
+    """Its layers had been normalised before: the vectors are those of now, which are right after one forward."""
+    model, twin = twins(PartRepeated())
+    model.part, twin.part = [as_part(model.body)], [twin.body]
+    x = images()
+    with pytest.warns(UserWarning, match="bssn_fast: torch.utils.checkpoint repeats a compiled part"):
+        model(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    assert_same_gradients(model, twin, 1e-4)
+    assert same(vectors_of(model), vectors_of(twin))
 
 
 def test_compiled_call_before_a_checkpoint_is_recomputed():

@@ -103,7 +103,17 @@ class Group:
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its plans anew, for its own layers
         state = {**self.__dict__, "_pending": self.layers()}  # whose parts may not all have been copied yet
-        for name in ("_planned", "_layers", "_parameters", "_states", "calls", "published", "outer", "members", "member_ids"):
+        for name in (
+            "_planned",
+            "_layers",
+            "_parameters",
+            "_states",
+            "calls",
+            "published",
+            "outer",
+            "members",
+            "member_ids",
+        ):
             del state[name]
         return state
 

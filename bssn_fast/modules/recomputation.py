@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.compiler import is_dynamo_compiling
 
+from bssn_fast import ops
 from bssn_fast.calls import hooks
 
 Vectors = tuple[Tensor, ...]
@@ -47,15 +49,16 @@ class _Around(NamedTuple):
 class _Record:
     """The vectors that each layer had in the forward of one checkpoint.
 
-    By the layer and by who asked: a call of the model, or a reader of the weight alone.
+    By the layer and by who asked: a call of the model, or a reader of the weight alone. In compiled code, which knows
+    no layers, by the weights' shapes.
     """
 
     def __init__(self) -> None:
-        self.vectors: dict[tuple[int, bool], list[Vectors]] = {}
-        self._positions: dict[tuple[int, bool], int] = {}
+        self.vectors: dict[object, list[Vectors]] = {}
+        self._positions: dict[object, int] = {}
         self._pass = -1
 
-    def next(self, key: tuple[int, bool]) -> Vectors | None:
+    def next(self, key: object) -> Vectors | None:
         """Return what a layer had at this point of the forward; None if it was not asked for there."""
         this_pass = torch._C._current_graph_task_id()
         if self._pass != this_pass:
@@ -67,7 +70,7 @@ class _Record:
         self._positions[key] = position + 1
         return found[min(position, len(found) - 1)]
 
-    def only(self, key: tuple[int, bool]) -> Vectors | None:
+    def only(self, key: object) -> Vectors | None:
         """Return what a layer had in the whole forward; None if it was not asked for, or had several in turn."""
         found = self.vectors.get(key)
         if not found or any([v.data_ptr() for v in w] != [v.data_ptr() for v in found[0]] for w in found):
@@ -83,11 +86,15 @@ def note(norm: object, vectors: Callable[[], Vectors], *, in_call: bool) -> None
 
     in_call: when a call of the model begins, and not when the weight is read.
     """
+    _note((id(norm), in_call), vectors)
+
+
+def _note(key: object, vectors: Callable[[], Vectors]) -> None:
     for checkpoint in _around().first_time:
         record = _records.get(checkpoint)
         if record is None:
             record = _records.setdefault(checkpoint, _Record())
-        record.vectors.setdefault((id(norm), in_call), []).append(vectors())
+        record.vectors.setdefault(key, []).append(vectors())
 
 
 def recall(norm: object, *, in_call: bool) -> Vectors | None:
@@ -96,11 +103,43 @@ def recall(norm: object, *, in_call: bool) -> Vectors | None:
     A checkpoint repeats its forward in order. Of other functions nobody knows in what order they go back, as adjoint
     solvers do in the other one: there the vectors are known only where all the forward had the same.
     """
-    around = _around()
+    return _recall(_around(), (id(norm), in_call))
+
+
+def _recall(around: _Around, key: object) -> Vectors | None:
     record = None if around.repeating is None else _records.get(around.repeating)
     if record is None:
         return None
-    return (record.next if around.in_order else record.only)((id(norm), in_call))
+    return (record.next if around.in_order else record.only)(key)
+
+
+def _recall_compiled(key: object) -> Vectors | None:
+    """Return what `ops.Checkpoints` says.
+
+    What compiled code runs in a backward pass need not be a repetition: its own backward graph may hold the operation.
+    """
+    if not in_backward():
+        return None
+    around = _around()
+    if around.repeating is None:
+        return None
+    known = _recall(around, key)
+    if known is None:
+        warnings.warn(
+            "bssn_fast: torch.utils.checkpoint repeats a compiled part of a model whose layers were normalised outside "
+            "of the checkpoint. It uses the vectors as they are now, which are those of the latest forward. With "
+            "update='access' it uses those of its own forward",
+            stacklevel=2,
+        )
+    return known or ()
+
+
+def _note_compiled(key: object, vectors: Callable[[], Vectors]) -> None:
+    if maybe_in_checkpoint():
+        _note(key, vectors)
+
+
+ops.checkpoints[:] = [ops.Checkpoints(_recall_compiled, _note_compiled)]
 
 
 def _code(function: Any) -> CodeType:
