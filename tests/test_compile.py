@@ -311,6 +311,29 @@ def test_bad_input_is_refused_before_anything_changes():
     assert same(before, vectors_of(model))
 
 
+@pytest.mark.parametrize("law", ["scale", "at_most"])
+def test_numbers_that_change_from_call_to_call(law):
+    """torch.compile takes a second value of a number for a sign that there will be more, and makes it a symbol."""
+    model, twin = twins()
+    call, numbers = as_part(model), (1.0, 1.5, 0.3, 1.5, 1.0)
+    variant = "ssn" if law == "scale" else "sn"
+    for number in numbers:
+        x = images()
+        for f, net in ((call, model), (twin, twin)):
+            bssn_fast.apply(net, variant, **{law: number})
+            f(x).sum().backward()
+        assert_twins(model, twin)
+    weight, vectors = torch.randn(3, 4), (torch.eye(3)[0], torch.eye(4)[0])
+
+    def f(number):
+        (normalized,), _ = bssn_fast.normalize([weight], [vectors], n_power_iterations=0, **{law: number})
+        return normalized
+
+    call = compiled(f)
+    for number in numbers:
+        assert torch.equal(call(number), f(number))
+
+
 @both_ways
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_recurrent(kind, ways):
