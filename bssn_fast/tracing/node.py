@@ -44,8 +44,8 @@ def normalize(
             "pass would iterate again and find other weights. Use it inside the module given to bssn_fast.apply, "
             "around parts of it, or leave the call of the checkpoint out of what is compiled"
         )
-    # A number that changes from call to call is a symbol to Dynamo, by which the op cannot be called: `float` makes it a
-    # constant, and its value a condition for using the graph again.
+    # A number that changes from call to call is a symbol to Dynamo, by which the op cannot be called: `float` makes it
+    # a constant, and its value a condition for using the graph again.
     laws, stacks = list(map(Law, kinds, map(float, numbers))), list(map(Stack, counts, indexed))
     normalizer = Normalizer(
         weights, dims, two_sided, laws=laws, eps=eps, backend=backend, gradient_groups=gradient_groups, stacks=stacks
