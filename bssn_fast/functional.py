@@ -14,7 +14,7 @@ from bssn_fast.calls import composite
 from bssn_fast.calls.arguments import WEIGHT_DTYPES, check_settings, check_weight, positive, refuse_trained
 from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.distributed.sharded import is_sharded, refuse_sharded
-from bssn_fast.laws import AT_MOST, CONSTANT, GAIN, Law, Laws
+from bssn_fast.laws import AT_MOST, CONSTANT, GAIN, Law
 from bssn_fast.layout import compute_dtype, fits_kernels, has_plain_memory, is_plain, vector_sizes
 from bssn_fast.tracing.recording import is_exporting
 
@@ -87,6 +87,8 @@ def normalize(
     if torch.compiler.is_dynamo_compiling():
         from bssn_fast.tracing import node  # with it comes torch's compiler, which takes long to import
 
+        if node.in_transform():
+            return _in_plain_operations(weights, groups, dims, laws, tensors, eps, n_power_iterations, dtype)
         kinds, numbers = [law.kind for law in laws], [law.number for law in laws]
         settings = (eps, n_power_iterations, dtype, backend, 1)
         n = len(weights)
@@ -114,8 +116,8 @@ def _in_plain_operations(
 ) -> tuple[list[Tensor], Tensor]:
     """Do the same for transforms of torch.func and forward-mode derivatives, which do not see what kernels do."""
     normalized, sigmas = [], []
-    numbers = [gain.to(weights[0].device, compute_dtype(weights[0].dtype)) for gain in gains]
-    each = Laws.of(laws).with_gains(numbers).each()
+    numbers = iter([gain.to(weights[0].device, compute_dtype(weights[0].dtype)) for gain in gains])
+    each = [(next(numbers) if law.kind == GAIN else law.number, law.kind == AT_MOST) for law in laws]
     for weight, group, dim, (scale, at_most) in zip(weights, groups, dims, each, strict=True):
         w = weight.to(compute_dtype(weight.dtype))
         result, new, sigma = reference.normalize(

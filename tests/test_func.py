@@ -147,3 +147,42 @@ def test_before_a_checkpoint():
     grad(lambda x: model(x).sum())(x)
     checkpointed.backward(), expected.backward()
     assert_same_gradients(model, twin, 1e-9)
+
+
+COMPILED = {
+    "jvp": lambda net, x: jvp(net, (x,), (x.cos(),))[1],
+    "vmap": lambda net, x: vmap(lambda x: net(x[None])[0])(x),
+    "penalty": lambda net, x: net(x).sum() + grad(lambda x: net(x).sum())(x).square().sum() + net(-x).sum(),
+    "weights": lambda net, x: grad(lambda p: functional_call(net, p, (x,)).square().sum())(
+        dict(net.named_parameters())
+    )["head.parametrizations.weight.original"],
+}
+
+
+@ways
+@pytest.mark.parametrize("transform", COMPILED)
+def test_compiled(transform, training):
+    """A transform inside of what is compiled, twice: numbers, vectors and gradients are those without a compiler."""
+    torch._dynamo.reset()
+    model, twin, x = twins(training)
+    f = COMPILED[transform]
+    call = torch.compile(f, backend="aot_eager", fullgraph=True)
+    for i in (1, 2):
+        found, expected = call(model, i * x), f(twin, i * x)
+        torch.testing.assert_close(found, expected)
+        if expected.requires_grad:
+            found.sum().backward(), expected.sum().backward()
+    assert_same_gradients(model, twin, 1e-9)
+    assert_twins(model, twin)
+
+
+def test_compiled_normalize():
+    vectors = [(torch.eye(3)[0], torch.eye(4)[0]) for _ in range(2)]
+
+    def f(weight, own):
+        return grad(lambda w: bssn_fast.normalize([w], [own], scale=2.0)[0][0].pow(3).sum())(weight)
+
+    weight = torch.randn(3, 4)
+    found = torch.compile(f, backend="aot_eager", fullgraph=True)(weight, vectors[0])
+    torch.testing.assert_close(found, f(weight, vectors[1]))
+    torch.testing.assert_close(*vectors)

@@ -21,8 +21,9 @@ from bssn_fast.calls.plan import checked_vectors, partition
 from bssn_fast.calls.serving import Entry
 from bssn_fast.distributed.sharded import refuse_traced
 from bssn_fast.layout import fits_kernels, result_dtype
-from bssn_fast.tracing.node import normalize
+from bssn_fast.tracing.node import in_transform, normalize
 from bssn_fast.tracing.recording import (
+    IN_TRANSFORM,
     Traced,
     has_iterated,
     is_exporting,
@@ -51,10 +52,11 @@ def begin(group: Published, members: Sequence[Any], weights: Sequence[Tensor]) -
     """Normalise the layers of a model that is being called, and publish the results until `end`."""
     iterating = list(map(_iterates, members, weights))
     found: list[Entry | None] = [None] * len(members)
+    mark = IN_TRANSFORM if in_transform() else -1
     for part in partition(members, weights, iterating):
         results = _normalize([members[j] for j in part], [weights[j] for j in part], iterate=iterating[part[0]])
         for j, normalized in zip(part, results, strict=True):
-            found[j] = weights[j], -1, normalized, -1
+            found[j] = weights[j], mark, normalized, -1
     if group.recorded and group.published is not None:  # a call inside a call, as of a model that calls itself
         group.outer = (*group.outer, group.published)
     group.published, group.recorded = found, True
@@ -100,7 +102,7 @@ def _normalize(members: list[Any], weights: list[Tensor], *, iterate: bool) -> l
     for member, weight in zip(members, weights, strict=True):
         refuse_traced(weight, f"bssn_fast: {member.name}")
     n = members[0].settings.n_power_iterations if iterate else 0
-    if not fits_kernels(weights[0], members[0].dim):
+    if in_transform() or not fits_kernels(weights[0], members[0].dim):
         return [composite.normalize(m, w, n)[0] for m, w in zip(members, weights, strict=True)]
     vectors = []
     for member, weight in zip(members, weights, strict=True):

@@ -12,9 +12,19 @@ from torch import Tensor
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
 
+from bssn_fast.calls import composite
 from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.laws import Law
 from bssn_fast.layout import Stack
+
+
+torch.compiler.allow_in_graph(composite.write)  # what it asks of a transform, Dynamo cannot answer
+
+
+@torch._dynamo.assume_constant_result
+def in_transform() -> bool:
+    """Whether a transform of torch.func is being compiled: Dynamo applies it while it traces, and here asks Python."""
+    return composite.in_transform()
 
 
 @torch.compiler.allow_in_graph

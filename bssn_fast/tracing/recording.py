@@ -32,6 +32,10 @@ def is_exporting() -> bool:
     return _is_exporting() or torch._C._get_tracing_state() is not None  # torch.jit.is_tracing is slow
 
 
+IN_TRANSFORM = -2
+"""In place of the version of a weight whose result was recorded in a transform of torch.func."""
+
+
 class Traced:
     """What compiled code can know of a layer: it cannot look at versions, nor ask whether a call is still running.
 
@@ -72,7 +76,8 @@ def _published(group: Any, j: int, weight: Tensor, gain: Tensor | None) -> Tenso
     ready = entry[2]
     if not serves(ready, weight) or (gain is not None and not leads_to(ready, gain)):
         return None
-    return unless_frozen(ready, weight, gain)
+    # Of a weight that a transform of torch.func differentiates by, a compiler does not know that it requires a gradient.
+    return ready if entry[1] == IN_TRANSFORM else unless_frozen(ready, weight, gain)
 
 
 def has_iterated(norm: Any, weight: Tensor) -> bool:
