@@ -17,7 +17,6 @@ from bssn_fast.calls.normalizer import Normalizer
 from bssn_fast.laws import Law
 from bssn_fast.layout import Stack
 
-
 torch.compiler.allow_in_graph(composite.write)  # what it asks of a transform, Dynamo cannot answer
 
 

@@ -76,7 +76,7 @@ def _published(group: Any, j: int, weight: Tensor, gain: Tensor | None) -> Tenso
     ready = entry[2]
     if not serves(ready, weight) or (gain is not None and not leads_to(ready, gain)):
         return None
-    # Of a weight that a transform of torch.func differentiates by, a compiler does not know that it requires a gradient.
+    # A compiler does not know that a weight requires a gradient by which a transform of torch.func differentiates.
     return ready if entry[1] == IN_TRANSFORM else unless_frozen(ready, weight, gain)
 
 
