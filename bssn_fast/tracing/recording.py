@@ -77,7 +77,9 @@ def _published(group: Any, j: int, weight: Tensor, gain: Tensor | None) -> Tenso
     if not serves(ready, weight) or (gain is not None and not leads_to(ready, gain)):
         return None
     # A compiler does not know that a weight requires a gradient by which a transform of torch.func differentiates.
-    return ready if entry[1] == IN_TRANSFORM else unless_frozen(ready, weight, gain)
+    if group.recorded and entry[1] == IN_TRANSFORM:  # else it is a version, which changes from step to step
+        return ready
+    return unless_frozen(ready, weight, gain)
 
 
 def has_iterated(norm: Any, weight: Tensor) -> bool:
