@@ -102,20 +102,8 @@ class Group:
         return [layer for layer in found if layer is not None]
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its plans anew, for its own layers
-        state = {**self.__dict__, "_pending": self.layers()}  # whose parts may not all have been copied yet
-        for name in (
-            "_planned",
-            "_layers",
-            "_parameters",
-            "_states",
-            "calls",
-            "published",
-            "outer",
-            "members",
-            "member_ids",
-        ):
-            del state[name]
-        return state
+        kept = ("_handles", "_parent", "_has_children", "_shards", "advice", "shared", "_used")
+        return {"_pending": self.layers(), **{name: vars(self)[name] for name in kept}}  # parts may not be copied yet
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
