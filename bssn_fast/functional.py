@@ -114,7 +114,7 @@ def _in_plain_operations(
     n_power_iterations: int,
     dtype: torch.dtype,
 ) -> tuple[list[Tensor], Tensor]:
-    """Do the same for transforms of torch.func and forward-mode derivatives, which do not see what kernels do."""
+    """Do the same for those who do not see what kernels do: torch.func, forward-mode derivatives, export and trace."""
     normalized, sigmas = [], []
     numbers = iter([gain.to(weights[0].device, compute_dtype(weights[0].dtype)) for gain in gains])
     each = [(next(numbers) if law.kind == GAIN else law.number, law.kind == AT_MOST) for law in laws]

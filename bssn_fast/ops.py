@@ -26,12 +26,12 @@ SMALLEST_EPS = {torch.float32: 1e-19, torch.float64: 1e-154}
 class Checkpoints(NamedTuple):
     """How compiled code, which runs the op and knows no layers, learns of torch.utils.checkpoint around it.
 
-    recall: the vectors that the op, told by a key, had in the forward that is being repeated; () if that is not known,
-        None if none is.
+    recall: the vectors that the op, told by a key and by whether it is about to iterate, had in the forward that is
+        being repeated; () if it would iterate and that is not known, None if none is repeated.
     note: remember the vectors that it has, if this forward may be repeated.
     """
 
-    recall: Callable[[object], tuple[Tensor, ...] | None]
+    recall: Callable[[object, bool], tuple[Tensor, ...] | None]
     note: Callable[[object, Callable[[], tuple[Tensor, ...]]], None]
 
 
@@ -75,8 +75,8 @@ def _normalize(
     """
     batch, laws = Batch.of(weights, dims, two_sided, list(map(Stack, counts, indexed))), _laws(kinds, numbers, gains)
     key = tuple([tuple(w.shape) for w in weights])
-    told = checkpoints[0] if checkpoints and n_power_iterations else None
-    known = told.recall(key) if told else None
+    told = checkpoints[0] if checkpoints else None
+    known = told.recall(key, n_power_iterations > 0) if told else None
     if known is not None:
         vectors, n_power_iterations = list(known) or vectors, 0
     _forward(batch, weights, vectors, laws, eps, n_power_iterations, normalized, snapshot, sigma, backend)

@@ -154,7 +154,7 @@ class Projection:
                 )
         for name, parent, key, module in self._modules:
             if parent._modules.get(key) is not module:
-                raise RuntimeError(f"{name}: another module has taken this one's place; make a new Projection")
+                raise RuntimeError(f"{name}: the module is no longer where it was; make a new Projection")
         for name, module, key, weight in self._holders:
             if module._parameters.get(key) is not weight:
                 raise RuntimeError(

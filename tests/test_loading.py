@@ -372,9 +372,11 @@ def test_a_weight_in_two_layouts_is_not_lost(kind):
 def test_a_checkpoint_without_values(kind):
     with torch.device("meta"):
         other, model = nn.Linear(3, 3), bssn_fast.apply(nn.Linear(3, 3), "bssn")
+    gained = bssn_fast.apply(nn.Linear(3, 3), "sn", gain="learn")
     state = (bssn_fast.apply(other, "sn") if kind == "normalised" else other).state_dict()
-    model.load_state_dict(state, assign=True)
-    assert all(x.is_meta for x in model.state_dict().values())
+    for net in (model, gained):
+        net.load_state_dict(state.copy(), assign=True)
+        assert all(x.is_meta for x in net.state_dict().values())
 
 
 def test_a_pruned_checkpoint_is_not_taken_for_a_normalised_one():

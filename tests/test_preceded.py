@@ -10,7 +10,7 @@ import torch
 from compiling import compiled
 from torch import nn
 from torch.func import functional_call
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import bssn_fast
@@ -429,3 +429,19 @@ def test_the_others_of_a_model_go_on_when_ours_is_taken_off_by_hand():
     bssn_fast.apply(model, "bssn", names=["1"])(x)
     bssn_fast.remove(model)
     assert not model._forward_pre_hooks
+
+
+def test_ours_is_like_any_other_once_what_came_before_is_taken_off():
+    layer = bssn_fast.spectral_norm(with_first(nn.Linear(4, 3), Half()))
+    del layer.parametrizations.weight[0]
+    model = bssn_fast.apply(nn.Sequential(layer), "bsn")
+    assert len(model._forward_pre_hooks) == 1
+    bssn_fast.load_state_dict(model, nn.Sequential(nn.Linear(4, 3).double()).state_dict())
+    bssn_fast.remove(model)
+
+
+def test_pruned_under_torchs_norm_is_named():
+    layer = parametrizations.spectral_norm(nn.Linear(4, 3))
+    prune.l1_unstructured(layer.parametrizations.weight, "original", 0.3)
+    with pytest.raises(ValueError, match=r"prune\.remove"):
+        bssn_fast.apply(layer)

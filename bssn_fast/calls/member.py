@@ -27,7 +27,7 @@ class Measured:
         return first if stack == ONE else slice(first, first + stack.n)
 
     def own(self) -> Tensor | None:
-        """Return a copy of the layer's sigma."""
+        """Return a copy of the layer's sigma, if it is known."""
         return None if self.sigma is None else self.sigma[self.index].clone()
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy of a layer takes its own numbers along

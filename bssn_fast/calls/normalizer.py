@@ -375,15 +375,15 @@ class _Attach(torch.autograd.Function):
         needed = normalizer.needed(ctx.needs_input_grad[2:])
         wanted = grads if all(needed) else [g if n else None for g, n in zip(grads, needed, strict=True)]
         differentiate = normalizer.differentiable_gradients if torch.is_grad_enabled() else normalizer.gradients
-        saved, n = _saved(ctx), len(grads)
+        saved, n = _saved(ctx, together=len(grads) > 1), len(grads)
         return None, None, *differentiate(ctx.values, saved[:n], saved[n:], wanted)
 
 
-def _saved(ctx: Any) -> tuple[Tensor, ...]:
+def _saved(ctx: Any, together: bool) -> tuple[Tensor, ...]:
     try:
         return cast("tuple[Tensor, ...]", ctx.saved_tensors)
     except RuntimeError as error:
-        if "second time" not in str(error):
+        if "second time" not in str(error) or not together:
             raise
         raise RuntimeError(
             "bssn_fast: the weights of a model's layers are normalised together, once in a call of the model and once "

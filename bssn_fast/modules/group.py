@@ -38,7 +38,6 @@ class Group:
     calls: the running call of each thread, by the thread's number; `begin` and `end` change it.
     published: what the latest call has of its layers, for compiled code.
     recorded: they are those of a call whose beginning was compiled.
-    outer: what the calls around that one have published.
     member_ids: of the layers' parametrizations.
     shared: whether another group has some of the layers too.
     """
@@ -66,7 +65,6 @@ class Group:
         self.calls: dict[int, Call] = {}
         self.published: list[Entry | None] | None = None
         self.recorded = False
-        self.outer: tuple[list[Entry | None], ...] = ()
 
     def _set_layers(self, layers: Iterable[ParametrizationList]) -> None:
         # Until all is done, so that the next call does again what an interrupt has kept from ending.
@@ -157,7 +155,7 @@ class Group:
             for thread, other in list(self.calls.items()):
                 if not other.running():
                     self.calls.pop(thread, None)
-        self.published, self.recorded, self.outer = call.entries, False, ()
+        self.published, self.recorded = call.entries, False
         for group, _ in aside:
             if group is not self:
                 group.calls.pop(get_ident(), None)

@@ -21,8 +21,9 @@ def original_of(layer: ParametrizationList) -> Tensor:
     """
     weight = layer._parameters.get("original")
     if weight is None:
+        name = getattr(layer[0], "name", type(layer[0]).__name__)
         raise ValueError(
-            f"{cast(Any, layer[0]).name}: the weight before normalisation is no parameter any more; call "
+            f"{name}: the weight before normalisation is no parameter any more; call "
             "torch.nn.utils.prune.remove(layer.parametrizations.weight, 'original') if the layer was pruned"
         )
     return weight

@@ -290,6 +290,9 @@ def _complete_gain(
     shapes = stack.vector_shapes(weight.shape, norm.dim, norm.two_sided)
     if is_sharded(loaded) or any(v is None or tuple(v.shape) != shape for v, shape in zip(found, shapes, strict=True)):
         return  # torch says what is missing
+    if loaded.is_meta:
+        state_dict[key] = loaded.new_empty(norm.gain.shape, dtype=norm.gain.dtype)
+        return
     device = loaded.device if weight.is_meta else weight.device
     w = loaded.detach().to(device, compute_dtype(weight.dtype))
     vectors = [cast(Tensor, v).detach().to(device, w.dtype) for v in found]

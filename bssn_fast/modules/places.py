@@ -242,6 +242,10 @@ def put(
         n_power_iterations=settings.n_power_iterations or (old.n_power_iterations if old else 1),
     )
     if own is not None:
+        if own.preceded and not convert.is_preceded(norm):  # what came before has been taken off
+            own.preceded = False
+            quick_access(module, tensor_name)
+            watch_loading(module)
         if id(own) not in done:
             own.configure(weight, settings)
         return own

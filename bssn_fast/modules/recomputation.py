@@ -113,7 +113,7 @@ def _recall(around: _Around, key: object) -> Vectors | None:
     return (record.next if around.in_order else record.only)(key)
 
 
-def _recall_compiled(key: object) -> Vectors | None:
+def _recall_compiled(key: object, iterates: bool) -> Vectors | None:
     """Return what `ops.Checkpoints` says.
 
     What compiled code runs in a backward pass need not be a repetition: its own backward graph may hold the operation.
@@ -124,6 +124,8 @@ def _recall_compiled(key: object) -> Vectors | None:
     if around.repeating is None:
         return None
     known = _recall(around, key)
+    if known is None and not iterates:
+        return None
     if known is None:
         warnings.warn(
             "bssn_fast: torch.utils.checkpoint repeats a compiled part of a model whose layers were normalised outside "

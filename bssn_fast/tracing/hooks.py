@@ -45,11 +45,12 @@ class Published(Protocol):
 
     published: list[Entry | None] | None
     recorded: bool
-    outer: tuple[list[Entry | None], ...]
 
 
 def begin(group: Published, members: Sequence[Any], weights: Sequence[Tensor]) -> None:
     """Normalise the layers of a model that is being called, and publish the results until `end`."""
+    if group.recorded:  # of a call that an exception has ended: compiled code then runs no hooks
+        group.published = None
     iterating = list(map(_iterates, members, weights))
     found: list[Entry | None] = [None] * len(members)
     mark = IN_TRANSFORM if in_transform() else -1
@@ -57,16 +58,11 @@ def begin(group: Published, members: Sequence[Any], weights: Sequence[Tensor]) -
         results = _normalize([members[j] for j in part], [weights[j] for j in part], iterate=iterating[part[0]])
         for j, normalized in zip(part, results, strict=True):
             found[j] = weights[j], mark, normalized, -1
-    if group.recorded and group.published is not None:  # a call inside a call, as of a model that calls itself
-        group.outer = (*group.outer, group.published)
     group.published, group.recorded = found, True
 
 
 def end(group: Published, members: Sequence[Any]) -> None:
-    """Withdraw what `begin` has published; what a call around this one has published is valid again."""
-    if group.outer:
-        group.published, group.outer = group.outer[-1], group.outer[:-1]
-        return
+    """Withdraw what `begin` has published."""
     group.published, group.recorded = None, False
     for member in members:
         _finish(member)
