@@ -61,6 +61,8 @@ def test_cached_in_a_compiled_function():
 @pytest.mark.parametrize(("inside", "order"), [(True, "ee"), (False, "cc"), (False, "ec"), (False, "cec")])
 def test_torchs_own_cached_block(inside, order):
     """One iteration for all calls, compiled (c) or not (e), as in the twin that is never compiled."""
+    if inside and not hasattr(torch._dynamo.config, "enable_trace_contextlib"):
+        pytest.skip("torch 2.6 compiles no context managers that are generators")
     model, twin = twins()
 
     def call_all(net, calls, *inputs):

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.fx import _symbolic_trace as fx
+from torch.nn.utils import parametrize
 
 from bssn_fast.modules import writes
 from bssn_fast.modules.lists import original_of
@@ -64,7 +65,7 @@ def quick_access(module: nn.Module, tensor_name: str) -> None:
         norm = layer._modules["0"]
         hooks = layer._forward_hooks or layer._forward_pre_hooks or norm._forward_hooks or norm._forward_pre_hooks
         if len(layer._modules) > 1 or hooks or not isinstance(norm, SpectralNormalization):
-            return slow.fget(self)
+            return slow.fget(self) if parametrize._cache_enabled else layer()  # torch 2.6 cannot compile the first
         ready = traced_result(norm, layer._parameters.get("original"))
         return layer() if ready is None else ready
 
