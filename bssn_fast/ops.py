@@ -35,8 +35,8 @@ class Checkpoints(NamedTuple):
     note: Callable[[object, Callable[[], tuple[Tensor, ...]]], None]
 
 
-checkpoints: list[Checkpoints] = []
-"""At most one; the rooms above, which know torch's checkpoints, put it here."""
+checkpoints: Checkpoints | None = None
+"""The rooms above, which know torch's checkpoints, put it here."""
 
 _library = torch.library.Library("bssn_fast", "DEF")
 
@@ -75,13 +75,12 @@ def _normalize(
     """
     batch, laws = Batch.of(weights, dims, two_sided, list(map(Stack, counts, indexed))), _laws(kinds, numbers, gains)
     key = tuple([tuple(w.shape) for w in weights])
-    told = checkpoints[0] if checkpoints else None
-    known = told.recall(key, n_power_iterations > 0) if told else None
+    known = None if checkpoints is None else checkpoints.recall(key, n_power_iterations > 0)
     if known is not None:
         vectors, n_power_iterations = list(known) or vectors, 0
     _forward(batch, weights, vectors, laws, eps, n_power_iterations, normalized, snapshot, sigma, backend)
-    if told and known is None:
-        told.note(key, lambda: tuple([v for own in batch.snapshot_views(snapshot.clone()) for v in own]))
+    if checkpoints is not None and known is None:
+        checkpoints.note(key, lambda: tuple([v for own in batch.snapshot_views(snapshot.clone()) for v in own]))
 
 
 def _normalize_backward(

@@ -161,8 +161,8 @@ class Projection:
                     f"{name}: the layer has another parameter than when this Projection was made, as after "
                     "load_state_dict(assign=True) or fully_shard; make a new one"
                 )
-        for _, matrices in self._parts:
-            matrices.check()  # all of them, before any of them changes
+        for _, matrices in self._parts[1:]:
+            matrices.check()  # before any changes; the first part is looked at when it runs
         for _, matrices in self._parts:
             matrices.run(self._n, change=True)
 

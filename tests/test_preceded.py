@@ -1,129 +1,19 @@
 """Weights that other parametrizations compute before they are normalised, as torch's spectral norm takes them."""
 
 import copy
-import gc
 import pickle
-import weakref
 
 import pytest
 import torch
 from compiling import compiled
+from preceding import KINDS, an_input, both, exact_sigma, nets, step, the_same
 from torch import nn
 from torch.func import functional_call
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import bssn_fast
-from bssn_fast import reference
 from bssn_fast.calls import kept
-
-
-class LowRank(nn.Module):
-    """W + A B, with parameters of its own."""
-
-    def __init__(self, rows, columns):
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.randn(rows, 2)), nn.Parameter(torch.randn(2, columns))
-
-    def forward(self, weight):
-        return weight + self.a @ self.b
-
-
-class Masked(nn.Module):
-    def __init__(self, mask):
-        super().__init__()
-        self.register_buffer("mask", mask)
-
-    def forward(self, weight):
-        return weight * self.mask
-
-
-class Symmetric(nn.Module):
-    def forward(self, weight):
-        return weight.triu() + weight.triu(1).T
-
-
-class FirstRow(nn.Module):
-    """All rows are views of the first one."""
-
-    def forward(self, weight):
-        return weight[:1].expand_as(weight)
-
-
-class Transposed(nn.Module):
-    def forward(self, weight):
-        return weight.transpose(0, 1)
-
-
-class Half(nn.Module):
-    """Halves in training, and counts how often."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, weight):
-        self.calls += self.training
-        return weight / 2
-
-    def right_inverse(self, weight):
-        return 2 * weight
-
-
-def with_first(layer, *others, name="weight"):
-    for other in others:
-        parametrize.register_parametrization(layer.double(), name, other.double(), unsafe=True)
-    return layer
-
-
-KINDS = {
-    "low_rank": lambda: with_first(nn.Linear(7, 5), LowRank(5, 7)),
-    "masked": lambda: with_first(nn.Linear(7, 5), Masked((torch.rand(5, 7) > 0.3).double())),
-    "symmetric": lambda: with_first(nn.Linear(7, 7), Symmetric()),
-    "rows_that_share_memory": lambda: with_first(nn.Linear(7, 5), FirstRow()),
-    "another_shape": lambda: with_first(nn.Linear(5, 7, bias=False), Transposed()),
-    "two": lambda: with_first(nn.Linear(7, 5), LowRank(5, 7), nn.Tanh()),
-    "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(7, 5).double()),
-    "orthogonal": lambda: parametrizations.orthogonal(nn.Linear(7, 5).double()),
-    "transposed": lambda: with_first(nn.ConvTranspose2d(7, 3, 3), nn.Tanh()),
-    "one_dimension": lambda: with_first(nn.Linear(7, 5), nn.Tanh(), name="bias"),
-}
-
-
-def exact_sigma(weight, variant, dim):
-    sides = [dim, 1 - dim] if variant == "bsn" else [dim]
-    norms = [torch.linalg.matrix_norm(reference.unfold(weight.detach(), d), 2).item() for d in sides]
-    return sum(norms) / len(norms)
-
-
-def an_input(kind):
-    return torch.randn((2, 7, 4, 4) if kind == "transposed" else (2, 7), dtype=torch.float64)
-
-
-def both(kind="low_rank"):
-    """Return layers with torch's norm and with ours, in the same state."""
-    theirs, name = KINDS[kind](), "bias" if kind == "one_dimension" else "weight"
-    ours = copy.deepcopy(theirs)
-    parametrizations.spectral_norm(theirs, name, n_power_iterations=2)
-    bssn_fast.spectral_norm(ours, name, n_power_iterations=2)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return theirs, ours
-
-
-def the_same(theirs, ours, run):
-    for layer in (theirs, ours):
-        layer.zero_grad()
-    torch.testing.assert_close(run(ours), run(theirs))
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
-    for p, q in zip(ours.buffers(), theirs.buffers(), strict=True):
-        torch.testing.assert_close(p, q)
-
-
-def step(layer, x):
-    loss = layer(x).square().sum()
-    loss.backward()
-    return loss.detach()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -164,23 +54,6 @@ def test_apply_normalises_what_the_others_give(kind, variant):
     assert norms.s_out.item() == pytest.approx(exact_sigma(layer.weight, "sn", dim), rel=1e-3)
     shape = "x".join(map(str, before.shape))
     assert f" {shape} " in bssn_fast.summary(layer)
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.plain, self.last = KINDS["low_rank"](), nn.Linear(5, 7).double(), KINDS["two"]()
-
-    def forward(self, x):
-        return self.last(self.plain(self.first(x).tanh()).tanh())
-
-
-def nets():
-    """Return a model with torch's norms, and one in which `apply` has taken them over."""
-    theirs = Net()
-    for layer in theirs.children():
-        parametrizations.spectral_norm(layer)
-    return theirs, bssn_fast.apply(copy.deepcopy(theirs), "sn")
 
 
 def test_apply_takes_over_torchs_norms_behind_others():
@@ -314,134 +187,3 @@ def test_a_normalised_checkpoint_and_a_model_that_is_not(strict, parametrized, s
         other = nn.ModuleDict({"a": normalise(KINDS["low_rank"]())})
         bssn_fast.load_state_dict(other, state)
         torch.testing.assert_close(other.state_dict(), state, rtol=0, atol=0)
-
-
-class Marked(torch.autograd.Function):
-    """Keeps an object in the graph, which lives as long as that."""
-
-    @staticmethod
-    def forward(ctx, weight, marks):
-        ctx.mark = Mark()
-        marks.add(ctx.mark)
-        return weight.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
-class Mark:
-    pass
-
-
-class Marking(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.marks = weakref.WeakSet()
-
-    def forward(self, weight):
-        return Marked.apply(weight, self.marks)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_graphs_are_not_kept(training):
-    marking = Marking()
-    layer = bssn_fast.apply(with_first(nn.Linear(7, 5), marking), "sn").train(training)
-    x = an_input("low_rank")
-    for _ in range(2):
-        layer(x)
-        gc.collect()
-        assert not marking.marks
-    result = layer(x)
-    assert len(marking.marks) == 1
-    del result
-    gc.collect()
-    assert not marking.marks
-
-
-def test_a_gain_is_learned_with_the_others():
-    layer = KINDS["low_rank"]()
-    before = layer.weight.detach().clone()
-    bssn_fast.apply(layer, "sn", gain="learn")
-    torch.testing.assert_close(layer.eval().weight.detach(), before, rtol=1e-2, atol=1e-2)
-    gain = layer.parametrizations.weight[1].gain
-    layer(an_input("low_rank")).sum().backward()
-    assert gain.requires_grad
-    assert gain.grad is not None
-
-
-def test_looking_does_not_run_the_others_in_training():
-    layer = bssn_fast.apply(with_first(nn.Linear(7, 5), Half()), "sn")
-    bssn_fast.sigma(layer), bssn_fast.summary(layer), bssn_fast.spectral_norms(layer)
-    half = layer.parametrizations.weight[0]
-    assert half.training
-    assert half.calls == 0
-    layer(an_input("low_rank"))
-    assert half.calls == 1
-
-
-@pytest.mark.parametrize("kind", ["low_rank", "weight_norm"])
-def test_what_cannot_be_done_is_named(kind):
-    model = nn.Sequential(bssn_fast.spectral_norm(KINDS[kind]()))
-    state = copy.deepcopy(model.state_dict())
-    for verb in (bssn_fast.remove, bssn_fast.diagnostics.measure):
-        with pytest.raises(ValueError, match=r"0: \w+ computes the weight that is normalised.*remove_parametrizations"):
-            verb(model)
-    with pytest.raises(ValueError, match="0: the weight is computed by other parametrizations"):
-        bssn_fast.Projection(model, radius=1.0)
-    assert state.keys() == model.state_dict().keys()
-    weight = model.eval()[0].weight.detach().clone()
-    parametrize.remove_parametrizations(model[0], "weight")  # as the message advises
-    assert torch.equal(model[0].weight, weight)
-    assert type(model[0]) is nn.Linear
-    bssn_fast.remove(bssn_fast.apply(model))
-
-
-def test_what_follows_is_not_measured_past():
-    model = nn.Sequential(with_first(bssn_fast.apply(nn.Linear(7, 5).double()), Half()))
-    with pytest.raises(ValueError, match=r"0: Half changes the normalised weight; .*weight\[1:\]"):
-        bssn_fast.spectral_norms(model)
-
-
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_ours_is_taken_off_and_the_other_stays(ours_first):
-    layer = nn.Linear(7, 5).double()
-    for first in (ours_first, not ours_first):
-        bssn_fast.spectral_norm(layer) if first else with_first(layer, Half())
-    del layer.parametrizations.weight[0 if ours_first else 1]
-    x = an_input("low_rank")
-    expected = nn.functional.linear(x, layer.parametrizations.weight.original / 2, layer.bias)
-    torch.testing.assert_close(layer(x), expected)
-    torch.testing.assert_close(compiled(layer)(x), expected)
-    layer.weight = torch.ones(5, 7, dtype=torch.float64)
-    torch.testing.assert_close(layer.weight.detach(), torch.ones(5, 7, dtype=torch.float64))
-
-
-def test_the_others_of_a_model_go_on_when_ours_is_taken_off_by_hand():
-    model = bssn_fast.apply(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double(), "sn")
-    with_first(model[0], Half())
-    del model[0].parametrizations.weight[0]
-    x = torch.randn(2, 4, dtype=torch.float64)
-    assert bssn_fast.sigma(model).keys() == {"1"}
-    for other in (model, copy.deepcopy(model)):
-        hidden = nn.functional.linear(x, other[0].parametrizations.weight.original / 2, other[0].bias)
-        torch.testing.assert_close(other(x), other[1](hidden), rtol=1e-2, atol=1e-2)
-    bssn_fast.apply(model, "bssn", names=["1"])(x)
-    bssn_fast.remove(model)
-    assert not model._forward_pre_hooks
-
-
-def test_ours_is_like_any_other_once_what_came_before_is_taken_off():
-    layer = bssn_fast.spectral_norm(with_first(nn.Linear(4, 3), Half()))
-    del layer.parametrizations.weight[0]
-    model = bssn_fast.apply(nn.Sequential(layer), "bsn")
-    assert len(model._forward_pre_hooks) == 1
-    bssn_fast.load_state_dict(model, nn.Sequential(nn.Linear(4, 3).double()).state_dict())
-    bssn_fast.remove(model)
-
-
-def test_pruned_under_torchs_norm_is_named():
-    layer = parametrizations.spectral_norm(nn.Linear(4, 3))
-    prune.l1_unstructured(layer.parametrizations.weight, "original", 0.3)
-    with pytest.raises(ValueError, match=r"prune\.remove"):
-        bssn_fast.apply(layer)

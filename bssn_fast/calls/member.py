@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -31,9 +31,9 @@ class Measured:
         return None if self.sigma is None else self.sigma[self.index].clone()
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy of a layer takes its own numbers along
-        if self.sigma is None:
+        own = self.own()
+        if own is None:
             return Measured, ()
-        own = cast(Tensor, self.own())
         # Kept, as what is sent to another process must not be gone before that opens its memory.
         self.sigma, self.index = (own, slice(0, len(own))) if own.ndim else (own[None], 0)
         return Measured, (self.sigma, self.index)

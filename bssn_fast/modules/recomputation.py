@@ -141,7 +141,7 @@ def _note_compiled(key: object, vectors: Callable[[], Vectors]) -> None:
         _note(key, vectors)
 
 
-ops.checkpoints[:] = [ops.Checkpoints(_recall_compiled, _note_compiled)]
+ops.checkpoints = ops.Checkpoints(_recall_compiled, _note_compiled)
 
 
 def _code(function: Any) -> CodeType:

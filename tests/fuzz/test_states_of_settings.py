@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 
 import pytest
@@ -113,7 +114,7 @@ def forward_mode(pair):
     def run(net):
         parameters = {n: p.detach() for n, p in net.named_parameters()}
         tangents = {n: 0.1 * p.cos() for n, p in parameters.items()}
-        call = lambda p: torch.func.functional_call(net, p, (x,))  # noqa: E731
+        call = functools.partial(torch.func.functional_call, net, args=(x,))
         return list(torch.func.jvp(call, (parameters,), (tangents,)))
 
     pair.compare(run)
